@@ -1,0 +1,129 @@
+/**
+ * The contract of a node of the block graph.
+ *
+ * A node lives in three forms: a **descriptor** (plain data that any thread may hold), its **shared state** in
+ * the arena (pointed to by the descriptor) and, per thread, a thin **facade** that implements
+ * {@link BlockNode} with blocking calls. `driver.open` makes the first two, `attachNode` the third,
+ * `closeNode` ends all of them.
+ *
+ * Data is always in the arena: `pointer` is a byte offset into it. Offsets and lengths are bytes.
+ *
+ * Concurrency: any number of threads may call any method at once. The caller keeps *mutations* of one cluster
+ * apart (a live disk by its tracked requests, a job's target by cluster claims); everything else, metadata
+ * above all, the node keeps consistent itself. A read that overlaps a concurrent write returns old or new
+ * bytes, never bytes of another place.
+ */
+export interface BlockNode {
+  readonly descriptor: NodeDescriptor;
+  /** Virtual size in bytes: what a guest sees. Multiple of 512 for format drivers. */
+  readonly length: number;
+  readonly readOnly: boolean;
+  /** Allocation granularity in bytes, undefined when the driver has none (raw, file). */
+  readonly clusterSize: number | undefined;
+  /** The node that unallocated ranges read from. */
+  readonly backing: BlockNode | undefined;
+
+  /**
+   * Reads through the whole backing chain. Throws StillframeError: ERR_STILLFRAME_IO, …_CORRUPT_IMAGE,
+   * …_OUT_OF_RANGE (beyond {@link length}).
+   */
+  read(offset: number, pointer: number, length: number): void;
+
+  /** Writes; allocates and copies from the backing chain where needed. …_NO_SPACE, …_IO, …_READ_ONLY. */
+  write(offset: number, pointer: number, length: number): void;
+
+  /**
+   * Bulk write of a fresh target: the buffer at `pointer` holds `length` bytes for `offset`, in units of
+   * `unit` bytes (a power of two, multiple of {@link clusterSize}; `offset` is aligned to it; the last unit may
+   * be short). Units whose bit is set in `skip` (uint32 words in the arena, bit i of word i/32 is unit i) are
+   * left alone; the others are written. The driver may allocate for all of them at once and may rearrange the
+   * buffer.
+   */
+  writeUnits(offset: number, pointer: number, length: number, unit: number, skip: number): void;
+
+  /** The range reads as zeroes afterwards. `mayUnmap`: the driver may free space. */
+  writeZeroes(offset: number, length: number, mayUnmap: boolean): void;
+
+  /** A hint: the content of the range no longer matters. Afterwards it reads as old data or as zeroes. */
+  discard(offset: number, length: number): void;
+
+  /** Returns when everything written before is durable: data, then metadata in a safe order. */
+  flush(): void;
+
+  /**
+   * What this layer alone says of the range that starts at `offset`: one extent that starts there, at least 1
+   * and at most `length` bytes. Neighbours with equal flags (and adjacent host offsets) are merged as far as the
+   * driver can see cheaply. Semantics: QEMU's `bdrv_block_status`.
+   */
+  status(offset: number, length: number): Extent;
+}
+
+/** The layer holds data here. */
+export const STATUS_DATA = 1;
+/** The range reads as zeroes. */
+export const STATUS_ZERO = 2;
+/** The layer itself determines the content: it does not come from the backing node. */
+export const STATUS_ALLOCATED = 4;
+/** The data is compressed; it has no usable host offset. */
+export const STATUS_COMPRESSED = 8;
+
+export interface Extent {
+  /** Bytes from the offset asked for. */
+  readonly length: number;
+  /** `STATUS_*` bits; 0 is unallocated: the backing node answers, or zeroes where there is none. */
+  readonly flags: number;
+  /** Where the data starts in the file of this layer, in bytes; -1 when there is no such place. */
+  readonly hostOffset: number;
+}
+
+/** State shared by all drivers' descriptors. */
+interface DescriptorBase {
+  /** Absolute path of the file. */
+  readonly path: string;
+  readonly readOnly: boolean;
+}
+
+/** A file or block device of the host: the bottom of every graph. Its length may change. */
+export interface FileDescriptor extends DescriptorBase {
+  readonly driver: 'file';
+  /** Process-wide descriptor number, owned by this node. */
+  readonly fd: number;
+  readonly blockDevice: boolean;
+  /** Arena pointer to shared state: float64 length in bytes at +0. */
+  readonly control: number;
+  /** Identity of the file: the same for every link to it. */
+  readonly device: string;
+  readonly inode: string;
+}
+
+/** A raw image: the bytes of its file, padded with zeroes to 512. */
+export interface RawDescriptor extends DescriptorBase {
+  readonly driver: 'raw';
+  readonly file: FileDescriptor;
+  /** Virtual size in bytes. */
+  readonly length: number;
+}
+
+export interface Qcow2Descriptor extends DescriptorBase {
+  readonly driver: 'qcow2';
+  readonly file: FileDescriptor;
+  readonly backing: NodeDescriptor | undefined;
+  readonly length: number;
+  readonly clusterBits: number;
+  readonly version: 2 | 3;
+  readonly refcountBits: number;
+  /** 0 deflate, 1 zstd. */
+  readonly compressionType: number;
+  /** Backing file name exactly as the header has it. */
+  readonly backingFile: string | undefined;
+  /** Format name from the backing format header extension. */
+  readonly backingFormat: string | undefined;
+  readonly lazyRefcounts: boolean;
+  readonly dirty: boolean;
+  readonly corrupt: boolean;
+  /** Arena pointer to the shared state: lock, L1 and refcount tables, caches, allocator. */
+  readonly control: number;
+}
+
+export type NodeDescriptor = FileDescriptor | RawDescriptor | Qcow2Descriptor;
+export type DriverName = NodeDescriptor['driver'];
