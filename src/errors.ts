@@ -108,7 +108,10 @@ export function systemError(what: string, error: unknown): StillframeError {
   const reason = error instanceof Error ? error.message.replace(/^([A-Z0-9]+): /, '') : String(error);
   const advice = errno && adviceOfErrno[errno];
   const detail = errno === undefined ? reason : `${errno}: ${reason.split(',')[0]}`;
-  return new StillframeError(code, `${what}: ${detail}${advice ? ` (${advice})` : ''}`, { cause: error, errno });
+  return new StillframeError(code, `${what}: ${detail}${advice ? ` (${advice})` : ''}`, {
+    cause: error,
+    errno,
+  });
 }
 
 /** Any thrown value as a StillframeError; what is not one already is a defect and says so. */

@@ -1,0 +1,248 @@
+import {
+  closeSync,
+  fsyncSync,
+  linkSync,
+  openSync,
+  realpathSync,
+  renameSync,
+  rmSync,
+  statSync,
+  unlinkSync,
+} from 'node:fs';
+import { basename, dirname, join, resolve } from 'node:path';
+import { attachNode, closeNode, fileIdentity, filesOf, type ImageFormat, openImage } from '../block/graph.js';
+import type { BlockNode, NodeDescriptor } from '../block/node.js';
+import { createQcow2, openQcow2 } from '../block/qcow2/index.js';
+import { attachFile, closeFile, openFile } from '../block/raw/file.js';
+import { openRaw } from '../block/raw/raw.js';
+import { StillframeError, systemError } from '../errors.js';
+import type { Runtime } from '../kernels/runtime.js';
+
+/** Sync modes of a backup (QAPI `MirrorSyncMode`). */
+export type SyncMode = 'full' | 'top' | 'none';
+
+export interface TargetOptions {
+  readonly target: string;
+  readonly sync: SyncMode;
+  /** Format of the target; default: the source's, or the existing target's own when that is qcow2. */
+  readonly format?: ImageFormat | undefined;
+  /** Write into the image that is there (QMP `mode: existing`) instead of making a new one. */
+  readonly existing?: boolean | undefined;
+  /** Replace a file of that name once the backup is complete. */
+  readonly force?: boolean | undefined;
+  /** Cluster size in bytes of a new qcow2 target; default 65536. */
+  readonly targetClusterSize?: number | undefined;
+}
+
+/** A target that is ready to be written, until {@link commitTarget} or {@link abandonTarget}. */
+export interface Target {
+  readonly descriptor: NodeDescriptor;
+  /** Reads as zeroes wherever nothing was written. */
+  readonly readsZero: boolean;
+  /** Where the finished image will be. */
+  readonly finalPath: string;
+  /** Where a new image is while it is unfinished; undefined for an existing one, written in place. */
+  readonly partialPath: string | undefined;
+  readonly force: boolean;
+}
+
+/** Smallest granularity of copying in bytes (QEMU's default backup cluster). */
+export const BACKUP_CLUSTER_SIZE = 65536;
+
+/** Sync mode `top` of a source without a backing file is `full`. */
+export function effectiveSync(sync: SyncMode, source: NodeDescriptor): SyncMode {
+  const hasBacking = source.driver === 'qcow2' && source.backingFile !== undefined;
+  return sync === 'top' && !hasBacking ? 'full' : sync;
+}
+
+/**
+ * Granularity of copying in bytes: at least 64 KiB and a whole cluster of the target, so that no copy makes
+ * the target read its backing file (QEMU: `max(64 KiB, target cluster size)`).
+ */
+export function copyClusterSize(target: BlockNode): number {
+  return Math.max(BACKUP_CLUSTER_SIZE, target.clusterSize ?? 0);
+}
+
+/**
+ * Makes or opens the target of a backup of `source`. Nothing is left behind when it throws.
+ *
+ * @throws StillframeError ERR_STILLFRAME_SAME_NODE, …_TARGET_EXISTS, …_SIZE_MISMATCH,
+ *   …_BACKING_UNSUPPORTED, …_LOCKED and what opening and creating a file throws
+ */
+export function openTarget(runtime: Runtime, source: NodeDescriptor, options: TargetOptions): Target {
+  const path = resolve(options.target);
+  const sources = filesOf(source);
+  const identity = fileIdentity(path);
+  const same = sources.find((file) => `${file.device}:${file.inode}` === identity);
+  if (same !== undefined) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_SAME_NODE',
+      `Source and target cannot be the same: '${options.target}' is '${same.path}'${
+        same === sources[0] ? '' : ', a backing file of the source'
+      }; choose another target`,
+    );
+  }
+  return options.existing === true
+    ? openExisting(runtime, source, path, options)
+    : createTarget(runtime, source, path, identity !== undefined, options);
+}
+
+function lengthOf(descriptor: NodeDescriptor): number {
+  if (descriptor.driver === 'file') throw new TypeError('a file is not an image');
+  return descriptor.length;
+}
+
+function openExisting(
+  runtime: Runtime,
+  source: NodeDescriptor,
+  path: string,
+  options: TargetOptions,
+): Target {
+  const descriptor = openImage(runtime, path, { format: options.format, readOnly: false, backing: false });
+  if (lengthOf(descriptor) !== lengthOf(source)) {
+    closeNode(runtime, descriptor);
+    throw new StillframeError(
+      'ERR_STILLFRAME_SIZE_MISMATCH',
+      `Source and target image have different sizes: '${source.path}' has ${lengthOf(source)} bytes, ` +
+        `'${path}' has ${lengthOf(descriptor)}; resize the target or let the backup create it`,
+    );
+  }
+  return { descriptor, readsZero: false, finalPath: path, partialPath: undefined, force: true };
+}
+
+function createTarget(
+  runtime: Runtime,
+  source: NodeDescriptor,
+  path: string,
+  exists: boolean,
+  options: TargetOptions,
+): Target {
+  const format = options.format ?? (source.driver === 'qcow2' ? 'qcow2' : 'raw');
+  const sync = effectiveSync(options.sync, source);
+  if (format === 'raw' && sync !== 'full') {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_UNSUPPORTED',
+      `Backing file not supported for file format 'raw': sync mode '${sync}' needs one; use format 'qcow2'`,
+    );
+  }
+  const finalPath = exists ? realpathSync(path) : path;
+  if (exists) checkReplaceable(finalPath, options.force === true);
+  const partialPath = `${finalPath}.partial`;
+  const identity = fileIdentity(partialPath);
+  if (filesOf(source).some((file) => `${file.device}:${file.inode}` === identity)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_SAME_NODE',
+      `Source and target cannot be the same: the backup would be written to '${partialPath}' first; choose another target`,
+    );
+  }
+  const file = openFile(runtime, partialPath, { readOnly: false, lock: 'write', create: 'truncate' });
+  try {
+    const node = attachFile(runtime, file);
+    let descriptor: NodeDescriptor;
+    if (format === 'raw') {
+      node.truncate(lengthOf(source));
+      descriptor = openRaw(file);
+    } else {
+      createQcow2(runtime, node, {
+        length: lengthOf(source),
+        clusterBits: Math.log2(options.targetClusterSize ?? 65536),
+        ...backingOf(source, sync, finalPath),
+      });
+      descriptor = openQcow2(runtime, file, undefined, { readOnly: false });
+    }
+    return { descriptor, readsZero: sync === 'full', finalPath, partialPath, force: options.force === true };
+  } catch (error) {
+    closeFile(runtime, file);
+    rmSync(partialPath, { force: true });
+    throw error;
+  }
+}
+
+function checkReplaceable(path: string, force: boolean): void {
+  const stat = statSync(path);
+  if (!stat.isFile()) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_TARGET_EXISTS',
+      `'${path}' is not a regular file and cannot be replaced; to write into a block device use --existing`,
+    );
+  }
+  if (!force) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_TARGET_EXISTS',
+      `'${path}' exists; use --force to replace it or --existing to write into it`,
+    );
+  }
+}
+
+/** Backing file of a new target: for `top` the source's own, for `none` the source itself. */
+function backingOf(
+  source: NodeDescriptor,
+  sync: SyncMode,
+  targetPath: string,
+): { backingFile?: string; backingFormat?: string } {
+  if (sync === 'none') return { backingFile: source.path, backingFormat: source.driver };
+  if (sync !== 'top' || source.driver !== 'qcow2' || source.backingFile === undefined) return {};
+  const format = source.backingFormat ?? source.backing?.driver;
+  // A relative name means the same file only from the same folder.
+  const name =
+    dirname(targetPath) === dirname(source.path)
+      ? source.backingFile
+      : resolve(dirname(source.path), source.backingFile);
+  return { backingFile: name, ...(format === undefined ? {} : { backingFormat: format }) };
+}
+
+/** Flushes and closes the target and gives it its name: the commit point of a backup. */
+export function commitTarget(runtime: Runtime, target: Target): void {
+  attachNode(runtime, target.descriptor).flush();
+  closeNode(runtime, target.descriptor);
+  if (target.partialPath === undefined) return;
+  try {
+    if (target.force) renameSync(target.partialPath, target.finalPath);
+    else publishNew(target.partialPath, target.finalPath);
+    syncFolder(dirname(target.finalPath));
+  } catch (error) {
+    throw systemError(`cannot rename '${target.partialPath}' to '${basename(target.finalPath)}'`, error);
+  }
+}
+
+/** Renames without ever replacing a file that came up in the meantime. */
+function publishNew(partialPath: string, finalPath: string): void {
+  try {
+    linkSync(partialPath, finalPath);
+  } catch (error) {
+    if (error instanceof Error && 'code' in error && error.code === 'EEXIST') {
+      throw new StillframeError(
+        'ERR_STILLFRAME_TARGET_EXISTS',
+        `'${finalPath}' came into being during the backup; the finished backup is '${partialPath}'`,
+      );
+    }
+    // A file system without hard links.
+    renameSync(partialPath, finalPath);
+    return;
+  }
+  unlinkSync(partialPath);
+}
+
+function syncFolder(path: string): void {
+  const fd = openSync(join(path, '.'), 'r');
+  try {
+    fsyncSync(fd);
+  } finally {
+    closeSync(fd);
+  }
+}
+
+/** Gives up on a target: closes it, and removes it where we made it. */
+export function abandonTarget(runtime: Runtime, target: Target): void {
+  if (target.partialPath !== undefined) {
+    rmSync(target.partialPath, { force: true });
+    // Nobody wants the data any more: spare the disk from writing it.
+    const [file] = filesOf(target.descriptor);
+    if (file !== undefined) attachFile(runtime, file).truncate(0);
+  }
+  try {
+    closeNode(runtime, target.descriptor);
+  } catch {
+    // Whatever could not be flushed was given up on just now; the resources are back all the same.
+  }
+}

@@ -1,0 +1,189 @@
+import { StillframeError } from '../errors.js';
+import { load, store } from '../kernels/futex.js';
+import type { Runtime } from '../kernels/runtime.js';
+import { type CopyBuffer, Frame, type FrameDescriptor } from './filters/copy-before-write.js';
+import { attachNode } from './graph.js';
+import type { BlockNode, NodeDescriptor } from './node.js';
+import { TRACKER_BYTES, TrackedRequests } from './tracked-requests.js';
+
+/**
+ * A live disk: the root of a graph, what a guest reads and writes. Every mutation is a tracked request and
+ * passes the copy-before-write of every frame taken of the disk.
+ *
+ * Control block: the tracked requests, then
+ *
+ *     +0  frame count   int32
+ *     +16 frames        8 × { id int32, descriptor pointer uint32, descriptor length uint32, - }
+ */
+export interface DiskDescriptor {
+  /** Never reused within an engine. */
+  readonly id: number;
+  readonly control: number;
+  readonly node: NodeDescriptor;
+  /** Virtual size in bytes. */
+  readonly length: number;
+  readonly readOnly: boolean;
+  /** What a discard does: pass it down or drop it (QEMU's node option `discard`). */
+  readonly discard: 'unmap' | 'ignore';
+}
+
+/** Frames one disk can have at once. */
+export const MAX_FRAMES = 8;
+const FRAMES = TRACKER_BYTES;
+const FIRST_FRAME = FRAMES + 16;
+const FRAME_ENTRY = 16;
+/** Bytes of a disk's control block. */
+export const DISK_CONTROL_BYTES = FIRST_FRAME + MAX_FRAMES * FRAME_ENTRY;
+
+/** One thread's view of a disk. */
+export class Disk {
+  readonly descriptor: DiskDescriptor;
+  readonly node: BlockNode;
+  readonly #runtime: Runtime;
+  readonly #requests: TrackedRequests;
+  readonly #frames = new Map<number, Frame>();
+  readonly #buffer: () => CopyBuffer;
+
+  /** @param buffer gives the calling thread's copy buffer */
+  constructor(runtime: Runtime, descriptor: DiskDescriptor, buffer: () => CopyBuffer) {
+    this.descriptor = descriptor;
+    this.node = attachNode(runtime, descriptor.node);
+    this.#runtime = runtime;
+    this.#requests = new TrackedRequests(runtime, descriptor.control);
+    this.#buffer = buffer;
+  }
+
+  read(offset: number, pointer: number, length: number): void {
+    this.#check('read', offset, length);
+    this.node.read(offset, pointer, length);
+  }
+
+  write(offset: number, pointer: number, length: number): void {
+    this.#mutate('write', offset, length, () => this.node.write(offset, pointer, length));
+  }
+
+  writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
+    this.#mutate('write zeroes', offset, length, () => this.node.writeZeroes(offset, length, mayUnmap));
+  }
+
+  discard(offset: number, length: number): void {
+    if (this.descriptor.discard === 'ignore') {
+      this.#check('discard', offset, length);
+      return;
+    }
+    this.#mutate('discard', offset, length, () => this.node.discard(offset, length));
+  }
+
+  flush(): void {
+    if (!this.descriptor.readOnly) this.node.flush();
+  }
+
+  /** Makes the instant: once this returns, every mutation passes the frame's copy-before-write first. */
+  addFrame(frame: FrameDescriptor): void {
+    const { arena } = this.#runtime;
+    const json = new TextEncoder().encode(JSON.stringify(frame));
+    const pointer = arena.alloc(json.length, 'frame descriptor');
+    arena.u8.set(json, pointer);
+    this.#requests.drained(() => {
+      const count = this.#frameCount();
+      if (count === MAX_FRAMES) {
+        arena.free(pointer);
+        throw new StillframeError(
+          'ERR_STILLFRAME_INVALID_ARGUMENT',
+          `'${this.descriptor.node.path}' has ${MAX_FRAMES} backups under way, which is the most; wait for one to end`,
+        );
+      }
+      const entry = (this.descriptor.control + FIRST_FRAME + count * FRAME_ENTRY) >> 2;
+      arena.i32.set([frame.id, pointer, json.length], entry);
+      Frame.arm(this.#runtime, frame);
+      store(arena, this.descriptor.control + FRAMES, count + 1);
+    });
+  }
+
+  /** Ends a frame's copy-before-write. No request of a guest is in it any more when this returns. */
+  removeFrame(id: number): void {
+    const { arena } = this.#runtime;
+    const words = arena.u32;
+    this.#requests.drained(() => {
+      const count = this.#frameCount();
+      const first = (this.descriptor.control + FIRST_FRAME) >> 2;
+      const stride = FRAME_ENTRY >> 2;
+      for (let index = 0; index < count; index++) {
+        const entry = first + index * stride;
+        if (words[entry] !== id) continue;
+        arena.free(words[entry + 1] ?? 0);
+        words.copyWithin(entry, entry + stride, first + count * stride);
+        store(arena, this.descriptor.control + FRAMES, count - 1);
+        return;
+      }
+    });
+    this.#frames.delete(id);
+  }
+
+  get hasFrames(): boolean {
+    return this.#frameCount() > 0;
+  }
+
+  #frameCount(): number {
+    return load(this.#runtime.arena, this.descriptor.control + FRAMES);
+  }
+
+  #mutate(what: string, offset: number, length: number, body: () => void): void {
+    this.#check(what, offset, length);
+    if (this.descriptor.readOnly) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_READ_ONLY',
+        `cannot ${what} ${length} bytes at ${offset}: '${this.descriptor.node.path}' is open read-only; open it with readOnly: false`,
+      );
+    }
+    if (length === 0) return;
+    // Nodes want mutations of one cluster apart, so requests are tracked by whole clusters.
+    const unit = this.node.clusterSize ?? 1;
+    const start = Math.floor(offset / unit) * unit;
+    const end = Math.ceil((offset + length) / unit) * unit;
+    this.#requests.run(start, end, () => {
+      for (const frame of this.#activeFrames()) frame.beforeWrite(offset, length);
+      body();
+    });
+  }
+
+  /** The frames of the disk; stable while a request of ours is tracked. */
+  #activeFrames(): Iterable<Frame> {
+    const count = this.#frameCount();
+    if (count === 0) {
+      this.#frames.clear();
+      return [];
+    }
+    const { arena } = this.#runtime;
+    const active = new Set<number>();
+    for (let index = 0; index < count; index++) {
+      const entry = (this.descriptor.control + FIRST_FRAME + index * FRAME_ENTRY) >> 2;
+      const id = arena.i32[entry] ?? 0;
+      active.add(id);
+      if (this.#frames.has(id)) continue;
+      const json = arena.copyOut(arena.u32[entry + 1] ?? 0, arena.u32[entry + 2] ?? 0);
+      const descriptor: FrameDescriptor = JSON.parse(new TextDecoder().decode(json));
+      this.#frames.set(id, this.attachFrame(descriptor));
+    }
+    if (this.#frames.size !== active.size) {
+      for (const id of this.#frames.keys()) if (!active.has(id)) this.#frames.delete(id);
+    }
+    return this.#frames.values();
+  }
+
+  /** This thread's view of a frame of this disk. */
+  attachFrame(descriptor: FrameDescriptor): Frame {
+    const target = attachNode(this.#runtime, descriptor.target);
+    return new Frame(this.#runtime, descriptor, this.node, target, this.#buffer());
+  }
+
+  #check(what: string, offset: number, length: number): void {
+    const valid = Number.isSafeInteger(offset) && Number.isSafeInteger(length) && offset >= 0 && length >= 0;
+    if (!valid || offset + length > this.descriptor.length) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_OUT_OF_RANGE',
+        `cannot ${what} ${length} bytes at ${offset}: '${this.descriptor.node.path}' has ${this.descriptor.length} bytes`,
+      );
+    }
+  }
+}

@@ -1,0 +1,459 @@
+import { StillframeError } from '../../errors.js';
+import { advance, load, store, waitWhile } from '../../kernels/futex.js';
+import type { Runtime } from '../../kernels/runtime.js';
+import { type BlockNode, type NodeDescriptor, STATUS_ALLOCATED, STATUS_ZERO } from '../node.js';
+import { chainStatus } from '../status.js';
+
+/**
+ * A frame: the drive as it stood at one instant, held by copy-before-write. Bulk copy and guest writes copy
+ * through the same code; who copies a cluster is settled by an atomic claim of its state in the arena.
+ *
+ *     todo ──claim──▶ busy ──copied──▶ done
+ *      ▲                │
+ *      └───failed───────┴──not in the plan──▶ none
+ *
+ * Invariant (copy before write): while a cluster is `todo` or `busy`, no guest mutation of it has reached the
+ * source since the instant. Whoever holds it `busy` may read the source and reads the instant.
+ */
+
+export const CLUSTER_NONE = 0;
+export const CLUSTER_TODO = 1;
+export const CLUSTER_BUSY = 2;
+export const CLUSTER_DONE = 3;
+
+/** What a guest write does when the old data cannot be saved. QMP `on-cbw-error`. */
+export type OnCbwError = 'break-guest-write' | 'break-snapshot';
+
+/** Plain data of a frame; any thread may attach to it. */
+export interface FrameDescriptor {
+  /** Never reused within an engine. */
+  readonly id: number;
+  readonly control: number;
+  readonly states: number;
+  readonly target: NodeDescriptor;
+  /** Bytes. */
+  readonly length: number;
+  /** Granularity of copying in bytes, a power of two. */
+  readonly clusterSize: number;
+  readonly clusters: number;
+  /** The target reads as zeroes wherever nothing was written. */
+  readonly targetReadsZero: boolean;
+  /** Sync mode `top`: clusters without allocation in the top layer are not part of the plan. */
+  readonly skipUnallocated: boolean;
+  readonly onCbwError: OnCbwError;
+}
+
+// Control block, byte offsets: int32 words, then int64 counters.
+const BROKEN = 0;
+const REMAINING = 4;
+const SEQUENCE = 8;
+const WAITERS = 12;
+const COUNTERS = 64;
+/** Bytes of a frame's control block. */
+export const FRAME_CONTROL_BYTES = 128;
+
+const COUNTER_NAMES = ['copied', 'zero', 'skipped', 'cbw', 'bytesRead', 'bytesWritten', 'checksum'] as const;
+type Counter = (typeof COUNTER_NAMES)[number];
+
+/** Counters of a frame: clusters, except where the name says bytes. */
+export type FrameCounters = Readonly<Record<Exclude<Counter, 'checksum'>, number>> & {
+  /** Clusters that are still to be looked at or under way. */
+  readonly remaining: number;
+  /** Sum of the leaves of all clusters of the plan so far, modulo 2^64. */
+  readonly checksum: bigint;
+};
+
+/** Largest buffer one step of copying uses, in bytes: the largest cluster size of any format. */
+export const COPY_BUFFER_BYTES = 2 * 1024 * 1024;
+/** Bytes copied in one step when clusters are not larger. */
+const RUN_BYTES = 1024 * 1024;
+/** How far a run of clusters without data is extended in one step, in bytes. */
+const SPARSE_RUN_BYTES = 64 * 1024 * 1024 * 1024;
+/** Bit masks of units behind the buffer: enough for a buffer of 512-byte units. */
+const MASK_BYTES = COPY_BUFFER_BYTES / 512 / 8;
+
+type Kind = 'skip' | 'zero' | 'data';
+
+/** Marks an error with the side it came from, for the job's error policy. */
+export class CopyError extends Error {
+  readonly operation: 'read' | 'write';
+  override readonly cause: unknown;
+
+  constructor(operation: 'read' | 'write', cause: unknown) {
+    super(`copy failed on ${operation}`);
+    this.operation = operation;
+    this.cause = cause;
+  }
+}
+
+/** Memory for one thread's copying: a buffer and a mask, from the arena for as long as the thread lives. */
+export class CopyBuffer {
+  readonly data: number;
+  readonly mask: number;
+
+  constructor(runtime: Runtime) {
+    this.data = runtime.arena.alloc(COPY_BUFFER_BYTES + MASK_BYTES, 'copy buffer of a thread');
+    this.mask = this.data + COPY_BUFFER_BYTES;
+  }
+}
+
+/** Reads a frame's counters; the only part of a frame the host thread touches. */
+export function readFrameCounters(arena: Runtime['arena'], control: number): FrameCounters {
+  const at = (name: Counter): bigint =>
+    Atomics.load(arena.u64, (control + COUNTERS) / 8 + COUNTER_NAMES.indexOf(name));
+  return {
+    copied: Number(at('copied')),
+    zero: Number(at('zero')),
+    skipped: Number(at('skipped')),
+    cbw: Number(at('cbw')),
+    bytesRead: Number(at('bytesRead')),
+    bytesWritten: Number(at('bytesWritten')),
+    checksum: at('checksum'),
+    remaining: load(arena, control + REMAINING),
+  };
+}
+
+/** One thread's view of a frame. */
+export class Frame {
+  readonly descriptor: FrameDescriptor;
+  readonly target: BlockNode;
+  readonly #runtime: Runtime;
+  readonly #source: BlockNode;
+  readonly #buffer: CopyBuffer;
+  readonly #runClusters: number;
+
+  constructor(
+    runtime: Runtime,
+    descriptor: FrameDescriptor,
+    source: BlockNode,
+    target: BlockNode,
+    buffer: CopyBuffer,
+  ) {
+    if (descriptor.clusterSize > COPY_BUFFER_BYTES) {
+      throw new RangeError(
+        `cluster size ${descriptor.clusterSize} is larger than ${COPY_BUFFER_BYTES} bytes`,
+      );
+    }
+    this.descriptor = descriptor;
+    this.target = target;
+    this.#runtime = runtime;
+    this.#source = source;
+    this.#buffer = buffer;
+    this.#runClusters = Math.max(1, RUN_BYTES / descriptor.clusterSize);
+  }
+
+  /** Puts every cluster in the plan. Called once, before the frame is part of a disk. */
+  static arm(runtime: Runtime, descriptor: FrameDescriptor): void {
+    runtime.kernels.clustersFill(descriptor.states, 0, descriptor.clusters, CLUSTER_TODO);
+    store(runtime.arena, descriptor.control + REMAINING, descriptor.clusters);
+  }
+
+  /** The old data of some cluster was lost to a guest write that was let through: nothing may rely on it. */
+  get broken(): boolean {
+    return load(this.#runtime.arena, this.descriptor.control + BROKEN) !== 0;
+  }
+
+  get remaining(): number {
+    return load(this.#runtime.arena, this.descriptor.control + REMAINING);
+  }
+
+  get counters(): FrameCounters {
+    return readFrameCounters(this.#runtime.arena, this.descriptor.control);
+  }
+
+  /**
+   * Saves the old data of every cluster the range touches. Returns when the guest may write there.
+   *
+   * @throws StillframeError the copy's error under `break-guest-write`: the guest's write must fail then
+   */
+  beforeWrite(offset: number, length: number): void {
+    if (length === 0 || this.broken) return;
+    const { clusterSize, states } = this.descriptor;
+    const { kernels } = this.#runtime;
+    const end = Math.ceil((offset + length) / clusterSize);
+    let cluster = Math.floor(offset / clusterSize);
+    for (;;) {
+      cluster = kernels.clustersNextPending(states, cluster, end);
+      if (cluster < 0) return;
+      const count = kernels.clustersClaimAt(states, cluster, Math.min(end, cluster + this.#runClusters));
+      if (count === 0) {
+        this.#waitWhileBusy(cluster);
+        continue;
+      }
+      try {
+        this.#copyClaim(cluster, count, true);
+      } catch (error) {
+        if (this.descriptor.onCbwError === 'break-snapshot') {
+          store(this.#runtime.arena, this.descriptor.control + BROKEN, 1);
+          this.#wake();
+          return;
+        }
+        throw error instanceof CopyError ? error.cause : error;
+      }
+    }
+  }
+
+  /**
+   * Copies the next run of the plan at or after `from`.
+   *
+   * @returns where the run ended and how many bytes of data moved, or undefined when nothing is left to claim
+   * @throws CopyError with the claim given back
+   */
+  copyNext(from: number): { readonly end: number; readonly bytes: number } | undefined {
+    const { states, clusters } = this.descriptor;
+    const { kernels } = this.#runtime;
+    const first = kernels.clustersClaimNext(states, from, clusters, this.#runClusters);
+    if (first < 0) return undefined;
+    return this.#copyClaim(first, kernels.claimedCount, false);
+  }
+
+  /**
+   * Takes clusters without allocation in the top layer out of the plan, from `from` on, a bounded number of
+   * them at once, so that progress totals are right early and a long scan can be interrupted.
+   *
+   * @returns where to go on, or undefined when the end was reached
+   */
+  scanNext(from: number): number | undefined {
+    const { states, clusters } = this.descriptor;
+    const { kernels } = this.#runtime;
+    const first = kernels.clustersClaimNext(states, from, clusters, SCAN_CLUSTERS);
+    if (first < 0) return undefined;
+    const end = first + kernels.claimedCount;
+    let cluster = first;
+    try {
+      while (cluster < end) {
+        const { kind, count } = this.#classify(cluster, end);
+        if (kind === 'skip') this.#finish(cluster, count, CLUSTER_NONE);
+        else this.#release(cluster, count);
+        cluster += count;
+      }
+    } catch (error) {
+      this.#release(cluster, end - cluster);
+      throw error;
+    }
+    return end;
+  }
+
+  /** Blocks until nothing is left to copy, some cluster came back for copying, or `timeoutMs` is over. */
+  waitForOthers(timeoutMs: number): void {
+    const { arena } = this.#runtime;
+    const { control } = this.descriptor;
+    Atomics.add(arena.i32, (control + WAITERS) >> 2, 1);
+    const sequence = load(arena, control + SEQUENCE);
+    if (this.remaining > 0) waitWhile(arena, control + SEQUENCE, sequence, timeoutMs);
+    Atomics.sub(arena.i32, (control + WAITERS) >> 2, 1);
+  }
+
+  #waitWhileBusy(cluster: number): void {
+    const { arena, kernels } = this.#runtime;
+    const { control, states } = this.descriptor;
+    // Announced before the state is read, so that whoever ends the claim later sees a waiter.
+    Atomics.add(arena.i32, (control + WAITERS) >> 2, 1);
+    for (;;) {
+      const sequence = load(arena, control + SEQUENCE);
+      if (kernels.clusterState(states, cluster) !== CLUSTER_BUSY) break;
+      waitWhile(arena, control + SEQUENCE, sequence);
+    }
+    Atomics.sub(arena.i32, (control + WAITERS) >> 2, 1);
+  }
+
+  #wake(): void {
+    const { arena } = this.#runtime;
+    const { control } = this.descriptor;
+    if (load(arena, control + WAITERS) > 0) advance(arena, control + SEQUENCE);
+  }
+
+  #count(counter: Counter, amount: number | bigint): void {
+    const index = (this.descriptor.control + COUNTERS) / 8 + COUNTER_NAMES.indexOf(counter);
+    Atomics.add(this.#runtime.arena.u64, index, BigInt(amount));
+  }
+
+  #finish(cluster: number, count: number, state: typeof CLUSTER_DONE | typeof CLUSTER_NONE): void {
+    this.#runtime.kernels.clustersTransition(this.descriptor.states, cluster, count, CLUSTER_BUSY, state);
+    if (state === CLUSTER_NONE) this.#count('skipped', count);
+    Atomics.sub(this.#runtime.arena.i32, (this.descriptor.control + REMAINING) >> 2, count);
+    this.#wake();
+  }
+
+  #release(cluster: number, count: number): void {
+    const { states } = this.descriptor;
+    this.#runtime.kernels.clustersTransition(states, cluster, count, CLUSTER_BUSY, CLUSTER_TODO);
+    this.#wake();
+  }
+
+  /** Copies clusters this thread holds `busy`; those it could not copy are `todo` again. */
+  #copyClaim(first: number, count: number, guest: boolean): { end: number; bytes: number } {
+    const { states, clusterSize, clusters, length } = this.descriptor;
+    const { kernels } = this.#runtime;
+    const sparseRun = Math.ceil(SPARSE_RUN_BYTES / clusterSize);
+    let cluster = first;
+    let end = first + count;
+    let bytes = 0;
+    try {
+      while (cluster < end) {
+        const run = this.#classify(cluster, end);
+        if (run.kind === 'data') bytes += this.#copyData(cluster, run.count, guest);
+        else this.#passOver(cluster, run.count, run.kind);
+        cluster += run.count;
+        if (run.kind === 'data' || cluster < end || guest) continue;
+        // A hole usually goes on: follow it in growing steps. What the status says of a cluster before it is
+        // claimed still holds once the claim succeeds, since `todo` means unchanged since the instant.
+        for (let step = this.#runClusters; end < clusters; step = Math.min(step * 16, sparseRun)) {
+          const beyond = this.#kindAt(end * clusterSize, Math.min((end + step) * clusterSize, length));
+          const whole = this.#wholeClusters(end * clusterSize, beyond.length);
+          const claimed = beyond.kind === run.kind ? kernels.clustersClaimAt(states, end, end + whole) : 0;
+          end += claimed;
+          if (claimed > 0) this.#passOver(cluster, claimed, run.kind);
+          cluster = end;
+          if (claimed < step) break;
+        }
+      }
+    } catch (error) {
+      this.#release(cluster, end - cluster);
+      throw error;
+    }
+    return { end, bytes };
+  }
+
+  #passOver(cluster: number, count: number, kind: 'skip' | 'zero'): void {
+    const { clusterSize, length, targetReadsZero } = this.descriptor;
+    if (kind === 'skip') {
+      this.#finish(cluster, count, CLUSTER_NONE);
+      return;
+    }
+    const start = cluster * clusterSize;
+    const bytes = Math.min(count * clusterSize, length - start);
+    if (!targetReadsZero) this.#onTarget(() => this.target.writeZeroes(start, bytes, true));
+    const last = start + bytes === length ? length - (cluster + count - 1) * clusterSize : clusterSize;
+    this.#count('checksum', this.#runtime.kernels.zeroLeaves(clusterSize, last, cluster, count));
+    this.#count('zero', count);
+    this.#finish(cluster, count, CLUSTER_DONE);
+  }
+
+  #copyData(cluster: number, count: number, guest: boolean): number {
+    const { clusterSize, length, targetReadsZero } = this.descriptor;
+    const { kernels, arena } = this.#runtime;
+    const { data, mask } = this.#buffer;
+    const start = cluster * clusterSize;
+    const bytes = Math.min(count * clusterSize, length - start);
+    try {
+      this.#source.read(start, data, bytes);
+    } catch (error) {
+      throw new CopyError('read', error);
+    }
+    const leaves = kernels.digestUnits(data, bytes, clusterSize, cluster, mask);
+    const zero = kernels.zeroUnits;
+    let written = 0;
+    this.#onTarget(() => {
+      if (zero > 0 && !targetReadsZero) this.#zeroUnits(start, bytes, count);
+      if (zero < count) this.target.writeUnits(start, data, bytes, clusterSize, mask);
+    });
+    const lastIsZero = ((arena.u32[(mask >> 2) + ((count - 1) >> 5)] ?? 0) >>> ((count - 1) & 31)) & 1;
+    written = (count - zero) * clusterSize;
+    if (!lastIsZero) written -= count * clusterSize - bytes;
+    this.#count('checksum', leaves);
+    this.#count('bytesRead', bytes);
+    this.#count('bytesWritten', written);
+    this.#count('copied', count - zero);
+    if (zero > 0) this.#count('zero', zero);
+    if (guest) this.#count('cbw', count);
+    this.#finish(cluster, count, CLUSTER_DONE);
+    return bytes;
+  }
+
+  /** Zeroes the target under the units that the mask calls zero. */
+  #zeroUnits(start: number, bytes: number, count: number): void {
+    const { clusterSize } = this.descriptor;
+    const { kernels } = this.#runtime;
+    const { mask } = this.#buffer;
+    for (let unit = kernels.bitmapNextSet(mask, 0, count); unit >= 0; ) {
+      const next = kernels.bitmapNextClear(mask, unit, count);
+      const end = next < 0 ? count : next;
+      const from = unit * clusterSize;
+      this.target.writeZeroes(start + from, Math.min(end * clusterSize, bytes) - from, true);
+      unit = end < count ? kernels.bitmapNextSet(mask, end, count) : -1;
+    }
+  }
+
+  #onTarget(body: () => void): void {
+    try {
+      body();
+    } catch (error) {
+      throw new CopyError('write', error);
+    }
+  }
+
+  /**
+   * What to do with the run of clusters that starts at `cluster`: the longest one of a kind, at most to
+   * `end` (and for data at most what fits the buffer). A cluster with any allocated byte is allocated, one with
+   * any byte of data is data (QEMU's rule for block status finer than a cluster).
+   */
+  #classify(cluster: number, end: number): { readonly kind: Kind; readonly count: number } {
+    const { clusterSize, length } = this.descriptor;
+    let kind: Kind | undefined;
+    let count = 0;
+    while (cluster + count < end) {
+      const start = (cluster + count) * clusterSize;
+      const stop = Math.min(end * clusterSize, length);
+      const extent = this.#kindAt(start, stop);
+      // Only what covers whole clusters can be passed over.
+      const whole = this.#wholeClusters(start, extent.length);
+      const nextKind: Kind = whole === 0 ? 'data' : extent.kind;
+      const clusters = nextKind === 'data' ? Math.ceil(extent.length / clusterSize) : whole;
+      if (kind !== undefined && nextKind !== kind) break;
+      kind = nextKind;
+      count += clusters;
+      if (kind === 'data' && count >= this.#runClusters) {
+        count = this.#runClusters;
+        break;
+      }
+    }
+    return { kind: kind ?? 'data', count: Math.min(count, end - cluster) };
+  }
+
+  /** How many clusters `bytes` from the cluster boundary `start` cover; the tail of the image counts whole. */
+  #wholeClusters(start: number, bytes: number): number {
+    const { clusterSize, length } = this.descriptor;
+    return start + bytes === length ? Math.ceil(bytes / clusterSize) : Math.floor(bytes / clusterSize);
+  }
+
+  /** The run of bytes of one kind that starts at `start`, merged over extents up to `stop`. */
+  #kindAt(start: number, stop: number): { readonly kind: Kind; readonly length: number } {
+    let kind: Kind | undefined;
+    let position = start;
+    while (position < stop) {
+      const extent = this.#extentAt(position, stop - position);
+      if (kind !== undefined && extent.kind !== kind) break;
+      kind = extent.kind;
+      position += extent.length;
+      if (kind === 'data') break;
+    }
+    return { kind: kind ?? 'data', length: position - start };
+  }
+
+  #extentAt(offset: number, length: number): { readonly kind: Kind; readonly length: number } {
+    try {
+      if (this.descriptor.skipUnallocated) {
+        const own = this.#source.status(offset, length);
+        if ((own.flags & STATUS_ALLOCATED) === 0) return { kind: 'skip', length: own.length };
+        return { kind: own.flags & STATUS_ZERO ? 'zero' : 'data', length: own.length };
+      }
+      const extent = chainStatus(this.#source, offset, length);
+      return { kind: extent.flags & STATUS_ZERO ? 'zero' : 'data', length: extent.length };
+    } catch (error) {
+      throw new CopyError('read', error);
+    }
+  }
+}
+
+/** Clusters looked at in one step of a scan: a guest write that meets the scan waits for at most one step. */
+const SCAN_CLUSTERS = 8192;
+
+/** The error of everything that would have to rely on a broken frame. */
+export function brokenFrameError(what: string): StillframeError {
+  return new StillframeError(
+    'ERR_STILLFRAME_BROKEN_FRAME',
+    `${what}: old data could not be saved before a guest write that was let through, so it is not the drive at ` +
+      "its instant; mend the target and take a new backup (on-cbw-error 'break-guest-write' fails the guest's write instead)",
+  );
+}

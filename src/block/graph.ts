@@ -1,0 +1,220 @@
+import { realpathSync, statSync } from 'node:fs';
+import { dirname, isAbsolute, resolve, sep } from 'node:path';
+import { StillframeError } from '../errors.js';
+import type { Runtime } from '../kernels/runtime.js';
+import type { LockMode } from '../os/image-lock.js';
+import type { BlockNode, FileDescriptor, NodeDescriptor } from './node.js';
+import { attachQcow2, closeQcow2, openQcow2, probeQcow2, readHeader } from './qcow2/index.js';
+import { attachFile, closeFile, openFile } from './raw/file.js';
+import { attachRaw, openRaw } from './raw/raw.js';
+
+/** Formats of images, as `-f` names them. */
+export type ImageFormat = 'raw' | 'qcow2';
+
+/** Deepest backing chain that is followed; a longer one is refused. */
+export const MAX_CHAIN_DEPTH = 200;
+
+export interface OpenImageOptions {
+  /** Format of the image; probed from its first bytes when absent. */
+  readonly format?: ImageFormat | undefined;
+  readonly readOnly: boolean;
+  /** Image lock to take; default `read` or `write` as `readOnly` says. Backing files take `read` or none. */
+  readonly lock?: LockMode | undefined;
+  /**
+   * Folders from which image headers may open backing files. Default: the folder of the image itself.
+   * `false`: no backing file is opened at all and unallocated ranges read as zeroes (for `info`).
+   */
+  readonly backing?: readonly string[] | false | undefined;
+}
+
+/**
+ * Opens an image and its backing chain.
+ *
+ * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_LOCKED, …_FORMAT (a writable image of
+ *   unknown format: probing what a guest can write is unsafe), …_CORRUPT_IMAGE, …_UNSUPPORTED_FEATURE and
+ *   for the chain …_BACKING_FORBIDDEN, …_BACKING_MISSING, …_BACKING_CYCLE, …_BACKING_DEPTH
+ */
+export function openImage(runtime: Runtime, path: string, options: OpenImageOptions): NodeDescriptor {
+  const chain: FileDescriptor[] = [];
+  return openLayer(runtime, resolve(path), options, undefined, chain);
+}
+
+function openLayer(
+  runtime: Runtime,
+  path: string,
+  options: OpenImageOptions,
+  allowed: readonly string[] | undefined,
+  chain: FileDescriptor[],
+): NodeDescriptor {
+  const identity = fileIdentity(path);
+  // Before it is opened: our own lock on the file would hide the cycle behind a lock conflict.
+  if (chain.some((other) => `${other.device}:${other.inode}` === identity)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_CYCLE',
+      `'${path}' is its own backing file through '${chain.at(-1)?.path}'; repair the chain with 'qemu-img rebase -u'`,
+    );
+  }
+  const lock = options.lock ?? (options.readOnly ? 'read' : 'write');
+  const file = openFile(runtime, path, { readOnly: options.readOnly, lock });
+  let backing: NodeDescriptor | undefined;
+  try {
+    chain.push(file);
+    const node = attachFile(runtime, file);
+    const format = options.format ?? probe(runtime, file);
+    if (format === 'raw') {
+      if (!options.readOnly && options.format === undefined) {
+        throw new StillframeError(
+          'ERR_STILLFRAME_FORMAT',
+          `'${path}' has no header of a known format; say format 'raw' to open it for writing`,
+        );
+      }
+      return openRaw(file);
+    }
+    const header = readHeader(runtime, node);
+    if (header.backingFile !== undefined && options.backing !== false) {
+      const folders = allowed ?? allowedFolders(path, options.backing);
+      const backingPath = backingPathOf(path, header.backingFile, folders);
+      if (chain.length >= MAX_CHAIN_DEPTH) {
+        throw new StillframeError(
+          'ERR_STILLFRAME_BACKING_DEPTH',
+          `the backing chain at '${path}' is deeper than ${MAX_CHAIN_DEPTH} images; commit or rebase some of them`,
+        );
+      }
+      backing = openLayer(
+        runtime,
+        backingPath,
+        {
+          format: formatOfBacking(path, header.backingFormat),
+          readOnly: true,
+          lock: lock === 'none' ? 'none' : 'read',
+        },
+        folders,
+        chain,
+      );
+    }
+    return openQcow2(runtime, file, backing, { readOnly: options.readOnly });
+  } catch (error) {
+    if (backing !== undefined) closeNode(runtime, backing);
+    closeFile(runtime, file);
+    throw error;
+  }
+}
+
+/** `device:inode` of the file a path leads to, links followed; undefined where there is none. */
+export function fileIdentity(path: string): string | undefined {
+  const stat = statSync(path, { bigint: true, throwIfNoEntry: false });
+  return stat && `${stat.dev}:${stat.ino}`;
+}
+
+/** `qcow2` where the file starts with its magic, else `raw`. */
+function probe(runtime: Runtime, file: FileDescriptor): ImageFormat {
+  const pointer = runtime.arena.alloc(512, 'format probe');
+  try {
+    const node = attachFile(runtime, file);
+    node.read(0, pointer, Math.min(512, node.length));
+    return probeQcow2(runtime.arena.copyOut(pointer, 512)) ? 'qcow2' : 'raw';
+  } finally {
+    runtime.arena.free(pointer);
+  }
+}
+
+function formatOfBacking(path: string, name: string | undefined): ImageFormat | undefined {
+  if (name === undefined || name === 'raw' || name === 'qcow2') return name;
+  throw new StillframeError(
+    'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+    `'${path}': its backing file has the format '${name}', which is not supported; supported are raw and qcow2`,
+  );
+}
+
+function realpathOrSelf(path: string): string {
+  try {
+    return realpathSync(path);
+  } catch {
+    return path;
+  }
+}
+
+function allowedFolders(path: string, folders: readonly string[] | undefined): readonly string[] {
+  const list = folders ?? [dirname(path), dirname(realpathOrSelf(path))];
+  return list.map((folder) => realpathOrSelf(resolve(folder)));
+}
+
+/** The name of a header made into a path: relative names are relative to the folder of the overlay. */
+export function resolveBackingName(overlayPath: string, name: string): string {
+  return isAbsolute(name) ? name : resolve(dirname(overlayPath), name);
+}
+
+function backingPathOf(overlayPath: string, name: string, folders: readonly string[]): string {
+  // A colon before any slash is QEMU's syntax for a protocol or `json:` name.
+  if (/^[^/]*:/.test(name)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_FORBIDDEN',
+      `'${overlayPath}' names the backing file '${name}'; protocol and json: names in image headers are never opened`,
+    );
+  }
+  const path = resolveBackingName(overlayPath, name);
+  let real: string;
+  try {
+    real = realpathSync(path);
+  } catch (error) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_MISSING',
+      `the backing file '${path}' of '${overlayPath}' cannot be reached; bring it back or correct the name with 'qemu-img rebase -u'`,
+      { cause: error },
+    );
+  }
+  const inside = folders.some(
+    (folder) => real === folder || real.startsWith(folder === sep ? sep : folder + sep),
+  );
+  if (!inside) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_FORBIDDEN',
+      `the header of '${overlayPath}' names the backing file '${path}' outside of the allowed folders ` +
+        `(${folders.join(', ')}); if you trust the image, allow the folder with --allow-backing ${dirname(real)}`,
+    );
+  }
+  return path;
+}
+
+/** This thread's facade of an open node, its children included. */
+export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockNode {
+  switch (descriptor.driver) {
+    case 'file':
+      return attachFile(runtime, descriptor);
+    case 'raw':
+      return attachRaw(runtime, descriptor, attachFile(runtime, descriptor.file));
+    case 'qcow2': {
+      const backing = descriptor.backing && attachNode(runtime, descriptor.backing);
+      return attachQcow2(runtime, descriptor, attachFile(runtime, descriptor.file), backing);
+    }
+  }
+}
+
+/**
+ * Flushes and closes a node and its chain. No thread may use a facade of it afterwards. Resources are given
+ * back even when the flush fails; the first error is thrown then.
+ */
+export function closeNode(runtime: Runtime, descriptor: NodeDescriptor): void {
+  if (descriptor.driver === 'file') {
+    closeFile(runtime, descriptor);
+    return;
+  }
+  try {
+    if (descriptor.driver === 'qcow2') closeQcow2(runtime, descriptor, attachFile(runtime, descriptor.file));
+  } finally {
+    try {
+      closeFile(runtime, descriptor.file);
+    } finally {
+      if (descriptor.driver === 'qcow2' && descriptor.backing !== undefined) {
+        closeNode(runtime, descriptor.backing);
+      }
+    }
+  }
+}
+
+/** The files of a node's chain, top first. */
+export function filesOf(descriptor: NodeDescriptor): FileDescriptor[] {
+  if (descriptor.driver === 'file') return [descriptor];
+  const rest = descriptor.driver === 'qcow2' && descriptor.backing ? filesOf(descriptor.backing) : [];
+  return [descriptor.file, ...rest];
+}

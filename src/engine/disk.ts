@@ -1,0 +1,218 @@
+import type { OnError } from '../backup/backup-job.js';
+import type { SyncMode } from '../backup/target.js';
+import type { DiskDescriptor } from '../block/disk.js';
+import type { OnCbwError } from '../block/filters/copy-before-write.js';
+import type { ImageFormat } from '../block/graph.js';
+import { StillframeError } from '../errors.js';
+import type { Engine } from './engine.js';
+import { type BackupHandle, startBackup } from './job.js';
+import { closedError, type GuestRequest } from './tasks.js';
+
+export interface BackupOptions {
+  /** Path of the image to make (or, with `existing`, to write into). */
+  readonly target: string;
+  readonly sync: SyncMode;
+  /** Format of the target. Default: the source's. */
+  readonly format?: ImageFormat | undefined;
+  /** Write into the image that is there (QMP `mode: existing`). Default false. */
+  readonly existing?: boolean | undefined;
+  /** Replace a file of the target's name once the backup is complete. Default false. */
+  readonly force?: boolean | undefined;
+  /** Cluster size in bytes of a new qcow2 target. Default 65536. */
+  readonly targetClusterSize?: number | undefined;
+  /** Job id as QEMU allows it. Default `backup` and a number. */
+  readonly jobId?: string | undefined;
+  /** Limit of the background copy in bytes per second; 0 (default) is none. */
+  readonly speed?: number | undefined;
+  /** Threads that copy. Default: the engine's. */
+  readonly workers?: number | undefined;
+  /** QMP `on-source-error`. Default `report`. */
+  readonly onSourceError?: OnError | undefined;
+  /** QMP `on-target-error`. Default `report`. */
+  readonly onTargetError?: OnError | undefined;
+  /** QMP `on-cbw-error`. Default `break-guest-write`. */
+  readonly onCbwError?: OnCbwError | undefined;
+  /** With false the finished job waits for {@link BackupHandle.finalize}. Default true. */
+  readonly autoFinalize?: boolean | undefined;
+  /** With false the ended job waits for {@link BackupHandle.dismiss}. Default true. */
+  readonly autoDismiss?: boolean | undefined;
+  /** Cancels the job. What was written of a new target is removed. */
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** Bytes of one buffer through which requests travel; larger requests are split. */
+const SLOT_BYTES = 1024 * 1024;
+const SLOTS = 8;
+
+/** A live disk, as the host program sees it. Every method may be called while others are under way. */
+export class DiskHandle {
+  readonly descriptor: DiskDescriptor;
+  readonly #engine: Engine;
+  readonly #onClose: () => void;
+  readonly #jobs = new Set<BackupHandle>();
+  readonly #pending = new Set<Promise<unknown>>();
+  #slots: { base: number; free: number[]; waiting: ((slot: number) => void)[] } | undefined;
+  #closing: Promise<void> | undefined;
+
+  /** @internal Use {@link Engine.openDisk}. */
+  constructor(engine: Engine, descriptor: DiskDescriptor, onClose: () => void) {
+    this.descriptor = descriptor;
+    this.#engine = engine;
+    this.#onClose = onClose;
+  }
+
+  /** Absolute path of the image. */
+  get path(): string {
+    return this.descriptor.node.path;
+  }
+
+  /** Virtual size in bytes. */
+  get length(): number {
+    return this.descriptor.length;
+  }
+
+  get readOnly(): boolean {
+    return this.descriptor.readOnly;
+  }
+
+  /** Reads `length` bytes. @throws StillframeError ERR_STILLFRAME_OUT_OF_RANGE, …_IO, …_CORRUPT_IMAGE */
+  async read(offset: number, length: number): Promise<Uint8Array> {
+    this.#checkRange('read', offset, length);
+    const data = new Uint8Array(length);
+    await this.#split(length, async (done, pointer, bytes) => {
+      await this.#request({ op: 'read', offset: offset + done, pointer, length: bytes });
+      data.set(this.#engine.arena.u8.subarray(pointer, pointer + bytes), done);
+    });
+    return data;
+  }
+
+  /**
+   * Writes `data`. The bytes are borrowed until the promise settles. A request of more than 1 MiB is carried out
+   * in parts, in no particular order.
+   *
+   * @throws StillframeError ERR_STILLFRAME_OUT_OF_RANGE, …_READ_ONLY, …_NO_SPACE, …_IO; under `on-cbw-error`
+   *   `break-guest-write` also the error of the copy that has to come before the write
+   */
+  async write(offset: number, data: Uint8Array): Promise<void> {
+    this.#checkRange('write', offset, data.length);
+    await this.#split(data.length, async (done, pointer, bytes) => {
+      this.#engine.arena.u8.set(data.subarray(done, done + bytes), pointer);
+      await this.#request({ op: 'write', offset: offset + done, pointer, length: bytes });
+    });
+  }
+
+  /** Makes the range read as zeroes. `unmap`: space may be given back. Errors as {@link write}. */
+  async writeZeroes(offset: number, length: number, options: { unmap?: boolean } = {}): Promise<void> {
+    this.#checkRange('write zeroes', offset, length);
+    await this.#request({ op: 'zeroes', offset, length, unmap: options.unmap ?? false });
+  }
+
+  /** Says that the content of the range no longer matters. Errors as {@link write}. */
+  async discard(offset: number, length: number): Promise<void> {
+    this.#checkRange('discard', offset, length);
+    await this.#request({ op: 'discard', offset, length });
+  }
+
+  /** Resolves when every write that was resolved before is durable. */
+  async flush(): Promise<void> {
+    await this.#request({ op: 'flush' });
+  }
+
+  /**
+   * Takes the instant and starts a backup of it. When this resolves the instant is fixed: writes resolved
+   * before the call are in the backup, writes made afterwards are not.
+   *
+   * Semantics: QMP `drive-backup`.
+   *
+   * @throws StillframeError ERR_STILLFRAME_SAME_NODE, …_TARGET_EXISTS, …_SIZE_MISMATCH, …_BACKING_UNSUPPORTED,
+   *   …_LOCKED, …_INVALID_ARGUMENT, …_ARENA_EXHAUSTED and what making a file throws
+   */
+  async backup(options: BackupOptions): Promise<BackupHandle> {
+    if (this.#closing !== undefined) throw closedError(`'${this.path}'`);
+    options.signal?.throwIfAborted();
+    const job = await startBackup(this.#engine, this.descriptor, options);
+    this.#jobs.add(job);
+    const forget = (): boolean => this.#jobs.delete(job);
+    job.ended.then(forget, forget);
+    if (this.#closing !== undefined) await job.stop();
+    return job;
+  }
+
+  /** Cancels the disk's jobs, flushes and closes. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  async #close(): Promise<void> {
+    await Promise.allSettled(this.#pending);
+    await Promise.all([...this.#jobs].map((job) => job.stop()));
+    try {
+      await this.#engine.run<void>({ kind: 'close', disk: this.descriptor });
+    } finally {
+      if (this.#slots !== undefined) this.#engine.arena.free(this.#slots.base);
+      this.#onClose();
+    }
+  }
+
+  #checkRange(what: string, offset: number, length: number): void {
+    if (Number.isSafeInteger(offset) && Number.isSafeInteger(length) && offset >= 0 && length >= 0) {
+      if (offset + length <= this.length) return;
+    }
+    throw new StillframeError(
+      'ERR_STILLFRAME_OUT_OF_RANGE',
+      `cannot ${what} ${length} bytes at ${offset}: '${this.path}' has ${this.length} bytes`,
+    );
+  }
+
+  async #request(request: GuestRequest): Promise<void> {
+    if (this.#closing !== undefined) throw closedError(`'${this.path}'`);
+    const pending = this.#engine.run<void>({ kind: 'request', disk: this.descriptor, request });
+    this.#pending.add(pending);
+    try {
+      await pending;
+    } finally {
+      this.#pending.delete(pending);
+    }
+  }
+
+  /** Runs `part` over slices of a request, each with a buffer; waits for all of them even when one fails. */
+  async #split(
+    length: number,
+    part: (done: number, pointer: number, bytes: number) => Promise<void>,
+  ): Promise<void> {
+    const parts: Promise<void>[] = [];
+    for (let done = 0; done < length; done += SLOT_BYTES) {
+      const slot = await this.#takeSlot();
+      const bytes = Math.min(SLOT_BYTES, length - done);
+      const pending = part(done, slot, bytes).finally(() => this.#giveSlot(slot));
+      // A failed part is reported by allSettled below; until then nobody else looks at it.
+      pending.catch(() => undefined);
+      parts.push(pending);
+    }
+    for (const result of await Promise.allSettled(parts)) {
+      if (result.status === 'rejected') throw result.reason;
+    }
+  }
+
+  async #takeSlot(): Promise<number> {
+    if (this.#closing !== undefined) throw closedError(`'${this.path}'`);
+    if (this.#slots === undefined) {
+      const base = this.#engine.arena.alloc(SLOTS * SLOT_BYTES, `request buffers of '${this.path}'`);
+      const free = Array.from({ length: SLOTS }, (_, index) => base + index * SLOT_BYTES);
+      this.#slots = { base, free, waiting: [] };
+    }
+    const { free, waiting } = this.#slots;
+    return free.pop() ?? new Promise((resolve) => waiting.push(resolve));
+  }
+
+  #giveSlot(slot: number): void {
+    const next = this.#slots?.waiting.shift();
+    if (next !== undefined) next(slot);
+    else this.#slots?.free.push(slot);
+  }
+}

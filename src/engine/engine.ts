@@ -1,0 +1,199 @@
+import { availableParallelism } from 'node:os';
+import { MessageChannel, type Transferable } from 'node:worker_threads';
+import { Piscina } from 'piscina';
+import type { CompareResult } from '../block/compare.js';
+import type { CreateImageOptions } from '../block/create.js';
+import type { DiskDescriptor } from '../block/disk.js';
+import type { ImageFormat } from '../block/graph.js';
+import type { ImageInfo } from '../block/info.js';
+import type { MapEntry } from '../block/map.js';
+import { StillframeError } from '../errors.js';
+import type { Arena } from '../kernels/arena.js';
+import { createRuntime } from '../kernels/runtime.js';
+import { DiskHandle } from './disk.js';
+import { closedError, type ImageTask, type Task } from './tasks.js';
+import type { Answer } from './worker.js';
+
+export interface EngineOptions {
+  /**
+   * Size of the shared memory in bytes: the budget of everything that is in flight, cached or tracked.
+   * Address space, not resident memory. Default 512 MiB.
+   */
+  readonly arenaBytes?: number;
+  /** Threads a job copies with unless it says otherwise. Default: the processors, at most 4. */
+  readonly workers?: number;
+  /** Threads that serve requests on live disks. Default 4. */
+  readonly requestThreads?: number;
+}
+
+/** How a tool or a disk opens an image. */
+export interface ImageOptions {
+  /** Probed from the first bytes when absent; a disk opened for writing must say `raw`. */
+  readonly format?: ImageFormat | undefined;
+  /** Folders from which image headers may open backing files. Default: the image's own folder. */
+  readonly allowBacking?: readonly string[] | undefined;
+  /** Open although another program has the image open for writing (qemu-img's `-U`). Default false. */
+  readonly forceShare?: boolean | undefined;
+}
+
+export interface OpenDiskOptions extends ImageOptions {
+  /** Default false: the disk takes writes and keeps other writers out. */
+  readonly readOnly?: boolean | undefined;
+  /** Whether discards are passed down or dropped. Default `unmap`. */
+  readonly discard?: 'unmap' | 'ignore' | undefined;
+}
+
+export interface CompareOptions {
+  /** Sizes and allocation must agree too. Default false. */
+  readonly strict?: boolean;
+  readonly first?: ImageOptions;
+  readonly second?: ImageOptions;
+  /** Called now and then with bytes compared and bytes in all. */
+  readonly onProgress?: (progress: { readonly done: number; readonly total: number }) => void;
+}
+
+/** Threads that jobs and tools may use at once. */
+const MAX_JOB_THREADS = 64;
+
+function imageTask(options: ImageOptions | undefined): ImageTask {
+  return {
+    format: options?.format,
+    backing: options?.allowBacking,
+    ...(options?.forceShare === true ? { lock: 'none' as const } : {}),
+  };
+}
+
+/**
+ * The threads and the shared memory that do the work. One per process is enough. The host thread only starts
+ * work and looks at counters; it never moves data.
+ */
+export class Engine {
+  readonly arena: Arena;
+  /** Threads a job copies with by default. */
+  readonly workers: number;
+  readonly #jobs: Piscina<Task, Answer>;
+  readonly #requests: Piscina<Task, Answer>;
+  readonly #disks = new Set<DiskHandle>();
+  #nextId = 1;
+  #closed = false;
+
+  /** @internal Use {@link createEngine}. */
+  constructor(options: EngineOptions = {}) {
+    const runtime = createRuntime(options.arenaBytes);
+    this.arena = runtime.arena;
+    this.workers = options.workers ?? Math.min(4, availableParallelism());
+    const common = {
+      filename: new URL('./worker.js', import.meta.url).href,
+      workerData: runtime.shared,
+      // Threads keep their facades and buffers; the pool is bounded and ends with the engine.
+      idleTimeout: Number.POSITIVE_INFINITY,
+      recordTiming: false,
+    };
+    this.#jobs = new Piscina({ ...common, minThreads: this.workers, maxThreads: MAX_JOB_THREADS });
+    this.#requests = new Piscina({ ...common, minThreads: 0, maxThreads: options.requestThreads ?? 4 });
+  }
+
+  /** @internal A number never used before in this engine. */
+  nextId(): number {
+    return this.#nextId++;
+  }
+
+  /** @internal Runs a task on a thread for jobs, or for requests on live disks. */
+  async run<T>(task: Task, transfer: readonly Transferable[] = []): Promise<T> {
+    if (this.#closed) throw closedError('the engine');
+    const pool = task.kind === 'request' ? this.#requests : this.#jobs;
+    const answer = await pool.run(task, transfer.length === 0 ? {} : { transferList: [...transfer] });
+    if ('error' in answer) throw StillframeError.fromPlain(answer.error);
+    // The task's kind fixes the type of its value; it crossed a thread as plain data.
+    return answer.value as T;
+  }
+
+  /**
+   * Opens an image as a live disk.
+   *
+   * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_LOCKED, …_FORMAT, …_CORRUPT_IMAGE,
+   *   …_UNSUPPORTED_FEATURE, …_BACKING_FORBIDDEN, …_BACKING_MISSING, …_BACKING_CYCLE, …_BACKING_DEPTH,
+   *   …_ARENA_EXHAUSTED
+   */
+  async openDisk(path: string, options: OpenDiskOptions = {}): Promise<DiskHandle> {
+    const descriptor = await this.run<DiskDescriptor>({
+      kind: 'open',
+      path,
+      id: this.nextId(),
+      options: {
+        ...imageTask(options),
+        readOnly: options.readOnly ?? false,
+        discard: options.discard ?? 'unmap',
+      },
+    });
+    const disk = new DiskHandle(this, descriptor, () => this.#disks.delete(disk));
+    this.#disks.add(disk);
+    return disk;
+  }
+
+  /** Makes a new image, like `qemu-img create`. @returns its virtual size in bytes */
+  createImage(path: string, options: CreateImageOptions): Promise<number> {
+    return this.run({ kind: 'create', path, options });
+  }
+
+  /** What `qemu-img info --output=json` says, with its field names. Backing files are not opened. */
+  imageInfo(path: string, options?: ImageOptions): Promise<ImageInfo> {
+    return this.run({ kind: 'info', path, options: imageTask(options) });
+  }
+
+  /** The extents `qemu-img map --output=json` lists, in order, as they are found. */
+  async mapImage(
+    path: string,
+    onEntries: (entries: readonly MapEntry[]) => void,
+    options?: ImageOptions,
+  ): Promise<void> {
+    const { port1, port2 } = new MessageChannel();
+    port1.on('message', onEntries);
+    // The last batch may be on its way still when the task has ended: the closed port comes after it.
+    const drained = new Promise((resolve) => port1.once('close', resolve));
+    try {
+      await this.run({ kind: 'map', path, options: imageTask(options), port: port2 }, [port2]);
+      await drained;
+    } finally {
+      port1.close();
+    }
+  }
+
+  /** Compares two images, like `qemu-img compare`. */
+  async compareImages(first: string, second: string, options: CompareOptions = {}): Promise<CompareResult> {
+    const { port1, port2 } = new MessageChannel();
+    if (options.onProgress !== undefined) port1.on('message', options.onProgress);
+    port1.unref();
+    try {
+      return await this.run<CompareResult>(
+        {
+          kind: 'compare',
+          paths: [first, second],
+          options: [imageTask(options.first), imageTask(options.second)],
+          strict: options.strict ?? false,
+          port: port2,
+        },
+        [port2],
+      );
+    } finally {
+      port1.close();
+    }
+  }
+
+  /** Closes what is still open and ends the threads. Jobs are cancelled. */
+  async close(): Promise<void> {
+    if (this.#closed) return;
+    await Promise.all([...this.#disks].map((disk) => disk.close()));
+    this.#closed = true;
+    await Promise.all([this.#jobs.destroy(), this.#requests.destroy()]);
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+}
+
+/** Starts an engine. @throws RangeError when `arenaBytes` is outside 256 KiB to 4 GiB - 64 KiB */
+export async function createEngine(options?: EngineOptions): Promise<Engine> {
+  return new Engine(options);
+}

@@ -1,0 +1,217 @@
+import type { MessagePort } from 'node:worker_threads';
+import { BackupJob, type BackupJobOptions, helpCopying } from '../backup/backup-job.js';
+import { type CompareResult, compareNodes } from '../block/compare.js';
+import { type CreateImageOptions, createImage } from '../block/create.js';
+import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '../block/disk.js';
+import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-write.js';
+import { attachNode, closeNode, type OpenImageOptions, openImage } from '../block/graph.js';
+import { type ImageInfo, imageInfo } from '../block/info.js';
+import { type MapEntry, mapNode } from '../block/map.js';
+import { StillframeError } from '../errors.js';
+import { JobControl } from '../job/control.js';
+import type { Runtime } from '../kernels/runtime.js';
+
+/** Work the host thread hands to a thread of the engine, as plain data. */
+export type Task =
+  | { readonly kind: 'open'; readonly path: string; readonly options: OpenDiskTask; readonly id: number }
+  | { readonly kind: 'close'; readonly disk: DiskDescriptor }
+  | { readonly kind: 'request'; readonly disk: DiskDescriptor; readonly request: GuestRequest }
+  | {
+      readonly kind: 'backup';
+      readonly disk: DiskDescriptor;
+      readonly control: number;
+      readonly port: MessagePort;
+      readonly options: BackupJobOptions;
+      readonly id: number;
+    }
+  | {
+      readonly kind: 'copy';
+      readonly disk: DiskDescriptor;
+      readonly frame: FrameDescriptor;
+      readonly control: number;
+    }
+  | { readonly kind: 'create'; readonly path: string; readonly options: CreateImageOptions }
+  | { readonly kind: 'info'; readonly path: string; readonly options: ImageTask }
+  | { readonly kind: 'map'; readonly path: string; readonly options: ImageTask; readonly port: MessagePort }
+  | {
+      readonly kind: 'compare';
+      readonly paths: readonly [string, string];
+      readonly options: readonly [ImageTask, ImageTask];
+      readonly strict: boolean;
+      readonly port: MessagePort | undefined;
+    };
+
+/** How a tool opens an image it only looks at. */
+export type ImageTask = Omit<OpenImageOptions, 'readOnly'>;
+
+export interface OpenDiskTask extends OpenImageOptions {
+  readonly discard: DiskDescriptor['discard'];
+}
+
+/** A request on a live disk; `pointer` is the buffer in the arena, offsets and lengths are bytes. */
+export type GuestRequest =
+  | {
+      readonly op: 'read' | 'write';
+      readonly offset: number;
+      readonly pointer: number;
+      readonly length: number;
+    }
+  | { readonly op: 'zeroes'; readonly offset: number; readonly length: number; readonly unmap: boolean }
+  | { readonly op: 'discard'; readonly offset: number; readonly length: number }
+  | { readonly op: 'flush' };
+
+/** Map entries go to the host thread in batches of this many. */
+const MAP_BATCH = 1024;
+
+/** Runs tasks on one thread of the engine, keeping its facades of disks from task to task. */
+export class TaskRunner {
+  readonly #runtime: Runtime;
+  readonly #disks = new Map<number, Disk>();
+  #buffer: CopyBuffer | undefined;
+
+  constructor(runtime: Runtime) {
+    this.#runtime = runtime;
+  }
+
+  run(task: Task): unknown {
+    switch (task.kind) {
+      case 'open':
+        return this.#open(task.path, task.options, task.id);
+      case 'close':
+        return this.#close(task.disk);
+      case 'request':
+        return this.#request(this.#disk(task.disk), task.request);
+      case 'backup':
+        return BackupJob.run(
+          this.#runtime,
+          this.#disk(task.disk),
+          new JobControl(this.#runtime.arena, task.control),
+          task.port,
+          task.options,
+          task.id,
+        );
+      case 'copy':
+        return helpCopying(
+          this.#disk(task.disk),
+          task.frame,
+          new JobControl(this.#runtime.arena, task.control),
+        );
+      case 'create':
+        return createImage(this.#runtime, task.path, task.options);
+      case 'info':
+        return this.#info(task.path, task.options);
+      case 'map':
+        return this.#map(task.path, task.options, task.port);
+      case 'compare':
+        return this.#compare(task);
+    }
+  }
+
+  readonly #copyBuffer = (): CopyBuffer => {
+    this.#buffer ??= new CopyBuffer(this.#runtime);
+    return this.#buffer;
+  };
+
+  #disk(descriptor: DiskDescriptor): Disk {
+    let disk = this.#disks.get(descriptor.id);
+    if (disk === undefined) {
+      disk = new Disk(this.#runtime, descriptor, this.#copyBuffer);
+      this.#disks.set(descriptor.id, disk);
+    }
+    return disk;
+  }
+
+  #open(path: string, options: OpenDiskTask, id: number): DiskDescriptor {
+    const { arena } = this.#runtime;
+    const node = openImage(this.#runtime, path, options);
+    if (node.driver === 'file') throw new TypeError('a file is not an image');
+    try {
+      const control = arena.alloc(DISK_CONTROL_BYTES, 'disk control block');
+      const { discard, readOnly } = options;
+      return { id, control, node, length: node.length, readOnly, discard };
+    } catch (error) {
+      closeNode(this.#runtime, node);
+      throw error;
+    }
+  }
+
+  #close(descriptor: DiskDescriptor): void {
+    this.#disks.delete(descriptor.id);
+    try {
+      if (!descriptor.readOnly) attachNode(this.#runtime, descriptor.node).flush();
+    } finally {
+      this.#runtime.arena.free(descriptor.control);
+      closeNode(this.#runtime, descriptor.node);
+    }
+  }
+
+  #request(disk: Disk, request: GuestRequest): void {
+    switch (request.op) {
+      case 'read':
+        disk.read(request.offset, request.pointer, request.length);
+        break;
+      case 'write':
+        disk.write(request.offset, request.pointer, request.length);
+        break;
+      case 'zeroes':
+        disk.writeZeroes(request.offset, request.length, request.unmap);
+        break;
+      case 'discard':
+        disk.discard(request.offset, request.length);
+        break;
+      case 'flush':
+        disk.flush();
+        break;
+    }
+  }
+
+  #info(path: string, options: ImageTask): ImageInfo {
+    const node = openImage(this.#runtime, path, { ...options, readOnly: true, backing: false });
+    try {
+      return imageInfo(this.#runtime, node);
+    } finally {
+      closeNode(this.#runtime, node);
+    }
+  }
+
+  #map(path: string, options: ImageTask, port: MessagePort): void {
+    const descriptor = openImage(this.#runtime, path, { ...options, readOnly: true });
+    try {
+      let batch: MapEntry[] = [];
+      const flush = (): void => {
+        port.postMessage(batch);
+        batch = [];
+      };
+      mapNode(this.#runtime, attachNode(this.#runtime, descriptor), (entry) => {
+        if (batch.push(entry) === MAP_BATCH) flush();
+      });
+      flush();
+    } finally {
+      closeNode(this.#runtime, descriptor);
+      port.close();
+    }
+  }
+
+  #compare(task: Extract<Task, { kind: 'compare' }>): CompareResult {
+    const { paths, options, strict, port } = task;
+    const first = openImage(this.#runtime, paths[0], { ...options[0], readOnly: true });
+    try {
+      const second = openImage(this.#runtime, paths[1], { ...options[1], readOnly: true });
+      try {
+        const [a, b] = [attachNode(this.#runtime, first), attachNode(this.#runtime, second)];
+        return compareNodes(this.#runtime, a, b, { strict }, (done, total) =>
+          port?.postMessage({ done, total }),
+        );
+      } finally {
+        closeNode(this.#runtime, second);
+      }
+    } finally {
+      closeNode(this.#runtime, first);
+    }
+  }
+}
+
+/** A closed disk's or job's task that comes too late. */
+export function closedError(what: string): StillframeError {
+  return new StillframeError('ERR_STILLFRAME_CLOSED', `${what} is closed`);
+}

@@ -1,0 +1,31 @@
+/**
+ * Stillframe: point-in-time block backups of live drives.
+ *
+ * @packageDocumentation
+ */
+export type { OnError } from './backup/backup-job.js';
+export type { SyncMode } from './backup/target.js';
+export type { CompareResult } from './block/compare.js';
+export type { CreateImageOptions } from './block/create.js';
+export type { OnCbwError } from './block/filters/copy-before-write.js';
+export type { ImageFormat } from './block/graph.js';
+export type { ImageInfo } from './block/info.js';
+export type { MapEntry } from './block/map.js';
+export type { BackupOptions, DiskHandle as Disk } from './engine/disk.js';
+export {
+  type CompareOptions,
+  createEngine,
+  type Engine,
+  type EngineOptions,
+  type ImageOptions,
+  type OpenDiskOptions,
+} from './engine/engine.js';
+export type {
+  BackupCounts,
+  BackupEvents,
+  BackupHandle as BackupJob,
+  BackupProgress,
+  BackupResult,
+} from './engine/job.js';
+export { type ErrorCode, StillframeError } from './errors.js';
+export type { JobStatus } from './job/status.js';

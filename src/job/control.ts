@@ -1,0 +1,206 @@
+import { type PlainError, StillframeError } from '../errors.js';
+import type { Arena } from '../kernels/arena.js';
+import { advance, load, store, waitWhile, withLock } from '../kernels/futex.js';
+import { canTransition, JOB_STATUSES, type JobStatus } from './status.js';
+
+/**
+ * The shared state of a job. Verbs of the host thread are words that the job's threads look at between runs;
+ * every change advances `wake`, on which they sleep.
+ */
+const STATUS = 0;
+const PAUSE = 4;
+const CANCEL = 8;
+const FINALIZE = 12;
+const PASS = 16;
+const ACTIVE = 20;
+const WAKE = 24;
+const ERROR_SET = 28;
+const ERROR_LENGTH = 32;
+const RATE_LOCK = 36;
+const SPEED = 48;
+const NEXT_ALLOWED_MS = 56;
+const ERROR = 64;
+/** Bytes of a job's control block. */
+export const JOB_CONTROL_BYTES = 4096;
+
+/** An error of a job's thread, on its way to the job's error policy. */
+export interface JobError {
+  readonly operation: 'read' | 'write';
+  readonly error: PlainError;
+}
+
+function nowMs(): number {
+  return Number(process.hrtime.bigint() / 1000n) / 1000;
+}
+
+export class JobControl {
+  readonly pointer: number;
+  readonly #arena: Arena;
+
+  constructor(arena: Arena, pointer: number) {
+    this.#arena = arena;
+    this.pointer = pointer;
+  }
+
+  get status(): JobStatus {
+    return JOB_STATUSES[this.#load(STATUS)] ?? 'undefined';
+  }
+
+  /** Called by the job's own thread only, except for `concluded` to `null`. */
+  transition(to: JobStatus): void {
+    const from = this.status;
+    if (!canTransition(from, to)) throw new Error(`job invariant: no transition from '${from}' to '${to}'`);
+    this.#store(STATUS, JOB_STATUSES.indexOf(to));
+  }
+
+  get paused(): boolean {
+    return this.#load(PAUSE) !== 0;
+  }
+
+  set paused(value: boolean) {
+    this.#store(PAUSE, value ? 1 : 0);
+    this.wake();
+  }
+
+  get cancelled(): boolean {
+    return this.#load(CANCEL) !== 0;
+  }
+
+  cancel(): void {
+    this.#store(CANCEL, 1);
+    this.wake();
+  }
+
+  get finalizeRequested(): boolean {
+    return this.#load(FINALIZE) !== 0;
+  }
+
+  finalize(): void {
+    this.#store(FINALIZE, 1);
+    this.wake();
+  }
+
+  /** Bytes per second for the background copy; 0 is no limit. */
+  get speed(): number {
+    return this.#arena.f64[(this.pointer + SPEED) / 8] ?? 0;
+  }
+
+  set speed(bytesPerSecond: number) {
+    withLock(this.#arena, this.pointer + RATE_LOCK, () => {
+      this.#arena.f64[(this.pointer + SPEED) / 8] = bytesPerSecond;
+      this.#arena.f64[(this.pointer + NEXT_ALLOWED_MS) / 8] = 0;
+    });
+    this.wake();
+  }
+
+  /** Odd while threads shall copy, even while they shall not, negative when they shall end. */
+  get pass(): number {
+    return this.#load(PASS);
+  }
+
+  set pass(value: number) {
+    this.#store(PASS, value);
+    this.wake();
+  }
+
+  /** Whether copying shall stop at the next run boundary. */
+  get interrupted(): boolean {
+    return this.pass % 2 !== 1 || this.paused || this.cancelled || this.failed;
+  }
+
+  /** Runs `body` as one of the threads that copy, unless the pass is over already. */
+  participate(pass: number, body: () => void): void {
+    const { i32 } = this.#arena;
+    const active = (this.pointer + ACTIVE) >> 2;
+    Atomics.add(i32, active, 1);
+    try {
+      if (this.pass === pass) body();
+    } finally {
+      Atomics.sub(i32, active, 1);
+      this.wake();
+    }
+  }
+
+  get activeThreads(): number {
+    return this.#load(ACTIVE);
+  }
+
+  get failed(): boolean {
+    return this.#load(ERROR_SET) !== 0;
+  }
+
+  /** Keeps the first error of a pass; later ones are dropped. */
+  fail(error: JobError): void {
+    const { i32, u8 } = this.#arena;
+    const set = (this.pointer + ERROR_SET) >> 2;
+    if (Atomics.compareExchange(i32, set, 0, 1) !== 0) return;
+    const { code, message, errno } = error.error;
+    const plain = { operation: error.operation, error: { code, message: message.slice(0, 500), errno } };
+    const json = new TextEncoder().encode(JSON.stringify(plain)).subarray(0, JOB_CONTROL_BYTES - ERROR);
+    u8.set(json, this.pointer + ERROR);
+    this.#store(ERROR_LENGTH, json.length);
+    Atomics.store(i32, set, 2);
+    this.wake();
+  }
+
+  /** The error of the last pass, taken away. Only once no thread is active. */
+  takeError(): JobError | undefined {
+    if (this.#load(ERROR_SET) !== 2) return undefined;
+    const json = this.#arena.copyOut(this.pointer + ERROR, this.#load(ERROR_LENGTH));
+    this.#store(ERROR_SET, 0);
+    const error: JobError = JSON.parse(new TextDecoder().decode(json));
+    return error;
+  }
+
+  /** Blocks until the rate limit lets the next run go; returns early when the job is interrupted. */
+  throttle(): void {
+    for (;;) {
+      const sequence = this.#load(WAKE);
+      if (this.speed === 0 || this.interrupted) return;
+      const waitMs = (this.#arena.f64[(this.pointer + NEXT_ALLOWED_MS) / 8] ?? 0) - nowMs();
+      if (waitMs <= 0) return;
+      waitWhile(this.#arena, this.pointer + WAKE, sequence, waitMs);
+    }
+  }
+
+  /** Counts `bytes` of copied data against the rate limit. */
+  account(bytes: number): void {
+    if (this.speed === 0 || bytes === 0) return;
+    withLock(this.#arena, this.pointer + RATE_LOCK, () => {
+      const index = (this.pointer + NEXT_ALLOWED_MS) / 8;
+      const from = Math.max(this.#arena.f64[index] ?? 0, nowMs());
+      this.#arena.f64[index] = from + (bytes / this.speed) * 1000;
+    });
+  }
+
+  wake(): void {
+    advance(this.#arena, this.pointer + WAKE);
+  }
+
+  /** Blocks until `condition` holds; it is looked at again after every change of the job. */
+  waitUntil(condition: () => boolean): void {
+    for (;;) {
+      const sequence = this.#load(WAKE);
+      if (condition()) return;
+      waitWhile(this.#arena, this.pointer + WAKE, sequence);
+    }
+  }
+
+  #load(offset: number): number {
+    return load(this.#arena, this.pointer + offset);
+  }
+
+  #store(offset: number, value: number): void {
+    store(this.#arena, this.pointer + offset, value);
+  }
+}
+
+/** @throws StillframeError when the id is not one QEMU would accept */
+export function checkJobId(id: string): void {
+  if (!/^[A-Za-z][A-Za-z0-9\-._]*$/.test(id)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_INVALID_ARGUMENT',
+      `Invalid job ID '${id}': a letter first, then letters, digits, '-', '.' and '_'`,
+    );
+  }
+}
