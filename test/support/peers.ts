@@ -29,7 +29,8 @@ export function hasPeer(tool: string): boolean {
     known.set(tool, present);
     if (!present) {
       const line = `apt-get install ${packages[tool] ?? tool}`;
-      if (process.env['CI'] === 'true') throw new Error(`peer '${tool}' is missing; install it with: ${line}`);
+      if (process.env['CI'] === 'true')
+        throw new Error(`peer '${tool}' is missing; install it with: ${line}`);
       console.warn(`SKIPPED: tests that need '${tool}'; install it with: ${line}`);
     }
   }

@@ -1,0 +1,10 @@
+export { bitmapClear, bitmapCoarsen, bitmapCount, bitmapMerge, bitmapNextClear, bitmapNextSet } from './bitmap';
+export { bitmapSet, bitmapTest, bitmapTestAndClear } from './bitmap';
+export { claimedCount, clustersClaimAt, clustersClaimNext, clustersCount, clustersFill } from './clusters';
+export { clusterState, clustersNext, clustersNextPending, clustersTransition, offendingCluster } from './clusters';
+export { firstDifference } from './compare';
+export { compactUnits } from './copy';
+export { digestUnits, xxh3, zeroLeaves, zeroUnits } from './hash';
+export { l2CompressedLength, l2Copied, l2Extent, l2HostOffset, l2Kind } from './l2';
+export { refcountFindFree, refcountFreeRun } from './refcount';
+export { isZero } from './zero';
