@@ -8,15 +8,11 @@
  * not written.
  */
 
-// @ts-ignore: decorator
-@inline
 function maskOf(from: u32, to: u32): u32 {
   // Bits [from, to) of one word, 0 <= from < to <= 32.
   return (u32.MAX_VALUE >> (32 - (to - from))) << from;
 }
 
-// @ts-ignore: decorator
-@inline
 function word(bitmap: usize, index: u32): usize {
   return bitmap + (((index >> 5) as usize) << 2);
 }
@@ -54,8 +50,6 @@ export function bitmapTestAndClear(bitmap: usize, start: u32, count: u32): u32 {
   return cleared;
 }
 
-// @ts-ignore: decorator
-@inline
 function next(bitmap: usize, from: u32, end: u32, flip: u32): i32 {
   while (from < end) {
     const base = from & ~31;

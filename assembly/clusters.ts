@@ -25,22 +25,16 @@ export function offendingCluster(): u32 {
   return trouble;
 }
 
-// @ts-ignore: decorator
-@inline
 function word(states: usize, index: u32): usize {
   return states + (((index >> 5) as usize) << 3);
 }
 
 /** All bits of clusters [from, to) of one word, 0 <= from < to <= 32. */
-// @ts-ignore: decorator
-@inline
 function rangeMask(from: u32, to: u32): u64 {
   return (u64.MAX_VALUE >> (64 - 2 * (to - from))) << (2 * from);
 }
 
 /** The low bit of each cluster that is in `state`. */
-// @ts-ignore: decorator
-@inline
 function inState(value: u64, state: u32): u64 {
   const same = ~(value ^ (ODD * (state as u64)));
   return same & (same >> 1) & ODD;
@@ -96,7 +90,8 @@ export function clustersClaimAt(states: usize, index: u32, end: u32): u32 {
 export function clustersNext(states: usize, from: u32, end: u32, state: u32): i32 {
   while (from < end) {
     const base = from & ~31;
-    const found = inState(atomic.load<u64>(word(states, from)), state) & (u64.MAX_VALUE << (2 * (from - base)));
+    const found =
+      inState(atomic.load<u64>(word(states, from)), state) & (u64.MAX_VALUE << (2 * (from - base)));
     if (found != 0) {
       const index = base + (ctz<u64>(found) as u32) / 2;
       return index < end ? (index as i32) : -1;
@@ -162,7 +157,8 @@ export function clustersCount(states: usize, start: u32, count: u32, state: u32)
   while (start < end) {
     const base = start & ~31;
     const stop = min(base + 32, end);
-    const value = inState(atomic.load<u64>(word(states, start)), state) & rangeMask(start - base, stop - base);
+    const value =
+      inState(atomic.load<u64>(word(states, start)), state) & rangeMask(start - base, stop - base);
     total += popcnt<u64>(value) as u32;
     start = stop;
   }

@@ -1,7 +1,26 @@
-export { bitmapClear, bitmapCoarsen, bitmapCount, bitmapMerge, bitmapNextClear, bitmapNextSet } from './bitmap';
-export { bitmapSet, bitmapTest, bitmapTestAndClear } from './bitmap';
-export { claimedCount, clustersClaimAt, clustersClaimNext, clustersCount, clustersFill } from './clusters';
-export { clusterState, clustersNext, clustersNextPending, clustersTransition, offendingCluster } from './clusters';
+export {
+  bitmapClear,
+  bitmapCoarsen,
+  bitmapCount,
+  bitmapMerge,
+  bitmapNextClear,
+  bitmapNextSet,
+  bitmapSet,
+  bitmapTest,
+  bitmapTestAndClear,
+} from './bitmap';
+export {
+  claimedCount,
+  clusterState,
+  clustersClaimAt,
+  clustersClaimNext,
+  clustersCount,
+  clustersFill,
+  clustersNext,
+  clustersNextPending,
+  clustersTransition,
+  offendingCluster,
+} from './clusters';
 export { firstDifference } from './compare';
 export { compactUnits } from './copy';
 export { digestUnits, xxh3, zeroLeaves, zeroUnits } from './hash';

@@ -141,7 +141,7 @@ function createTarget(
     let descriptor: NodeDescriptor;
     if (format === 'raw') {
       node.truncate(lengthOf(source));
-      descriptor = openRaw(file);
+      descriptor = openRaw(runtime, file);
     } else {
       createQcow2(runtime, node, {
         length: lengthOf(source),

@@ -68,7 +68,7 @@ function openLayer(
           `'${path}' has no header of a known format; say format 'raw' to open it for writing`,
         );
       }
-      return openRaw(file);
+      return openRaw(runtime, file);
     }
     const header = readHeader(runtime, node);
     if (header.backingFile !== undefined && options.backing !== false) {

@@ -1,0 +1,304 @@
+import {
+  closeSync,
+  constants,
+  fdatasyncSync,
+  fstatSync,
+  ftruncateSync,
+  openSync,
+  readSync,
+  statSync,
+  writeSync,
+} from 'node:fs';
+import { resolve } from 'node:path';
+import { StillframeError, systemError } from '../../errors.js';
+import type { Arena } from '../../kernels/arena.js';
+import { withLock } from '../../kernels/futex.js';
+import type { Runtime } from '../../kernels/runtime.js';
+import { type LockMode, lockImage } from '../../os/image-lock.js';
+import { syscalls } from '../../os/index.js';
+import {
+  type BlockNode,
+  type Extent,
+  type FileDescriptor,
+  STATUS_ALLOCATED,
+  STATUS_DATA,
+  STATUS_ZERO,
+} from '../node.js';
+
+export interface OpenFileOptions {
+  readonly readOnly: boolean;
+  readonly lock: LockMode;
+  /** Make the file where it is missing and empty it where it is not, once it is locked. Links are not followed. */
+  readonly create?: 'truncate' | undefined;
+}
+
+// Control block: length float64 at +0, lock int32 at +8.
+const CONTROL_BYTES = 16;
+const LENGTH_LOCK = 8;
+/** Most bytes one system call moves. */
+const CALL_BYTES = 1 << 30;
+/** Codes of a file system that cannot do what was asked in place; writing zeroes does it everywhere. */
+const UNSUPPORTED: ReadonlySet<string> = new Set(['EOPNOTSUPP', 'ENOTSUP', 'ENOSYS', 'EINVAL', 'ENODEV']);
+
+let zeroes: Uint8Array | undefined;
+
+function isUnsupported(error: unknown): boolean {
+  return error instanceof Error && 'code' in error && UNSUPPORTED.has(String(error.code));
+}
+
+/**
+ * Opens a file or block device of the host.
+ *
+ * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_READ_ONLY, …_FORMAT (neither a regular file
+ *   nor a block device), …_LOCKED, …_IO
+ */
+export function openFile(runtime: Runtime, name: string, options: OpenFileOptions): FileDescriptor {
+  const path = resolve(name);
+  const kind = statSync(path, { throwIfNoEntry: false });
+  // Looked at before it is opened: opening a FIFO would wait for its other end.
+  if (kind !== undefined && !kind.isFile() && !kind.isBlockDevice()) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_FORMAT',
+      `'${path}' is neither a regular file nor a block device and cannot hold an image; check the path`,
+    );
+  }
+  const access = options.readOnly ? constants.O_RDONLY : constants.O_RDWR;
+  const create = options.create === undefined ? 0 : constants.O_CREAT | constants.O_NOFOLLOW;
+  let fd: number;
+  try {
+    fd = openSync(path, access | create | constants.O_NONBLOCK, 0o644);
+  } catch (error) {
+    throw systemError(`cannot open '${path}' for ${options.readOnly ? 'reading' : 'writing'}`, error);
+  }
+  try {
+    lockImage(fd, path, options.lock);
+    if (options.create === 'truncate') ftruncateSync(fd, 0);
+    const stat = fstatSync(fd, { bigint: true });
+    const blockDevice = stat.isBlockDevice();
+    const length = blockDevice ? deviceLength(fd, path) : Number(stat.size);
+    const control = runtime.arena.alloc(CONTROL_BYTES, `state of '${path}'`);
+    runtime.arena.f64[control / 8] = length;
+    return {
+      driver: 'file',
+      path,
+      fd,
+      readOnly: options.readOnly,
+      blockDevice,
+      control,
+      device: String(stat.dev),
+      inode: String(stat.ino),
+    };
+  } catch (error) {
+    closeSync(fd);
+    throw systemError(`cannot open '${path}'`, error);
+  }
+}
+
+/** Size in bytes of a block device, by looking for the last byte that can be read. */
+function deviceLength(fd: number, path: string): number {
+  if (syscalls !== undefined) {
+    // A device is all data, so its first hole is its end.
+    const end = syscalls.seekHole(fd, 0);
+    if (end !== undefined) return end;
+  }
+  const probe = new Uint8Array(512);
+  let [low, high] = [0, 2 ** 52];
+  while (low < high) {
+    const middle = Math.floor((low + high) / 1024) * 512;
+    if (readSync(fd, probe, 0, 512, middle) === 512) low = middle + 512;
+    else high = middle;
+  }
+  if (low === 0)
+    throw new StillframeError('ERR_STILLFRAME_IO', `cannot find the size of the device '${path}'`);
+  return low;
+}
+
+export function attachFile(runtime: Runtime, descriptor: FileDescriptor): FileNode {
+  return new FileNode(runtime.arena, descriptor);
+}
+
+export function closeFile(runtime: Runtime, descriptor: FileDescriptor): void {
+  runtime.arena.free(descriptor.control);
+  try {
+    closeSync(descriptor.fd);
+  } catch (error) {
+    throw systemError(`cannot close '${descriptor.path}'`, error);
+  }
+}
+
+/** Driver `file`. Reads beyond the end give zeroes; writes beyond it make the file longer. */
+export class FileNode implements BlockNode {
+  readonly descriptor: FileDescriptor;
+  readonly readOnly: boolean;
+  readonly clusterSize = undefined;
+  readonly backing = undefined;
+  readonly #arena: Arena;
+
+  constructor(arena: Arena, descriptor: FileDescriptor) {
+    this.descriptor = descriptor;
+    this.readOnly = descriptor.readOnly;
+    this.#arena = arena;
+  }
+
+  get length(): number {
+    return this.#arena.f64[this.descriptor.control / 8] ?? 0;
+  }
+
+  read(offset: number, pointer: number, length: number): void {
+    const { fd } = this.descriptor;
+    let done = 0;
+    while (done < length) {
+      const wanted = Math.min(length - done, CALL_BYTES);
+      const got = this.#attempt('read', offset + done, wanted, () =>
+        readSync(fd, this.#arena.u8, pointer + done, wanted, offset + done),
+      );
+      if (got === 0) break;
+      done += got;
+    }
+    if (done < length) this.#arena.u8.fill(0, pointer + done, pointer + length);
+  }
+
+  write(offset: number, pointer: number, length: number): void {
+    this.#writeBytes(offset, this.#arena.u8, pointer, length);
+  }
+
+  writeUnits(offset: number, pointer: number, length: number, unit: number, skip: number): void {
+    const units = Math.ceil(length / unit);
+    const skipped = (index: number): boolean =>
+      (((this.#arena.u32[(skip >> 2) + (index >> 5)] ?? 0) >>> (index & 31)) & 1) === 1;
+    let index = 0;
+    while (index < units) {
+      const first = index;
+      const skipping = skipped(first);
+      while (index < units && skipped(index) === skipping) index++;
+      const start = first * unit;
+      if (!skipping) this.write(offset + start, pointer + start, Math.min(index * unit, length) - start);
+    }
+  }
+
+  writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
+    this.#checkWritable('write zeroes', offset, length);
+    const inside = Math.max(0, Math.min(length, this.length - offset));
+    if (inside > 0 && !this.#zeroInPlace(offset, inside, mayUnmap)) {
+      zeroes ??= new Uint8Array(1 << 20);
+      for (let done = 0; done < inside; done += zeroes.length) {
+        this.#writeBytes(offset + done, zeroes, 0, Math.min(zeroes.length, inside - done));
+      }
+    }
+    if (inside < length) this.#grow(offset + length);
+  }
+
+  discard(offset: number, length: number): void {
+    this.#checkWritable('discard', offset, length);
+    const inside = Math.min(length, this.length - offset);
+    if (inside > 0) this.#zeroInPlace(offset, inside, true);
+  }
+
+  flush(): void {
+    if (this.readOnly) return;
+    this.#attempt('flush', 0, 0, () => fdatasyncSync(this.descriptor.fd));
+  }
+
+  status(offset: number, length: number): Extent {
+    const { fd } = this.descriptor;
+    const end = offset + length;
+    const hole = (stop: number): Extent => ({
+      length: Math.min(stop, end) - offset,
+      flags: STATUS_ZERO | STATUS_ALLOCATED,
+      hostOffset: offset,
+    });
+    const data = (stop: number): Extent => ({
+      length: Math.min(stop, end) - offset,
+      flags: STATUS_DATA | STATUS_ALLOCATED,
+      hostOffset: offset,
+    });
+    if (offset >= this.length) return hole(end);
+    if (syscalls === undefined || this.descriptor.blockDevice) return data(Math.min(end, this.length));
+    const firstData = this.#attempt('find data', offset, length, () => syscalls?.seekData(fd, offset));
+    if (firstData === undefined) return hole(end);
+    if (firstData > offset) return hole(firstData);
+    const firstHole = this.#attempt('find a hole', offset, length, () => syscalls?.seekHole(fd, offset));
+    return data(firstHole !== undefined && firstHole > offset ? firstHole : end);
+  }
+
+  /** Makes the file `length` bytes long. */
+  truncate(length: number): void {
+    this.#checkWritable('truncate', length, 0);
+    withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {
+      this.#attempt('truncate to', length, 0, () => ftruncateSync(this.descriptor.fd, length));
+      this.#arena.f64[this.descriptor.control / 8] = length;
+    });
+  }
+
+  #grow(length: number): void {
+    withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {
+      if (length <= this.length) return;
+      this.#attempt('truncate to', length, 0, () => ftruncateSync(this.descriptor.fd, length));
+      this.#arena.f64[this.descriptor.control / 8] = length;
+    });
+  }
+
+  #writeBytes(offset: number, bytes: Uint8Array, start: number, length: number): void {
+    this.#checkWritable('write', offset, length);
+    const { fd } = this.descriptor;
+    let done = 0;
+    while (done < length) {
+      const wanted = Math.min(length - done, CALL_BYTES);
+      const put = this.#attempt('write', offset + done, wanted, () =>
+        writeSync(fd, bytes, start + done, wanted, offset + done),
+      );
+      if (put === 0) {
+        throw new StillframeError(
+          'ERR_STILLFRAME_NO_SPACE',
+          `cannot write ${wanted} bytes at ${offset + done} of '${this.descriptor.path}': nothing was taken`,
+          { errno: 'ENOSPC' },
+        );
+      }
+      done += put;
+    }
+    if (offset + length > this.length) {
+      withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {
+        if (offset + length > this.length) this.#arena.f64[this.descriptor.control / 8] = offset + length;
+      });
+    }
+  }
+
+  /** False where the file system cannot. */
+  #zeroInPlace(offset: number, length: number, mayUnmap: boolean): boolean {
+    if (syscalls === undefined) return false;
+    const { fd } = this.descriptor;
+    try {
+      if (mayUnmap) syscalls.punchHole(fd, offset, length);
+      else syscalls.zeroRange(fd, offset, length);
+      return true;
+    } catch (error) {
+      if (isUnsupported(error)) return false;
+      throw this.#error('zero', offset, length, error);
+    }
+  }
+
+  #checkWritable(what: string, offset: number, length: number): void {
+    if (!this.readOnly) return;
+    throw new StillframeError(
+      'ERR_STILLFRAME_READ_ONLY',
+      `cannot ${what} ${length} bytes at ${offset}: '${this.descriptor.path}' is open read-only`,
+    );
+  }
+
+  #attempt<T>(what: string, offset: number, length: number, call: () => T): T {
+    for (;;) {
+      try {
+        return call();
+      } catch (error) {
+        if (error instanceof Error && 'code' in error && error.code === 'EINTR') continue;
+        throw this.#error(what, offset, length, error);
+      }
+    }
+  }
+
+  #error(what: string, offset: number, length: number, error: unknown): StillframeError {
+    const { path } = this.descriptor;
+    if (length === 0) return systemError(`cannot ${what} '${path}'`, error);
+    return systemError(`cannot ${what} ${length} bytes at ${offset} of '${path}'`, error);
+  }
+}
