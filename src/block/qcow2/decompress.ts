@@ -1,0 +1,145 @@
+import * as zlib from 'node:zlib';
+import { Decompress } from 'fzstd';
+
+/**
+ * Decompression of one cluster. The input is what the file holds from the start of the compressed data on: other
+ * data may follow the stream. The output is exactly one cluster; a stream with more is cut there, as QEMU does, and
+ * whatever a stream claims, the memory used stays in proportion to a cluster.
+ *
+ * @returns the cluster, or undefined where the stream is damaged or yields less than a cluster
+ */
+export function decompressCluster(
+  input: Uint8Array,
+  compressionType: number,
+  clusterSize: number,
+): Uint8Array | undefined {
+  return compressionType === 1 ? unzstd(input, clusterSize) : inflate(input, clusterSize);
+}
+
+// ---- Deflate --------------------------------------------------------------------------------------------------
+
+/** Upper bound of what one byte of a deflate stream can become: four matches of 258 bytes, and some slack. */
+const INFLATE_SLACK = 65536;
+
+type Inflated = Uint8Array | 'damaged' | 'more';
+
+function tryInflate(input: Uint8Array, most: number): Inflated {
+  try {
+    return zlib.inflateRawSync(input, { finishFlush: zlib.constants.Z_SYNC_FLUSH, maxOutputLength: most });
+  } catch (error) {
+    const more = error instanceof Error && 'code' in error && error.code === 'ERR_BUFFER_TOO_LARGE';
+    return more ? 'more' : 'damaged';
+  }
+}
+
+function inflate(input: Uint8Array, clusterSize: number): Uint8Array | undefined {
+  const whole = tryInflate(input, clusterSize);
+  if (whole instanceof Uint8Array) return whole.length === clusterSize ? whole : undefined;
+  // More than a cluster, or damaged somewhere, perhaps behind the cluster: the shortest part of the input that
+  // yields a cluster gives its bytes.
+  let low = 0;
+  let high = input.length;
+  let best: Uint8Array | undefined;
+  while (low < high) {
+    const middle = Math.floor((low + high) / 2);
+    const part = tryInflate(input.subarray(0, middle), clusterSize + INFLATE_SLACK);
+    if (part instanceof Uint8Array && part.length < clusterSize) {
+      low = middle + 1;
+    } else {
+      if (part instanceof Uint8Array) best = part;
+      high = middle;
+    }
+  }
+  return best?.subarray(0, clusterSize);
+}
+
+// ---- Zstandard ------------------------------------------------------------------------------------------------
+
+const ZSTD_MAGIC = 0xfd2fb528;
+/** Largest window of a frame, in bytes; a writer of clusters never needs more than a cluster. */
+const MAX_WINDOW = 8 * 1024 * 1024;
+
+type SyncDecompressor = (input: Uint8Array, options: { maxOutputLength: number }) => Uint8Array;
+
+/** Node has it from 22.15 on. */
+const native: SyncDecompressor | undefined = nativeZstd();
+
+function nativeZstd(): SyncDecompressor | undefined {
+  const candidate: unknown = Reflect.get(zlib, 'zstdDecompressSync');
+  return typeof candidate === 'function'
+    ? (input, options) => Reflect.apply(candidate, zlib, [input, options])
+    : undefined;
+}
+
+class Full extends Error {}
+
+function unzstd(input: Uint8Array, clusterSize: number): Uint8Array | undefined {
+  const frame = zstdFrameLength(input);
+  if (native !== undefined && frame !== undefined) {
+    try {
+      const output = native(input.subarray(0, frame), { maxOutputLength: clusterSize });
+      if (output.length === clusterSize) return output;
+    } catch {
+      // More than a cluster, or damaged: the way below tells them apart.
+    }
+  }
+  const output = new Uint8Array(clusterSize);
+  let filled = 0;
+  const take = (block: Uint8Array): void => {
+    output.set(block.subarray(0, clusterSize - filled), filled);
+    filled += Math.min(block.length, clusterSize - filled);
+    if (filled === clusterSize) throw new Full();
+  };
+  for (let at = 0; at < input.length; ) {
+    if (zstdHeaderLength(input.subarray(at)) === undefined) return undefined;
+    const length = zstdFrameLength(input.subarray(at));
+    // A frame cut off by the end of the input may still hold a cluster: its blocks are taken one by one.
+    const rest = input.subarray(at, length === undefined ? input.length : at + length);
+    try {
+      new Decompress(take).push(rest, true);
+    } catch (error) {
+      return error instanceof Full ? output : undefined;
+    }
+    if (length === undefined) return undefined;
+    at += length;
+  }
+  return undefined;
+}
+
+/**
+ * Bytes of the header of the Zstandard frame at the start of `input` (RFC 8878, section 3.1.1.1), or undefined where
+ * there is no frame or one that asks for more memory than {@link MAX_WINDOW}.
+ */
+function zstdHeaderLength(input: Uint8Array): number | undefined {
+  const view = new DataView(input.buffer, input.byteOffset, input.byteLength);
+  if (input.length < 18 || view.getUint32(0, true) !== ZSTD_MAGIC) return undefined;
+  const descriptor = view.getUint8(4);
+  const singleSegment = (descriptor & 0x20) !== 0;
+  const sizeFlag = descriptor >> 6;
+  const idBytes = [0, 1, 2, 4][descriptor & 3] ?? 0;
+  const sizeBytes = sizeFlag === 0 ? (singleSegment ? 1 : 0) : 2 ** sizeFlag;
+  const sizeAt = 5 + (singleSegment ? 0 : 1) + idBytes;
+  // Sizes of one and two bytes are small whatever they say.
+  const high = sizeBytes === 8 ? view.getUint32(sizeAt + 4, true) : 0;
+  const size = sizeBytes >= 4 ? view.getUint32(sizeAt, true) : 0;
+  const window = view.getUint8(5);
+  const windowSize = singleSegment ? size : 2 ** (10 + (window >> 3)) * (1 + (window & 7) / 8);
+  if (high !== 0 || size > MAX_WINDOW || windowSize > MAX_WINDOW) return undefined;
+  return sizeAt + sizeBytes;
+}
+
+/** Bytes of the frame at the start of `input`, or undefined where it is none or is cut off. */
+function zstdFrameLength(input: Uint8Array): number | undefined {
+  const headerLength = zstdHeaderLength(input);
+  if (headerLength === undefined) return undefined;
+  let at = headerLength;
+  for (;;) {
+    if (at + 3 > input.length) return undefined;
+    const header = (input[at] ?? 0) | ((input[at + 1] ?? 0) << 8) | ((input[at + 2] ?? 0) << 16);
+    const runLength = ((header >> 1) & 3) === 1;
+    at += 3 + (runLength ? 1 : header >> 3);
+    if ((header & 1) !== 0) break;
+  }
+  if (((input[4] ?? 0) & 4) !== 0) at += 4;
+  return at <= input.length ? at : undefined;
+}

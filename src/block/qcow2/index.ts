@@ -1,0 +1,3 @@
+export { type CreateQcow2Options, createQcow2 } from './create.js';
+export { probeQcow2, type Qcow2Header, readHeader } from './header.js';
+export { attachQcow2, closeQcow2, openQcow2 } from './open.js';

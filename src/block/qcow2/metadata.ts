@@ -1,0 +1,753 @@
+import { StillframeError } from '../../errors.js';
+import type { Runtime } from '../../kernels/runtime.js';
+import type { Qcow2Descriptor } from '../node.js';
+import type { FileNode } from '../raw/file.js';
+import { FIELD } from './header.js';
+import { decrementRefcount, fillRefcounts, loadRefcount, storeRefcount } from './refcount-entry.js';
+import { SliceCache } from './slice-cache.js';
+import { FREE_ENTRY, MUTATED, READERS, State } from './state.js';
+
+/** Bits 9 to 55 of an L1 entry: the offset of an L2 table. */
+const L1_OFFSET_MASK = 0x00fffffffffffe00n;
+const REFCOUNT_TABLE_RESERVED_MASK = 0x1ffn;
+const COPIED = 1n << 63n;
+
+/** Clusters in a row in the file. */
+export interface HostRun {
+  /** Bytes. */
+  readonly offset: number;
+  readonly clusters: number;
+}
+
+/**
+ * The metadata of a writable or read-only image: L1 and L2 tables, refcounts, allocation and the order in which all of
+ * it reaches the disk. One per thread; everything behind it is shared. All methods but {@link flush} and the
+ * reader counts are called under the state's lock.
+ *
+ * What holds in the file at any instant, whatever of the unsynced writes a power cut lets through:
+ *
+ * 1. An L2 entry or L1 entry in the file refers to clusters with a refcount in the file, and to data or a table
+ *    that is durable. Every such change gets a sequence number; a slice with changes up to n is written only after
+ *    a sync that began when all refcounts of changes up to n were written (`durable` ≥ n).
+ * 2. The refcount table refers to refcount blocks that are durable. Its changes are written after a sync of
+ *    their own.
+ * 3. A refcount is lowered only when the entries that referred to the cluster are gone from the disk: such *frees*
+ *    wait in a list until their change is durable.
+ *
+ * And in memory: a freed cluster becomes allocatable only when every read that began before is over. Reads count
+ * themselves in one of two epochs. A batch of frees starts a new epoch and waits for the old one to run empty.
+ *
+ *     free list   | in grace        | durable          | waiting for a sync |
+ *                 0            freeGrace          freeDurable          freeCount
+ */
+export class Metadata {
+  readonly state: State;
+  readonly l2: SliceCache;
+  readonly clusterSize: number;
+  /** Entries of an L2 table. */
+  readonly l2Entries: number;
+  /** Entries of a slice of an L2 table. */
+  readonly sliceEntries: number;
+  readonly #runtime: Runtime;
+  readonly #file: FileNode;
+  readonly #path: string;
+  readonly #refcounts: SliceCache;
+  readonly #order: number;
+  readonly #perBlock: number;
+  readonly #perSlice: number;
+  readonly #l1: number;
+  readonly #table: number;
+
+  constructor(runtime: Runtime, descriptor: Qcow2Descriptor, file: FileNode) {
+    const state = new State(runtime.arena, descriptor.control, descriptor.path);
+    this.state = state;
+    this.#runtime = runtime;
+    this.#file = file;
+    this.#path = descriptor.path;
+    this.clusterSize = 2 ** descriptor.clusterBits;
+    this.l2Entries = this.clusterSize / 8;
+    this.sliceEntries = state.get('sliceBytes') / 8;
+    this.#order = Math.log2(descriptor.refcountBits);
+    this.#perBlock = (this.clusterSize * 8) / descriptor.refcountBits;
+    this.#perSlice = (state.get('sliceBytes') * 8) / descriptor.refcountBits;
+    this.#l1 = state.get('l1');
+    this.#table = state.get('refcountTable');
+    this.l2 = new SliceCache(state, file, state.get('l2Cache'), state.get('l2Slots'), () =>
+      this.#makeDurable(true),
+    );
+    this.#refcounts = new SliceCache(
+      state,
+      file,
+      state.get('refcountCache'),
+      state.get('refcountSlots'),
+      // Refcount slices may always be written.
+      () => undefined,
+    );
+  }
+
+  /** Reads the tables, once at open. */
+  initialise(readOnly: boolean): void {
+    const { state } = this;
+    this.l2.initialise();
+    this.#file.read(state.get('l1Offset'), this.#l1, state.get('l1Entries') * 8);
+    if (readOnly) return;
+    this.#refcounts.initialise();
+    this.#file.read(state.get('refcountTableOffset'), this.#table, state.get('refcountTableEntries') * 8);
+  }
+
+  // ---- L1 and L2 ----------------------------------------------------------------------------------------------
+
+  /** Offset in the file of the L2 table of an L1 entry, 0 where there is none. Validates it. */
+  l2TableOffset(l1Index: number): number {
+    const at = this.#l1 + l1Index * 8;
+    const high = this.#runtime.arena.view.getUint32(at);
+    const low = this.#runtime.arena.view.getUint32(at + 4);
+    if (high === 0 && low === 0) return 0;
+    if ((high & 0x7f000000) !== 0 || (low & 0x1ff) !== 0) {
+      throw this.corrupt(
+        `L1 entry ${l1Index} has reserved bits set (0x${this.#l1Entry(l1Index).toString(16)})`,
+      );
+    }
+    return (high & 0x00ffffff) * 0x100000000 + low;
+  }
+
+  /**
+   * The slice of the L2 table of `l1Index` that has entry `l2Index`, or -1 where there is no table.
+   *
+   * @returns a slot of {@link l2}
+   */
+  l2Slice(l1Index: number, l2Index: number): number {
+    const table = this.l2TableOffset(l1Index);
+    if (table === 0) return -1;
+    return this.#loadL2(l1Index, table, l2Index);
+  }
+
+  /**
+   * The L2 table of `l1Index` made ready for changes: allocated where missing, copied where a snapshot shares it.
+   */
+  prepareL2(l1Index: number): void {
+    const entry = this.#l1Entry(l1Index);
+    const old = this.l2TableOffset(l1Index);
+    if (old !== 0 && (entry & COPIED) !== 0n) return;
+    if (old !== 0) this.#checkL2Table(l1Index, old);
+    const { state, clusterSize } = this;
+    const fresh = this.allocate(1).offset;
+    try {
+      const buffer = state.get('metaBuffer');
+      const step = Math.min(clusterSize, state.get('metaBytes'));
+      if (old === 0) this.#runtime.arena.u8.fill(0, buffer, buffer + step);
+      for (let done = 0; done < clusterSize; done += step) {
+        if (old !== 0) this.#file.read(old + done, buffer, step);
+        this.#file.write(fresh + done, buffer, step);
+      }
+    } catch (error) {
+      this.release({ offset: fresh, clusters: 1 });
+      throw error;
+    }
+    this.l2.forget(fresh, fresh + clusterSize);
+    const sequence = state.nextSequence();
+    this.#runtime.arena.view.setBigUint64(this.#l1 + l1Index * 8, BigInt(fresh) | COPIED);
+    const dirty = state.get('l1DirtyTo') > 0;
+    state.set('l1DirtyFrom', dirty ? Math.min(state.get('l1DirtyFrom'), l1Index) : l1Index);
+    state.set('l1DirtyTo', Math.max(state.get('l1DirtyTo'), l1Index + 1));
+    if (!dirty) state.set('l1Since', sequence);
+    state.set('l1Needed', sequence);
+    if (old !== 0) this.#deferFree({ offset: old, clusters: 1 }, sequence);
+  }
+
+  /** One raw L2 entry; 0 where there is no table. */
+  entry(cluster: number): bigint {
+    const l1Index = Math.floor(cluster / this.l2Entries);
+    const l2Index = cluster % this.l2Entries;
+    const slot = this.l2Slice(l1Index, l2Index);
+    if (slot < 0) return 0n;
+    return this.#runtime.arena.view.getBigUint64(this.l2.pointer(slot) + (l2Index % this.sliceEntries) * 8);
+  }
+
+  /**
+   * Makes `count` clusters from `cluster` on (of one slice; the table is {@link prepareL2}d) data of the host clusters
+   * from `host` on, which have refcount 1 and hold the data already. What they were before is freed.
+   */
+  mapData(cluster: number, count: number, host: number): void {
+    const { view } = this.#runtime.arena;
+    const slot = this.#preparedSlice(cluster);
+    const sequence = this.state.nextSequence();
+    const first = this.l2.pointer(slot) + (cluster % this.sliceEntries) * 8;
+    for (let index = 0; index < count; index++) {
+      const old = view.getBigUint64(first + index * 8);
+      const place = host + index * this.clusterSize;
+      view.setUint32(first + index * 8, 0x80000000 + Math.floor(place / 0x100000000));
+      view.setUint32(first + index * 8 + 4, place % 0x100000000);
+      this.l2.markDirty(slot, sequence, sequence);
+      if (old !== 0n) this.#freeEntry(old, sequence, place);
+    }
+  }
+
+  /** Replaces one entry by one that refers to no new cluster; `free`: what it referred to is freed. */
+  replaceEntry(cluster: number, entry: bigint, free: boolean): void {
+    const { view } = this.#runtime.arena;
+    const slot = this.#preparedSlice(cluster);
+    const at = this.l2.pointer(slot) + (cluster % this.sliceEntries) * 8;
+    const old = view.getBigUint64(at);
+    const sequence = this.state.nextSequence();
+    view.setBigUint64(at, entry);
+    this.l2.markDirty(slot, sequence, 0);
+    if (free && old !== 0n) this.#freeEntry(old, sequence, -1);
+  }
+
+  #preparedSlice(cluster: number): number {
+    const l1Index = Math.floor(cluster / this.l2Entries);
+    if ((this.#l1Entry(l1Index) & COPIED) === 0n) {
+      throw new Error(`qcow2 invariant: the L2 table of cluster ${cluster} is not prepared`);
+    }
+    return this.l2Slice(l1Index, cluster % this.l2Entries);
+  }
+
+  #l1Entry(l1Index: number): bigint {
+    return this.#runtime.arena.view.getBigUint64(this.#l1 + l1Index * 8);
+  }
+
+  #loadL2(l1Index: number, table: number, l2Index: number): number {
+    const { sliceBytes } = this.l2;
+    const offset = table + Math.floor(l2Index / this.sliceEntries) * sliceBytes;
+    const cached = this.l2.find(offset);
+    if (cached >= 0) return cached;
+    this.#checkL2Table(l1Index, table);
+    return this.l2.load(offset);
+  }
+
+  #checkL2Table(l1Index: number, table: number): void {
+    const problem = this.#tableProblem(table);
+    if (problem !== undefined) {
+      throw this.corrupt(
+        `L1 entry ${l1Index} says that its L2 table is at offset ${table}, which ${problem}`,
+      );
+    }
+  }
+
+  /** What is wrong with a place in the file for a cluster of metadata that was read from the image. */
+  #tableProblem(offset: number): string | undefined {
+    if (offset % this.clusterSize !== 0) return 'is not the start of a cluster';
+    if (offset >= this.#file.length) return `is beyond the end of the file at ${this.#file.length}`;
+    return this.#fixedOverlap(offset, this.clusterSize);
+  }
+
+  /** Names the header or table of fixed place that [offset, offset + length) overlaps. */
+  #fixedOverlap(offset: number, length: number): string | undefined {
+    const { state } = this;
+    const overlaps = (start: number, bytes: number) => offset < start + bytes && start < offset + length;
+    if (overlaps(0, this.clusterSize)) return 'is the place of the header';
+    if (overlaps(state.get('l1Offset'), state.get('l1Entries') * 8)) return 'is in the L1 table';
+    const tableBytes = state.get('refcountTableEntries') * 8;
+    if (overlaps(state.get('refcountTableOffset'), tableBytes)) return 'is in the refcount table';
+    const snapshots = state.get('snapshotsOffset');
+    if (snapshots !== 0 && overlaps(snapshots, this.clusterSize)) return 'is in the snapshot table';
+    return undefined;
+  }
+
+  /**
+   * Checks that writing data to these clusters of the file destroys no metadata, whatever the image's refcounts say.
+   * What lies behind the end that the file had at open was allocated by us and needs no look.
+   */
+  checkOverlap(offset: number, length: number, what: string): void {
+    const problem =
+      this.#fixedOverlap(offset, length) ??
+      (offset < this.state.get('openLength') ? this.#referredOverlap(offset, length) : undefined);
+    if (problem === undefined) return;
+    throw this.corrupt(`${what} at offset ${offset} ${problem}; nothing was written there`);
+  }
+
+  #referredOverlap(offset: number, length: number): string | undefined {
+    const { state } = this;
+    const find = (table: number, entries: number): number => {
+      const words = this.#runtime.arena.u8;
+      for (let index = 0; index < entries; index++) {
+        const at = table + index * 8;
+        // The common case first: an empty entry.
+        if (this.#runtime.arena.u32[(at >> 2) + 1] === 0 && this.#runtime.arena.u32[at >> 2] === 0) continue;
+        const place =
+          (words[at + 1] ?? 0) * 2 ** 48 +
+          (words[at + 2] ?? 0) * 2 ** 40 +
+          this.#runtime.arena.view.getUint32(at + 3) * 256 +
+          (words[at + 7] ?? 0);
+        const start = place - (place % 512);
+        if (offset < start + this.clusterSize && start < offset + length) return index;
+      }
+      return -1;
+    };
+    const l2 = find(this.#l1, state.get('l1Entries'));
+    if (l2 >= 0) return `is the L2 table of L1 entry ${l2}`;
+    const block = find(this.#table, state.get('refcountTableEntries'));
+    return block >= 0 ? `is refcount block ${block}` : undefined;
+  }
+
+  // ---- Refcounts and allocation -------------------------------------------------------------------------------
+
+  /**
+   * Takes up to `count` clusters in a row: the first free ones, as many of them as are contiguous.
+   * Their refcount is 1 from now on; whoever does not come to use them gives them back by {@link release}.
+   *
+   * @throws StillframeError ERR_STILLFRAME_NO_SPACE, …_CORRUPT_IMAGE
+   */
+  allocate(count: number): HostRun {
+    const { state } = this;
+    if (state.get('freeCount') > 0) this.reap();
+    let index = Math.max(1, state.get('firstFree'));
+    for (;;) {
+      this.#ensureBlock(index);
+      // A refcount table that moved has left its old place free.
+      index = Math.min(index, Math.max(1, state.get('firstFree')));
+      const within = index % this.#perSlice;
+      const block = this.#refcounts.pointer(this.#refcountSlice(index));
+      const found = this.#runtime.kernels.refcountFindFree(block, within, this.#perSlice, this.#order);
+      if (found >= 0) {
+        index += found - within;
+        break;
+      }
+      index += this.#perSlice - within;
+      state.set('firstFree', index);
+    }
+    const run = this.#freeRun(index, count);
+    const offset = index * this.clusterSize;
+    this.checkOverlap(
+      offset,
+      run * this.clusterSize,
+      'an allocation (the refcounts say that the cluster is free)',
+    );
+    this.#setOnes(index, run);
+    state.set('firstFree', index + run);
+    return { offset, clusters: run };
+  }
+
+  /** Gives clusters back that no entry ever referred to. */
+  release(run: HostRun): void {
+    const first = run.offset / this.clusterSize;
+    for (let index = first; index < first + run.clusters; index++) {
+      const slot = this.#refcountSlice(index);
+      storeRefcount(
+        this.#runtime.arena,
+        this.#refcounts.pointer(slot),
+        index % this.#perSlice,
+        this.#order,
+        0,
+      );
+      this.#refcounts.markDirty(slot, this.state.get('sequence'), 0);
+    }
+    this.state.set('firstFree', Math.min(this.state.get('firstFree'), first));
+  }
+
+  /** Free clusters in a row from `index` (which is free) on, at most `count`, where refcount blocks exist. */
+  #freeRun(index: number, count: number): number {
+    let run = 0;
+    while (run < count) {
+      const at = index + run;
+      if (run > 0 && at % this.#perBlock === 0 && this.#blockOffset(Math.floor(at / this.#perBlock)) === 0)
+        break;
+      const within = at % this.#perSlice;
+      const block = this.#refcounts.pointer(this.#refcountSlice(at));
+      const most = Math.min(count - run, this.#perSlice - within);
+      const free = this.#runtime.kernels.refcountFreeRun(block, within, this.#perSlice, this.#order, most);
+      run += free;
+      if (free < most) break;
+    }
+    return run;
+  }
+
+  #setOnes(index: number, count: number): void {
+    for (let done = 0; done < count; ) {
+      const at = index + done;
+      const within = at % this.#perSlice;
+      const n = Math.min(count - done, this.#perSlice - within);
+      const slot = this.#refcountSlice(at);
+      fillRefcounts(this.#runtime.arena, this.#refcounts.pointer(slot), within, n, this.#order);
+      this.#refcounts.markDirty(slot, this.state.get('sequence'), 0);
+      done += n;
+    }
+  }
+
+  /** Offset of a refcount block, 0 where there is none. Validates it. */
+  #blockOffset(block: number): number {
+    if (block >= this.state.get('refcountTableEntries')) return 0;
+    const entry = this.#runtime.arena.view.getBigUint64(this.#table + block * 8);
+    if (entry === 0n) return 0;
+    if ((entry & REFCOUNT_TABLE_RESERVED_MASK) !== 0n || entry > BigInt(Number.MAX_SAFE_INTEGER)) {
+      throw this.corrupt(`refcount table entry ${block} has reserved bits set (0x${entry.toString(16)})`);
+    }
+    return Number(entry);
+  }
+
+  /** The slot with the refcount of a cluster, whose block must exist. */
+  #refcountSlice(index: number): number {
+    const block = Math.floor(index / this.#perBlock);
+    const table = this.#blockOffset(block);
+    const within = index % this.#perBlock;
+    const offset = table + Math.floor(within / this.#perSlice) * this.#refcounts.sliceBytes;
+    if (table !== 0) {
+      const cached = this.#refcounts.find(offset);
+      if (cached >= 0) return cached;
+    }
+    const problem = table === 0 ? 'has no refcount block' : this.#tableProblem(table);
+    if (problem !== undefined) {
+      throw this.corrupt(
+        `refcount table entry ${block}, for the cluster at offset ${index * this.clusterSize}, says offset ${table}, which ${problem}`,
+      );
+    }
+    return this.#refcounts.load(offset);
+  }
+
+  /** Makes the refcount block of a cluster where it is missing; the block is the first cluster it counts. */
+  #ensureBlock(index: number): void {
+    if (!Number.isSafeInteger((index + this.#perBlock) * this.clusterSize)) {
+      throw this.#noSpace('the file would be larger than 2^53 bytes');
+    }
+    const block = Math.floor(index / this.#perBlock);
+    if (block >= this.state.get('refcountTableEntries')) this.#growTable(block);
+    if (this.#blockOffset(block) !== 0) return;
+    const cluster = block * this.#perBlock;
+    const offset = cluster * this.clusterSize;
+    this.checkOverlap(offset, this.clusterSize, 'a new refcount block');
+    this.#writeZeroCluster(offset);
+    this.#refcounts.forget(offset, offset + this.clusterSize);
+    this.#runtime.arena.view.setBigUint64(this.#table + block * 8, BigInt(offset));
+    const { state } = this;
+    const dirty = state.get('refcountTableDirtyTo') > 0;
+    state.set('refcountTableDirtyFrom', dirty ? Math.min(state.get('refcountTableDirtyFrom'), block) : block);
+    state.set('refcountTableDirtyTo', Math.max(state.get('refcountTableDirtyTo'), block + 1));
+    try {
+      this.#setOnes(cluster, 1);
+    } catch (error) {
+      // A block that does not count itself would be handed out.
+      this.#runtime.arena.view.setBigUint64(this.#table + block * 8, 0n);
+      throw error;
+    }
+  }
+
+  #writeZeroCluster(offset: number): void {
+    const buffer = this.state.get('metaBuffer');
+    const step = Math.min(this.clusterSize, this.state.get('metaBytes'));
+    this.#runtime.arena.u8.fill(0, buffer, buffer + step);
+    for (let done = 0; done < this.clusterSize; done += step) this.#file.write(offset + done, buffer, step);
+  }
+
+  /**
+   * Moves the refcount table to a larger place behind everything it counts, so that it has an entry for `block`:
+   *
+   *     | clusters counted so far | new refcount blocks | new refcount table | free …
+   *
+   * The header, the commit point, is written when all of this is durable; then the old table is free.
+   */
+  #growTable(block: number): void {
+    const { state, clusterSize } = this;
+    const entries = state.get('refcountTableEntries');
+    const firstCluster = entries * this.#perBlock;
+    const perCluster = clusterSize / 8;
+    let blocks = 1;
+    let tableClusters = 0;
+    for (;;) {
+      const wanted = Math.max(Math.ceil(entries * 1.5), entries + blocks, block + 1);
+      const clusters = Math.ceil(wanted / perCluster);
+      const needed = Math.ceil((blocks + clusters) / this.#perBlock);
+      if (clusters === tableClusters && needed <= blocks) break;
+      tableClusters = clusters;
+      blocks = Math.max(blocks, needed);
+    }
+    const newEntries = tableClusters * perCluster;
+    if (newEntries > state.get('refcountTableCapacity')) {
+      throw this.#noSpace(`its refcount table cannot grow to ${newEntries * 8} bytes`);
+    }
+    const start = firstCluster * clusterSize;
+    this.checkOverlap(start, (blocks + tableClusters) * clusterSize, 'a larger refcount table');
+    const { view, u8 } = this.#runtime.arena;
+    const oldOffset = state.get('refcountTableOffset');
+    try {
+      for (let index = 0; index < blocks; index++) {
+        const offset = start + index * clusterSize;
+        this.#writeZeroCluster(offset);
+        this.#refcounts.forget(offset, offset + clusterSize);
+        view.setBigUint64(this.#table + (entries + index) * 8, BigInt(offset));
+      }
+      // From here on the entries count for look-ups, ours only: the lock is held.
+      state.set('refcountTableEntries', newEntries);
+      this.#setOnes(firstCluster, blocks + tableClusters);
+      this.#refcounts.writeDirty();
+      const place = start + blocks * clusterSize;
+      this.#file.write(place, this.#table, newEntries * 8);
+      state.syncFile(this.#file, true);
+      const buffer = state.get('metaBuffer');
+      view.setBigUint64(buffer, BigInt(place));
+      view.setUint32(buffer + 8, tableClusters);
+      // Twelve bytes of one sector: both fields or none.
+      this.#file.write(FIELD.refcountTableOffset, buffer, 12);
+      state.syncFile(this.#file, true);
+      state.set('refcountTableOffset', place);
+      state.set('refcountTableDirtyFrom', 0);
+      state.set('refcountTableDirtyTo', 0);
+    } catch (error) {
+      if (state.get('refcountTableOffset') === oldOffset) {
+        state.set('refcountTableEntries', entries);
+        this.#refcounts.forget(start, start + blocks * clusterSize);
+        u8.fill(0, this.#table + entries * 8, this.#table + newEntries * 8);
+      }
+      throw error;
+    }
+    this.#lower({ offset: oldOffset, clusters: entries / perCluster });
+  }
+
+  #noSpace(why: string): StillframeError {
+    return new StillframeError(
+      'ERR_STILLFRAME_NO_SPACE',
+      `'${this.#path}' cannot take more data: ${why}; copy it to an image with larger clusters`,
+    );
+  }
+
+  // ---- Frees --------------------------------------------------------------------------------------------------
+
+  /** Defers the free of what an L2 entry refers to, unless that is the cluster at `keep`. */
+  #freeEntry(entry: bigint, sequence: number, keep: number): void {
+    if ((entry & (1n << 62n)) !== 0n) {
+      this.#deferFree(this.compressedClusters(entry), sequence);
+      return;
+    }
+    const offset = Number(entry & L1_OFFSET_MASK);
+    if (offset !== 0 && offset !== keep) this.#deferFree({ offset, clusters: 1 }, sequence);
+  }
+
+  /** The host clusters that a compressed cluster touches, each of which counts it once. */
+  compressedClusters(entry: bigint): HostRun {
+    const x = BigInt(62 - (Math.log2(this.clusterSize) - 8));
+    const offset = Number(entry & ((1n << x) - 1n));
+    const sectors = Number((entry & ((1n << 62n) - 1n)) >> x) + 1;
+    const first = Math.floor(offset / this.clusterSize);
+    const last = Math.floor((offset - (offset % 512) + sectors * 512 - 1) / this.clusterSize);
+    return { offset: first * this.clusterSize, clusters: last - first + 1 };
+  }
+
+  /** Whether `count` more frees surely fit into the list. */
+  hasRoomForFrees(count: number): boolean {
+    return this.state.get('freeCount') + count <= this.state.get('freeCapacity') / 2;
+  }
+
+  #deferFree(run: HostRun, sequence: number): void {
+    const { state } = this;
+    const { f64 } = this.#runtime.arena;
+    const at = (index: number) => (state.get('frees') + index * FREE_ENTRY) / 8;
+    let count = state.get('freeCount');
+    if (count > state.get('freeDurable')) {
+      const last = at(count - 1);
+      const [offset = 0, clusters = 0] = f64.subarray(last, last + 2);
+      if (offset + clusters * this.clusterSize === run.offset) {
+        f64[last + 1] = clusters + run.clusters;
+        f64[last + 2] = sequence;
+        return;
+      }
+    }
+    // Mutations see to it that there is room. Where many threads fill it at once the space leaks, which
+    // 'qemu-img check -r leaks' gives back: never worse.
+    if (count >= state.get('freeCapacity')) return;
+    f64.set([run.offset, run.clusters, sequence], at(count));
+    state.set('freeCount', ++count);
+  }
+
+  /**
+   * Applies the frees that are durable and out of every reader's sight.
+   *
+   * @param closing nobody reads any more
+   */
+  reap(closing = false): void {
+    const { state } = this;
+    const { i32, f64 } = this.#runtime.arena;
+    for (;;) {
+      const grace = state.get('freeGrace');
+      const epoch = state.get('epoch');
+      if (grace > 0) {
+        const old = (state.control + READERS + (1 - epoch) * 4) >> 2;
+        if (!closing && Atomics.load(i32, old) !== 0) return;
+        const first = state.get('frees') / 8;
+        const count = state.get('freeCount');
+        const batch = f64.slice(first, first + (grace * FREE_ENTRY) / 8);
+        f64.copyWithin(first, first + (grace * FREE_ENTRY) / 8, first + (count * FREE_ENTRY) / 8);
+        state.set('freeCount', count - grace);
+        state.set('freeDurable', state.get('freeDurable') - grace);
+        state.set('freeGrace', 0);
+        state.set('generation', state.get('generation') + 1);
+        let failure: unknown;
+        for (let index = 0; index < batch.length; index += FREE_ENTRY / 8) {
+          try {
+            this.#lower({ offset: batch[index] ?? 0, clusters: batch[index + 1] ?? 0 });
+          } catch (error) {
+            failure ??= error;
+          }
+        }
+        if (failure !== undefined) throw failure;
+      } else if (state.get('freeDurable') > 0) {
+        state.set('epoch', 1 - epoch);
+        state.set('freeGrace', state.get('freeDurable'));
+      } else {
+        return;
+      }
+    }
+  }
+
+  /** Takes one off the refcount of every cluster of the run; those that become free lose their space in the file. */
+  #lower(run: HostRun): void {
+    const { arena } = this.#runtime;
+    const first = run.offset / this.clusterSize;
+    let freeFrom = -1;
+    const punch = (end: number): void => {
+      if (freeFrom < 0) return;
+      this.state.set('firstFree', Math.min(this.state.get('firstFree'), freeFrom));
+      try {
+        this.#file.discard(freeFrom * this.clusterSize, (end - freeFrom) * this.clusterSize);
+      } catch {
+        // The space stays taken in the file system; the image is none the worse.
+      }
+      freeFrom = -1;
+    };
+    for (let index = first; index < first + run.clusters; index++) {
+      const slot = this.#refcountSlice(index);
+      const block = this.#refcounts.pointer(slot);
+      const within = index % this.#perSlice;
+      if (loadRefcount(arena, block, within, this.#order) === 0) {
+        punch(index);
+        throw this.corrupt(
+          `the cluster at offset ${index * this.clusterSize} was in use although its refcount is 0`,
+        );
+      }
+      this.#refcounts.markDirty(slot, this.state.get('sequence'), 0);
+      if (decrementRefcount(arena, block, within, this.#order)) {
+        if (freeFrom < 0) freeFrom = index;
+      } else {
+        punch(index);
+      }
+    }
+    punch(first + run.clusters);
+  }
+
+  /** Counts the caller among the readers. Returns its epoch for {@link leaveReader}. */
+  enterReader(): number {
+    const epoch = this.state.get('epoch');
+    Atomics.add(this.#runtime.arena.i32, (this.state.control + READERS + epoch * 4) >> 2, 1);
+    return epoch;
+  }
+
+  /** Needs no lock. */
+  leaveReader(epoch: number): void {
+    Atomics.sub(this.#runtime.arena.i32, (this.state.control + READERS + epoch * 4) >> 2, 1);
+  }
+
+  // ---- The way to the disk ------------------------------------------------------------------------------------
+
+  /**
+   * Makes everything durable that was written before: data, then metadata in order. Takes the lock itself and does
+   * not hold it while the disk works, unless other writers keep changing what has to be written.
+   */
+  flush(): void {
+    const { state } = this;
+    state.checkHealth();
+    state.withLock(() => {
+      const begin = state.get('sequence');
+      this.#round(false);
+      if (this.#oldestChange() <= begin) this.#round(true);
+    });
+    state.checkHealth();
+  }
+
+  /** Frees space in the caches and in the free list by a sync. Takes the lock itself. */
+  relieve(): void {
+    this.state.checkHealth();
+    this.state.withLock(() => this.#round(false));
+  }
+
+  /** Writes everything and applies every free; nobody else uses the image any more. Takes the lock itself. */
+  finish(): void {
+    const { state } = this;
+    state.checkHealth();
+    state.withLock(() => {
+      this.#round(true);
+      this.reap(true);
+      this.#refcounts.writeDirty();
+      state.syncFile(this.#file, true);
+    });
+  }
+
+  /** Once before the first change: bits of features we do not keep up are cleared, as the specification asks. */
+  firstMutation(): void {
+    const { state } = this;
+    const { i32 } = this.#runtime.arena;
+    const flag = (state.control + MUTATED) >> 2;
+    if (Atomics.load(i32, flag) !== 0) return;
+    state.withLock(() => {
+      if (Atomics.load(i32, flag) !== 0) return;
+      if (state.get('autoclear') !== 0) {
+        const buffer = state.get('metaBuffer');
+        this.#runtime.arena.u8.fill(0, buffer, buffer + 8);
+        this.#file.write(FIELD.autoclearFeatures, buffer, 8);
+        state.syncFile(this.#file, true);
+      }
+      Atomics.store(i32, flag, 1);
+    });
+  }
+
+  #round(hold: boolean): void {
+    const { state } = this;
+    this.#makeDurable(hold);
+    const oldestSlice = this.l2.writeDirty();
+    if (state.get('l1DirtyTo') > 0 && state.get('l1Needed') <= state.get('durable')) this.#writeL1();
+    // Every change before `written` is in the file now.
+    const oldestL1 = state.get('l1DirtyTo') > 0 ? state.get('l1Since') : Infinity;
+    const written = Math.min(oldestSlice, oldestL1, state.get('sequence') + 1);
+    state.syncFile(this.#file, hold);
+    const { f64 } = this.#runtime.arena;
+    const first = state.get('frees') / 8;
+    let durable = state.get('freeDurable');
+    const count = state.get('freeCount');
+    while (durable < count && (f64[first + durable * 3 + 2] ?? Infinity) < written) durable++;
+    state.set('freeDurable', durable);
+    this.reap();
+  }
+
+  /** Writes the refcounts and syncs: all changes so far may be written after this. */
+  #makeDurable(hold: boolean): void {
+    const { state } = this;
+    if (state.get('refcountTableDirtyTo') > 0) {
+      // New refcount blocks have to be durable before the table says where they are. Most of the work is done
+      // with the lock let go.
+      if (!hold) state.syncFile(this.#file, false);
+      this.#refcounts.writeDirty();
+      state.syncFile(this.#file, true);
+      const from = state.get('refcountTableDirtyFrom');
+      const to = state.get('refcountTableDirtyTo');
+      if (to > 0) {
+        const offset = state.get('refcountTableOffset') + from * 8;
+        this.#file.write(offset, this.#table + from * 8, (to - from) * 8);
+        state.set('refcountTableDirtyFrom', 0);
+        state.set('refcountTableDirtyTo', 0);
+      }
+    }
+    this.#refcounts.writeDirty();
+    const reached = state.get('sequence');
+    state.syncFile(this.#file, hold);
+    state.set('durable', Math.max(state.get('durable'), reached));
+  }
+
+  #writeL1(): void {
+    const { state } = this;
+    const from = state.get('l1DirtyFrom');
+    const to = state.get('l1DirtyTo');
+    this.#file.write(state.get('l1Offset') + from * 8, this.#l1 + from * 8, (to - from) * 8);
+    state.set('l1DirtyFrom', 0);
+    state.set('l1DirtyTo', 0);
+  }
+
+  #oldestChange(): number {
+    const l1 = this.state.get('l1DirtyTo') > 0 ? this.state.get('l1Since') : Infinity;
+    return Math.min(l1, this.l2.oldestChange());
+  }
+
+  corrupt(what: string): StillframeError {
+    return new StillframeError(
+      'ERR_STILLFRAME_CORRUPT_IMAGE',
+      `'${this.#path}' is damaged: ${what}; check it with 'qemu-img check'`,
+    );
+  }
+}

@@ -1,0 +1,689 @@
+import { StillframeError } from '../../errors.js';
+import {
+  L2_COMPRESSED,
+  L2_DATA,
+  L2_INVALID,
+  L2_UNALLOCATED,
+  L2_ZERO_ALLOCATED,
+  L2_ZERO_PLAIN,
+} from '../../kernels/kernels.js';
+import type { Runtime } from '../../kernels/runtime.js';
+import {
+  type BlockNode,
+  type Extent,
+  type Qcow2Descriptor,
+  STATUS_ALLOCATED,
+  STATUS_COMPRESSED,
+  STATUS_DATA,
+  STATUS_ZERO,
+} from '../node.js';
+import type { FileNode } from '../raw/file.js';
+import { decompressCluster } from './decompress.js';
+import { type HostRun, Metadata } from './metadata.js';
+import { ScratchPool } from './scratch.js';
+import { RELIEVING } from './state.js';
+
+/** What the tables say of a range: clusters of one kind, with a host place contiguous in the file. */
+interface Lookup {
+  /** One of the `L2_*` kinds. */
+  readonly kind: number;
+  /** Place of the first byte asked for (compressed: of the compressed data), bytes. */
+  readonly hostOffset: number;
+  /** Bytes from the offset asked for. */
+  readonly length: number;
+  readonly copied: boolean;
+  readonly compressedLength: number;
+}
+
+/** How a change treats one cluster. */
+type Change =
+  | 'keep'
+  /** Reads as zeroes from now on; the host cluster is given up. */
+  | 'zero'
+  /** Reads as zeroes from now on; the host cluster stays ours. */
+  | 'zero-keep'
+  /** Unallocated from now on. */
+  | 'clear'
+  /** Zeroes have to be written. */
+  | 'write';
+
+/** The zero flag of an L2 entry. */
+const ZERO_FLAG = 1n;
+/** Slices that one status call looks at, at most. */
+const STATUS_SLICES = 64;
+/** How long a mutation waits for reads in flight, so that frees can be applied. */
+const RELIEF_WAIT_MS = 1000;
+/** Bytes of decompressed clusters a thread remembers. */
+const DECOMPRESSED_CACHE_BYTES = 4 * 1024 * 1024;
+
+interface Decompressed {
+  readonly hostOffset: number;
+  readonly generation: number;
+  readonly bytes: Uint8Array;
+}
+
+/** Driver `qcow2`, versions 2 and 3: one thread's facade. */
+export class Qcow2Node implements BlockNode {
+  readonly descriptor: Qcow2Descriptor;
+  readonly length: number;
+  readonly readOnly: boolean;
+  readonly clusterSize: number;
+  readonly backing: BlockNode | undefined;
+  readonly #runtime: Runtime;
+  readonly #file: FileNode;
+  readonly #meta: Metadata;
+  readonly #scratch: ScratchPool;
+  readonly #hasZeroFlag: boolean;
+  /** Unallocated is not zero: there is, or the header says there is, a backing file. */
+  readonly #hasBacking: boolean;
+  /** Most recently used last. */
+  #decompressed: Decompressed[] = [];
+
+  constructor(runtime: Runtime, descriptor: Qcow2Descriptor, file: FileNode, backing: BlockNode | undefined) {
+    this.descriptor = descriptor;
+    this.length = descriptor.length;
+    this.readOnly = descriptor.readOnly;
+    this.clusterSize = 2 ** descriptor.clusterBits;
+    this.backing = backing;
+    this.#runtime = runtime;
+    this.#file = file;
+    this.#meta = new Metadata(runtime, descriptor, file);
+    this.#scratch = new ScratchPool(this.#meta.state);
+    this.#hasZeroFlag = descriptor.version >= 3;
+    this.#hasBacking = backing !== undefined || descriptor.backingFile !== undefined;
+  }
+
+  // ---- Reading ------------------------------------------------------------------------------------------------
+
+  read(offset: number, pointer: number, length: number): void {
+    this.#check('read', offset, length);
+    this.#read(offset, pointer, length, -1);
+  }
+
+  /** @param input two clusters of memory for compressed data, -1: taken from the pool where needed */
+  #read(offset: number, pointer: number, length: number, input: number): void {
+    const meta = this.#meta;
+    const { u8 } = this.#runtime.arena;
+    let epoch = -1;
+    try {
+      while (length > 0) {
+        let generation = 0;
+        const found = meta.state.withLock(() => {
+          // Counted before the look-up: what it finds is not reused until the count is taken back.
+          if (epoch < 0) epoch = meta.enterReader();
+          generation = meta.state.get('generation');
+          return this.#lookup(offset, length);
+        });
+        const bytes = found.length;
+        switch (found.kind) {
+          case L2_DATA:
+            this.#file.read(found.hostOffset, pointer, bytes);
+            break;
+          case L2_COMPRESSED: {
+            const cluster = this.#decompress(found, offset, generation, input);
+            const within = offset % this.clusterSize;
+            u8.set(cluster.subarray(within, within + bytes), pointer);
+            break;
+          }
+          case L2_UNALLOCATED:
+            this.#readBacking(offset, pointer, bytes);
+            break;
+          default:
+            u8.fill(0, pointer, pointer + bytes);
+        }
+        offset += bytes;
+        pointer += bytes;
+        length -= bytes;
+      }
+    } finally {
+      if (epoch >= 0) meta.leaveReader(epoch);
+    }
+  }
+
+  #readBacking(offset: number, pointer: number, length: number): void {
+    const { backing } = this;
+    const inside = backing === undefined ? 0 : Math.max(0, Math.min(length, backing.length - offset));
+    if (inside > 0) backing?.read(offset, pointer, inside);
+    if (inside < length) this.#runtime.arena.u8.fill(0, pointer + inside, pointer + length);
+  }
+
+  /** The cluster whose compressed data `found` tells of. The caller is a counted reader. */
+  #decompress(found: Lookup, offset: number, generation: number, input: number): Uint8Array {
+    // The bytes at a host offset change only after they were freed, and then the generation has moved on.
+    const cache = this.#decompressed;
+    const known = cache.findIndex(
+      (entry) => entry.hostOffset === found.hostOffset && entry.generation === generation,
+    );
+    if (known >= 0) {
+      const [entry] = cache.splice(known, 1);
+      if (entry !== undefined) {
+        cache.push(entry);
+        return entry.bytes;
+      }
+    }
+    const load = (pointer: number): Uint8Array => {
+      this.#file.read(found.hostOffset, pointer, found.compressedLength);
+      return this.#runtime.arena.copyOut(pointer, found.compressedLength);
+    };
+    const compressed = input >= 0 ? load(input) : this.#scratch.with(load);
+    const bytes = decompressCluster(compressed, this.descriptor.compressionType, this.clusterSize);
+    if (bytes === undefined) {
+      throw this.#meta.corrupt(
+        `the compressed cluster at guest offset ${offset - (offset % this.clusterSize)} (file offset ${found.hostOffset}) does not decompress to ${this.clusterSize} bytes`,
+      );
+    }
+    const most = Math.max(1, Math.min(16, DECOMPRESSED_CACHE_BYTES / this.clusterSize));
+    if (cache.length >= most) cache.shift();
+    cache.push({ hostOffset: found.hostOffset, generation, bytes });
+    return bytes;
+  }
+
+  /** What the tables say of the range, up to the end of a slice. Under the lock. */
+  #lookup(offset: number, length: number): Lookup {
+    const meta = this.#meta;
+    const { clusterSize } = this;
+    const cluster = Math.floor(offset / clusterSize);
+    const within = offset % clusterSize;
+    const l1Index = Math.floor(cluster / meta.l2Entries);
+    const l2Index = cluster % meta.l2Entries;
+    const slot = meta.l2Slice(l1Index, l2Index);
+    if (slot < 0) {
+      const bytes = Math.min(length, (meta.l2Entries - l2Index) * clusterSize - within);
+      return { kind: L2_UNALLOCATED, hostOffset: -1, length: bytes, copied: false, compressedLength: 0 };
+    }
+    const { kernels } = this.#runtime;
+    const index = l2Index % meta.sliceEntries;
+    const most = Math.min(meta.sliceEntries - index, Math.ceil((within + length) / clusterSize));
+    const slice = meta.l2.pointer(slot);
+    const count = kernels.l2Extent(slice, index, most, this.descriptor.clusterBits, this.#hasZeroFlag);
+    const kind = kernels.l2Kind;
+    const host = kernels.l2HostOffset;
+    const compressed = kind === L2_COMPRESSED;
+    if (
+      kind === L2_INVALID ||
+      (compressed && host >= this.#file.length) ||
+      !Number.isSafeInteger(host + length)
+    ) {
+      const entry = meta.entry(cluster);
+      throw meta.corrupt(
+        `entry ${l2Index} of the L2 table at offset ${meta.l2TableOffset(l1Index)} (guest offset ${cluster * clusterSize}) is invalid: 0x${entry.toString(16)}`,
+      );
+    }
+    return {
+      kind,
+      hostOffset: compressed ? host : host + within,
+      length: Math.min(length, count * clusterSize - within),
+      copied: kernels.l2Copied,
+      compressedLength: compressed ? kernels.l2CompressedLength : 0,
+    };
+  }
+
+  status(offset: number, length: number): Extent {
+    this.#check('look at', offset, length);
+    return this.#meta.state.withLock(() => {
+      const first = this.#extentOf(this.#lookup(offset, length));
+      let total = first.length;
+      for (let slices = 1; total < length && slices < STATUS_SLICES; slices++) {
+        const next = this.#extentOf(this.#lookup(offset + total, length - total));
+        const adjacent = first.hostOffset < 0 || next.hostOffset === first.hostOffset + total;
+        if (next.flags !== first.flags || !adjacent) break;
+        total += next.length;
+      }
+      return { ...first, length: total };
+    });
+  }
+
+  #extentOf(found: Lookup): Extent {
+    const { length, hostOffset } = found;
+    switch (found.kind) {
+      case L2_DATA:
+        return { length, flags: STATUS_DATA | STATUS_ALLOCATED, hostOffset };
+      case L2_COMPRESSED:
+        return { length, flags: STATUS_DATA | STATUS_ALLOCATED | STATUS_COMPRESSED, hostOffset: -1 };
+      case L2_UNALLOCATED:
+        return { length, flags: 0, hostOffset: -1 };
+      default:
+        return { length, flags: STATUS_ZERO | STATUS_ALLOCATED, hostOffset: -1 };
+    }
+  }
+
+  // ---- Writing ------------------------------------------------------------------------------------------------
+
+  write(offset: number, pointer: number, length: number): void {
+    this.#beginMutation('write', offset, length);
+    while (length > 0) {
+      const done = this.#writeStep(offset, pointer, length);
+      offset += done;
+      pointer += done;
+      length -= done;
+    }
+  }
+
+  /** Writes a first part of the range. Returns its bytes. */
+  #writeStep(offset: number, pointer: number, length: number): number {
+    const meta = this.#meta;
+    const { clusterSize } = this;
+    const cluster = Math.floor(offset / clusterSize);
+    const plan = this.#withRoomForFrees(meta.sliceEntries, () => {
+      const found = this.#lookup(offset, length);
+      if (found.kind === L2_DATA && found.copied) {
+        const start = found.hostOffset - (found.hostOffset % clusterSize);
+        meta.checkOverlap(start, found.hostOffset + found.length - start, 'data of the guest');
+        return { inPlace: true, host: found.hostOffset, length: found.length, run: undefined, clusters: 0 };
+      }
+      meta.prepareL2(Math.floor(cluster / meta.l2Entries));
+      if (found.kind === L2_ZERO_ALLOCATED && found.copied) {
+        const host = found.hostOffset - (offset % clusterSize);
+        const clusters = Math.ceil(((offset % clusterSize) + found.length) / clusterSize);
+        meta.checkOverlap(host, clusters * clusterSize, 'data of the guest');
+        return { inPlace: false, host, length: found.length, run: undefined, clusters };
+      }
+      const run = meta.allocate(this.#clustersToAllocate(offset, length));
+      const bytes = Math.min(length, run.clusters * clusterSize - (offset % clusterSize));
+      return { inPlace: false, host: run.offset, length: bytes, run, clusters: run.clusters };
+    });
+    if (plan.inPlace) {
+      this.#file.write(plan.host, pointer, plan.length);
+      return plan.length;
+    }
+    let mapped = 0;
+    try {
+      this.#writeClusters(offset, pointer, plan.length, plan.host, plan.run === undefined);
+      meta.state.withLock(() => {
+        meta.mapData(cluster, plan.clusters, plan.host);
+        mapped = plan.clusters;
+      });
+    } finally {
+      this.#releaseUnmapped(plan.run, mapped);
+    }
+    this.#relieveIfCrowded();
+    return plan.length;
+  }
+
+  /** How many clusters from `offset` on need a new place, up to the end of the slice. Under the lock. */
+  #clustersToAllocate(offset: number, length: number): number {
+    const meta = this.#meta;
+    const first = Math.floor(offset / this.clusterSize);
+    const sliceEnd = (Math.floor(first / meta.sliceEntries) + 1) * meta.sliceEntries * this.clusterSize;
+    const end = Math.min(offset + length, sliceEnd);
+    let at = offset;
+    while (at < end) {
+      const found = this.#lookup(at, end - at);
+      if (found.copied && (found.kind === L2_DATA || found.kind === L2_ZERO_ALLOCATED)) break;
+      at += found.length;
+    }
+    return Math.ceil(at / this.clusterSize) - first;
+  }
+
+  /**
+   * Writes the range into new host clusters, the first of them at `host`. What the range leaves of its first and
+   * last cluster is filled up with what the guest sees there now: `zero` says that this is zeroes.
+   */
+  #writeClusters(offset: number, pointer: number, length: number, host: number, zero: boolean): void {
+    const { clusterSize } = this;
+    const end = offset + length;
+    const firstStart = offset - (offset % clusterSize);
+    let at = offset;
+    while (at < end) {
+      const start = at - (at % clusterSize);
+      const whole = Math.floor((end - at) / clusterSize) * clusterSize;
+      const target = host + (start - firstStart);
+      if (at === start && whole > 0) {
+        this.#file.write(target, pointer + (at - offset), whole);
+        at += whole;
+        continue;
+      }
+      const stop = Math.min(end, start + clusterSize);
+      this.#writeFilledUp(start, at, stop, pointer + (at - offset), target, zero);
+      at = stop;
+    }
+  }
+
+  /** Writes the cluster at guest offset `start`: new bytes [from, to), old ones around them. */
+  #writeFilledUp(
+    start: number,
+    from: number,
+    to: number,
+    pointer: number,
+    host: number,
+    zero: boolean,
+  ): void {
+    const { clusterSize } = this;
+    const { u8 } = this.#runtime.arena;
+    this.#scratch.with((scratch) => {
+      const input = scratch + clusterSize;
+      const fill = (begin: number, stop: number): void => {
+        const visible = zero ? begin : Math.max(begin, Math.min(stop, this.length));
+        if (visible > begin) {
+          this.#checkBackingOpen(begin, visible - begin);
+          this.#read(begin, scratch + (begin - start), visible - begin, input);
+        }
+        u8.fill(0, scratch + (visible - start), scratch + (stop - start));
+      };
+      fill(start, from);
+      fill(to, start + clusterSize);
+      u8.copyWithin(scratch + (from - start), pointer, pointer + (to - from));
+      this.#file.write(host, scratch, clusterSize);
+    });
+  }
+
+  /** Old content that is in a backing file we were told not to open is not zeroes. */
+  #checkBackingOpen(offset: number, length: number): void {
+    if (this.backing !== undefined || !this.#hasBacking) return;
+    const unknown = this.#meta.state.withLock(() => this.#lookup(offset, length).kind === L2_UNALLOCATED);
+    if (!unknown) return;
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_MISSING',
+      `cannot write a part of the cluster at ${offset - (offset % this.clusterSize)} of '${this.descriptor.path}': the rest of it is in the backing file '${this.descriptor.backingFile}', which is not open; write whole clusters or open the backing file`,
+    );
+  }
+
+  writeUnits(offset: number, pointer: number, length: number, unit: number, skip: number): void {
+    this.#beginMutation('write', offset, length);
+    if (length === 0) return;
+    if (unit % this.clusterSize !== 0 || offset % unit !== 0) {
+      throw new RangeError(
+        `units of ${unit} bytes at ${offset} are not whole clusters of ${this.clusterSize}`,
+      );
+    }
+    const units = Math.ceil(length / unit);
+    const runs: { first: number; end: number }[] = [];
+    const { kernels } = this.#runtime;
+    for (let at = kernels.bitmapNextClear(skip, 0, units); at >= 0; ) {
+      const next = kernels.bitmapNextSet(skip, at, units);
+      const end = next < 0 ? units : next;
+      runs.push({ first: at, end });
+      at = end < units ? kernels.bitmapNextClear(skip, end, units) : -1;
+    }
+    const bulk = this.#canWriteBulk(offset, length, unit, runs);
+    if (!bulk) {
+      for (const run of runs) {
+        const start = run.first * unit;
+        this.write(offset + start, pointer + start, Math.min(run.end * unit, length) - start);
+      }
+      return;
+    }
+    const bytes = kernels.compactUnits(pointer, length, unit, skip);
+    this.#writeBulk(offset, pointer, bytes, unit, runs);
+  }
+
+  /** Whether every unit to write is of whole clusters without a host cluster so far. */
+  #canWriteBulk(
+    offset: number,
+    length: number,
+    unit: number,
+    runs: readonly { first: number; end: number }[],
+  ) {
+    if ((offset + length) % this.clusterSize !== 0 && offset + length !== this.length) return false;
+    return this.#meta.state.withLock(() =>
+      runs.every((run) => {
+        const end = Math.min(offset + run.end * unit, offset + length);
+        for (let at = offset + run.first * unit; at < end; ) {
+          const found = this.#lookup(at, end - at);
+          if (found.kind !== L2_UNALLOCATED && found.kind !== L2_ZERO_PLAIN) return false;
+          at += found.length;
+        }
+        return true;
+      }),
+    );
+  }
+
+  /** Writes `bytes` bytes of compacted units, the unit runs say where to, into as few host runs as possible. */
+  #writeBulk(
+    offset: number,
+    pointer: number,
+    bytes: number,
+    unit: number,
+    runs: readonly { first: number; end: number }[],
+  ): void {
+    const meta = this.#meta;
+    const { clusterSize } = this;
+    const perUnit = unit / clusterSize;
+    const total = Math.ceil(bytes / clusterSize);
+    // The guest clusters of the compacted buffer, in order.
+    const guest: { first: number; count: number }[] = [];
+    let left = total;
+    for (const run of runs) {
+      const count = Math.min(left, (run.end - run.first) * perUnit);
+      guest.push({ first: offset / clusterSize + run.first * perUnit, count });
+      left -= count;
+    }
+    let done = 0;
+    while (done < total) {
+      const run = meta.state.withLock(() => {
+        for (const { first, count } of guest) {
+          const last = Math.floor((first + count - 1) / meta.l2Entries);
+          for (let l1 = Math.floor(first / meta.l2Entries); l1 <= last; l1++) meta.prepareL2(l1);
+        }
+        return meta.allocate(total - done);
+      });
+      let mapped = 0;
+      try {
+        const from = done * clusterSize;
+        const size = Math.min(bytes - from, run.clusters * clusterSize);
+        this.#file.write(run.offset, pointer + from, size);
+        const rest = run.clusters * clusterSize - size;
+        // The drive ends inside of the last cluster.
+        if (rest > 0) this.#writeZeroBytes(run.offset + size, rest);
+        meta.state.withLock(() => {
+          for (const part of this.#partsOf(guest, done, run)) {
+            meta.mapData(part.cluster, part.count, run.offset + mapped * clusterSize);
+            mapped += part.count;
+          }
+        });
+      } finally {
+        this.#releaseUnmapped(run, mapped);
+      }
+      done += run.clusters;
+      this.#relieveIfCrowded();
+    }
+  }
+
+  /** The guest clusters number `from` and following that the host run holds, in parts of one slice. */
+  *#partsOf(guest: readonly { first: number; count: number }[], from: number, run: HostRun) {
+    const { sliceEntries } = this.#meta;
+    let skipped = 0;
+    let left = run.clusters;
+    for (const { first, count } of guest) {
+      for (let at = Math.max(0, from - skipped); at < count && left > 0; ) {
+        const cluster = first + at;
+        const n = Math.min(sliceEntries - (cluster % sliceEntries), count - at, left);
+        yield { cluster, count: n };
+        at += n;
+        left -= n;
+      }
+      skipped += count;
+    }
+  }
+
+  /** Writes zeroes into the file. */
+  #writeZeroBytes(host: number, length: number): void {
+    const { state } = this.#meta;
+    const step = state.get('zeroBytes');
+    for (let done = 0; done < length; done += step) {
+      this.#file.write(host + done, state.get('zeroes'), Math.min(step, length - done));
+    }
+  }
+
+  /** Gives back what was allocated and, since something failed, is not referred to. */
+  #releaseUnmapped(run: HostRun | undefined, mapped: number): void {
+    if (run === undefined || mapped === run.clusters) return;
+    const rest = { offset: run.offset + mapped * this.clusterSize, clusters: run.clusters - mapped };
+    this.#meta.state.withLock(() => this.#meta.release(rest));
+  }
+
+  /** Writes metadata back where much of it is waiting. */
+  #relieveIfCrowded(): void {
+    if (this.#meta.state.withLock(() => this.#meta.l2.crowded)) this.#relieve();
+  }
+
+  /** Writes metadata back, unless another thread is at it. */
+  #relieve(): void {
+    const { i32 } = this.#runtime.arena;
+    const word = (this.#meta.state.control + RELIEVING) >> 2;
+    if (Atomics.compareExchange(i32, word, 0, 1) !== 0) return;
+    try {
+      this.#meta.relieve();
+    } finally {
+      Atomics.store(i32, word, 0);
+    }
+  }
+
+  /** Runs `body` under the lock once the list of frees has room for `count` more. */
+  #withRoomForFrees<T>(count: number, body: () => T): T {
+    const meta = this.#meta;
+    const { state } = meta;
+    for (let attempt = 0; ; attempt++) {
+      state.lock();
+      try {
+        if (meta.hasRoomForFrees(count)) return body();
+        meta.reap();
+        // Reads that never end must not stop writes; the list still has its other half.
+        if (meta.hasRoomForFrees(count) || attempt > RELIEF_WAIT_MS) return body();
+      } finally {
+        state.unlock();
+      }
+      if (attempt % 100 === 0) this.#relieve();
+      else this.#sleep(1);
+    }
+  }
+
+  #sleep(ms: number): void {
+    const { i32 } = this.#runtime.arena;
+    const word = (this.#meta.state.control + RELIEVING) >> 2;
+    Atomics.wait(i32, word, Atomics.load(i32, word), ms);
+  }
+
+  // ---- Zeroes and discards ------------------------------------------------------------------------------------
+
+  writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
+    this.#beginMutation('write zeroes', offset, length);
+    const { clusterSize } = this;
+    const end = offset + length;
+    const wholeStart = Math.ceil(offset / clusterSize) * clusterSize;
+    const wholeEnd = this.#wholeEnd(end);
+    if (wholeStart >= wholeEnd) {
+      this.#zeroPart(offset, Math.min(end, wholeStart) - offset);
+      if (end > wholeStart) this.#zeroPart(wholeStart, end - wholeStart);
+      return;
+    }
+    this.#zeroPart(offset, wholeStart - offset);
+    this.#changeClusters(wholeStart / clusterSize, Math.ceil(wholeEnd / clusterSize), (kind) => {
+      const readsZero = kind === L2_ZERO_PLAIN || (kind === L2_UNALLOCATED && !this.#hasBacking);
+      if (readsZero) return 'keep';
+      if (kind === L2_ZERO_ALLOCATED) return mayUnmap ? 'zero' : 'keep';
+      if (!this.#hasZeroFlag) return mayUnmap && !this.#hasBacking ? 'clear' : 'write';
+      return kind === L2_DATA && !mayUnmap ? 'zero-keep' : 'zero';
+    });
+    if (end > wholeEnd) this.#zeroPart(wholeEnd, end - wholeEnd);
+  }
+
+  discard(offset: number, length: number): void {
+    this.#beginMutation('discard', offset, length);
+    // Without a zero flag the backing file's old data would come back to light.
+    if (!this.#hasZeroFlag && this.#hasBacking) return;
+    const { clusterSize } = this;
+    const first = Math.ceil(offset / clusterSize);
+    const end = Math.ceil(this.#wholeEnd(offset + length) / clusterSize);
+    this.#changeClusters(first, end, (kind) => {
+      if (kind === L2_ZERO_PLAIN || (kind === L2_UNALLOCATED && !this.#hasBacking)) return 'keep';
+      return this.#hasZeroFlag ? 'zero' : 'clear';
+    });
+  }
+
+  /** Where the last whole cluster before `end` ends; the last cluster of the drive is whole where the drive ends. */
+  #wholeEnd(end: number): number {
+    return end === this.length ? end : end - (end % this.clusterSize);
+  }
+
+  /** Zeroes a part of one cluster. */
+  #zeroPart(offset: number, length: number): void {
+    if (length <= 0) return;
+    const found = this.#meta.state.withLock(() => this.#lookup(offset, length));
+    const { kind } = found;
+    if (kind === L2_ZERO_PLAIN || kind === L2_ZERO_ALLOCATED) return;
+    if (kind === L2_UNALLOCATED) {
+      const { backing } = this;
+      if (!this.#hasBacking || (backing !== undefined && offset >= backing.length)) return;
+    }
+    const { state } = this.#meta;
+    const step = state.get('zeroBytes');
+    for (let done = 0; done < length; done += step) {
+      this.write(offset + done, state.get('zeroes'), Math.min(step, length - done));
+    }
+  }
+
+  /** Changes the entries of the clusters [first, end), slice by slice. */
+  #changeClusters(first: number, end: number, decide: (kind: number) => Change): void {
+    const meta = this.#meta;
+    const { clusterSize } = this;
+    for (let cluster = first; cluster < end; ) {
+      const sliceEnd = (Math.floor(cluster / meta.sliceEntries) + 1) * meta.sliceEntries;
+      const stop = Math.min(end, sliceEnd);
+      const toWrite: { offset: number; length: number }[] = [];
+      let next = stop;
+      this.#withRoomForFrees(meta.sliceEntries, () => {
+        for (let at = cluster; at < stop; ) {
+          const wanted = (end - at) * clusterSize;
+          const found = this.#lookup(at * clusterSize, wanted);
+          const count = Math.ceil(found.length / clusterSize);
+          const change = decide(found.kind);
+          if (change === 'keep') {
+            // Where there is no table, nothing is in the rest of its range.
+            if (at + count > stop) next = at + count;
+          } else if (change === 'write') {
+            const offset = at * clusterSize;
+            const bytes = Math.min(stop * clusterSize, offset + found.length, this.length) - offset;
+            toWrite.push({ offset, length: bytes });
+          } else {
+            meta.prepareL2(Math.floor(at / meta.l2Entries));
+            for (let index = at; index < Math.min(at + count, stop); index++) this.#change(index, change);
+          }
+          at += count;
+        }
+      });
+      for (const range of toWrite) this.#writeZeroRange(range.offset, range.length);
+      this.#relieveIfCrowded();
+      cluster = next;
+    }
+  }
+
+  #change(cluster: number, change: 'zero' | 'zero-keep' | 'clear'): void {
+    const meta = this.#meta;
+    if (change === 'zero-keep') meta.replaceEntry(cluster, meta.entry(cluster) | ZERO_FLAG, false);
+    else meta.replaceEntry(cluster, change === 'zero' ? ZERO_FLAG : 0n, true);
+  }
+
+  #writeZeroRange(offset: number, length: number): void {
+    const { state } = this.#meta;
+    const step = state.get('zeroBytes');
+    for (let done = 0; done < length; done += step) {
+      this.write(offset + done, state.get('zeroes'), Math.min(step, length - done));
+    }
+  }
+
+  flush(): void {
+    if (!this.readOnly) this.#meta.flush();
+  }
+
+  #beginMutation(what: string, offset: number, length: number): void {
+    this.#check(what, offset, length);
+    if (this.readOnly) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_READ_ONLY',
+        `cannot ${what} ${length} bytes at ${offset}: '${this.descriptor.path}' is open read-only; open it with readOnly: false`,
+      );
+    }
+    this.#meta.state.checkHealth();
+    this.#meta.firstMutation();
+  }
+
+  #check(what: string, offset: number, length: number): void {
+    const valid = Number.isSafeInteger(offset) && Number.isSafeInteger(length) && offset >= 0 && length >= 0;
+    if (valid && offset + length <= this.length) return;
+    throw new StillframeError(
+      'ERR_STILLFRAME_OUT_OF_RANGE',
+      `cannot ${what} ${length} bytes at ${offset}: '${this.descriptor.path}' has ${this.length} bytes`,
+    );
+  }
+}

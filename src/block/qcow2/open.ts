@@ -1,0 +1,95 @@
+import { StillframeError } from '../../errors.js';
+import type { Runtime } from '../../kernels/runtime.js';
+import type { BlockNode, FileDescriptor, NodeDescriptor, Qcow2Descriptor } from '../node.js';
+import { attachFile, type FileNode } from '../raw/file.js';
+import { type Qcow2Header, readHeader } from './header.js';
+import { Metadata } from './metadata.js';
+import { Qcow2Node } from './node.js';
+import { allocateState } from './state.js';
+
+/**
+ * Opens the image in an open file.
+ *
+ * Memory taken from the arena: the L1 table (at most 32 MiB), 1 MiB of L2 slices and scratch buffers of 6 (read-only)
+ * or 12 clusters; for writing also the refcount table with room to grow (at most 8 MiB), 256 KiB of refcount slices
+ * and about 0.5 MiB of working memory.
+ *
+ * @param backing the open backing node; undefined although the header names one: unallocated ranges read as zeroes,
+ *   but are still told apart from zeroes, and writes of parts of unallocated clusters are refused
+ * @throws StillframeError what {@link readHeader} throws; ERR_STILLFRAME_CORRUPT_IMAGE where an image that is marked
+ *   corrupt, or whose refcounts are out of date, is opened for writing
+ */
+export function openQcow2(
+  runtime: Runtime,
+  file: FileDescriptor,
+  backing: NodeDescriptor | undefined,
+  options: { readonly readOnly: boolean },
+): Qcow2Descriptor {
+  const { readOnly } = options;
+  const node = attachFile(runtime, file);
+  const header = readHeader(runtime, node);
+  if (!readOnly) checkWritable(file.path, header);
+  const control = allocateState(runtime, file.path, header, node.length, readOnly);
+  const descriptor: Qcow2Descriptor = {
+    driver: 'qcow2',
+    path: file.path,
+    readOnly,
+    file,
+    backing,
+    length: header.length,
+    clusterBits: header.clusterBits,
+    version: header.version,
+    refcountBits: header.refcountBits,
+    compressionType: header.compressionType,
+    backingFile: header.backingFile,
+    backingFormat: header.backingFormat,
+    lazyRefcounts: header.lazyRefcounts,
+    dirty: header.dirty,
+    corrupt: header.corrupt,
+    control,
+  };
+  try {
+    new Metadata(runtime, descriptor, node).initialise(readOnly);
+    return descriptor;
+  } catch (error) {
+    runtime.arena.free(control);
+    throw error;
+  }
+}
+
+function checkWritable(path: string, header: Qcow2Header): void {
+  if (header.corrupt) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_CORRUPT_IMAGE',
+      `'${path}' is marked corrupt and can only be opened read-only; repair it with 'qemu-img check -r all'`,
+    );
+  }
+  if (header.dirty) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_CORRUPT_IMAGE',
+      `'${path}' was not closed cleanly and its refcounts are out of date (dirty bit), so it can only be opened read-only; repair it with 'qemu-img check -r all'`,
+    );
+  }
+}
+
+/** This thread's facade of an open image. */
+export function attachQcow2(
+  runtime: Runtime,
+  descriptor: Qcow2Descriptor,
+  file: FileNode,
+  backing: BlockNode | undefined,
+): BlockNode {
+  return new Qcow2Node(runtime, descriptor, file, backing);
+}
+
+/**
+ * Writes everything to the disk where the image is writable, and gives the memory back, whatever happens. No thread
+ * may use a facade of it any more. The file stays open.
+ */
+export function closeQcow2(runtime: Runtime, descriptor: Qcow2Descriptor, file: FileNode): void {
+  try {
+    if (!descriptor.readOnly) new Metadata(runtime, descriptor, file).finish();
+  } finally {
+    runtime.arena.free(descriptor.control);
+  }
+}

@@ -1,0 +1,164 @@
+import type { FileNode } from '../raw/file.js';
+import type { State } from './state.js';
+
+const NO_KEY = -1;
+
+/**
+ * A write-back cache of slices of metadata (parts of L2 tables or of refcount blocks) in the shared state,
+ * keyed by their offset in the file. All calls are made under the state's lock, and a pointer is good until
+ * the next {@link load}.
+ *
+ *     slots × key      float64   offset of the slice in the file, -1 none
+ *     slots × used     float64   tick of the last use
+ *     slots × since    float64   sequence of the first change that is not in the file, 0 clean
+ *     slots × needed   float64   may be written when the state's `durable` is at least this
+ *     slots × slice
+ */
+export class SliceCache {
+  readonly sliceBytes: number;
+  readonly #state: State;
+  readonly #file: FileNode;
+  readonly #slots: number;
+  readonly #keys: Float64Array;
+  readonly #used: Float64Array;
+  readonly #since: Float64Array;
+  readonly #needed: Float64Array;
+  readonly #slices: number;
+  /** Makes dirty slices writable when every slot holds one that is not. */
+  readonly #makeWritable: () => void;
+  #hint = 0;
+
+  constructor(state: State, file: FileNode, pointer: number, slots: number, makeWritable: () => void) {
+    this.sliceBytes = state.get('sliceBytes');
+    this.#state = state;
+    this.#file = file;
+    this.#slots = slots;
+    this.#makeWritable = makeWritable;
+    const { f64 } = state.arena;
+    const first = pointer / 8;
+    this.#keys = f64.subarray(first, first + slots);
+    this.#used = f64.subarray(first + slots, first + slots * 2);
+    this.#since = f64.subarray(first + slots * 2, first + slots * 3);
+    this.#needed = f64.subarray(first + slots * 3, first + slots * 4);
+    this.#slices = pointer + slots * 32;
+  }
+
+  /** Once, at open. */
+  initialise(): void {
+    this.#keys.fill(NO_KEY);
+  }
+
+  /** The slot of the slice at `offset`, or -1. */
+  find(offset: number): number {
+    if (this.#keys[this.#hint] !== offset) {
+      const slot = this.#keys.indexOf(offset);
+      if (slot < 0) return -1;
+      this.#hint = slot;
+    }
+    const tick = this.#state.get('tick') + 1;
+    this.#state.set('tick', tick);
+    this.#used[this.#hint] = tick;
+    return this.#hint;
+  }
+
+  /** The slot of the slice at `offset`, read from the file where needed. */
+  load(offset: number): number {
+    const found = this.find(offset);
+    if (found >= 0) return found;
+    const slot = this.#evict();
+    this.#keys[slot] = NO_KEY;
+    this.#file.read(offset, this.pointer(slot), this.sliceBytes);
+    this.#keys[slot] = offset;
+    this.#since[slot] = 0;
+    this.#needed[slot] = 0;
+    this.#hint = slot;
+    return this.find(offset);
+  }
+
+  pointer(slot: number): number {
+    return this.#slices + slot * this.sliceBytes;
+  }
+
+  /**
+   * Marks a slice changed by the change `sequence`.
+   *
+   * @param needed what has to be durable before the slice may be written; 0 nothing new
+   */
+  markDirty(slot: number, sequence: number, needed: number): void {
+    if (this.#since[slot] === 0) this.#since[slot] = sequence;
+    if (needed > (this.#needed[slot] ?? 0)) this.#needed[slot] = needed;
+  }
+
+  /** Writes the dirty slices that may be. Returns the oldest change left unwritten, or Infinity. */
+  writeDirty(): number {
+    const durable = this.#state.get('durable');
+    let oldest = Infinity;
+    for (let slot = 0; slot < this.#slots; slot++) {
+      const since = this.#since[slot] ?? 0;
+      if (since === 0) continue;
+      if ((this.#needed[slot] ?? 0) <= durable) this.#write(slot);
+      else oldest = Math.min(oldest, since);
+    }
+    return oldest;
+  }
+
+  /** The oldest change that is not in the file, or Infinity. */
+  oldestChange(): number {
+    let oldest = Infinity;
+    for (let slot = 0; slot < this.#slots; slot++) {
+      const since = this.#since[slot] ?? 0;
+      if (since !== 0 && since < oldest) oldest = since;
+    }
+    return oldest;
+  }
+
+  /** Forgets, unwritten, what is cached of the file's bytes [start, end): they became something else. */
+  forget(start: number, end: number): void {
+    for (let slot = 0; slot < this.#slots; slot++) {
+      const key = this.#keys[slot] ?? NO_KEY;
+      if (key < start || key >= end) continue;
+      this.#keys[slot] = NO_KEY;
+      this.#since[slot] = 0;
+      this.#needed[slot] = 0;
+      this.#used[slot] = 0;
+    }
+  }
+
+  /** Whether most slots are dirty, so that it is time to write before a reader has to. */
+  get crowded(): boolean {
+    let dirty = 0;
+    for (let slot = 0; slot < this.#slots; slot++) if (this.#since[slot] !== 0) dirty++;
+    return dirty * 2 > this.#slots;
+  }
+
+  #write(slot: number): void {
+    this.#file.write(this.#keys[slot] ?? NO_KEY, this.pointer(slot), this.sliceBytes);
+    this.#since[slot] = 0;
+  }
+
+  #evict(): number {
+    const clean = this.#leastUsed((slot) => this.#since[slot] === 0);
+    if (clean >= 0) return clean;
+    const writable = (slot: number) => (this.#needed[slot] ?? 0) <= this.#state.get('durable');
+    let slot = this.#leastUsed(writable);
+    if (slot < 0) {
+      this.#makeWritable();
+      slot = this.#leastUsed(writable);
+    }
+    this.#write(slot);
+    return slot;
+  }
+
+  #leastUsed(eligible: (slot: number) => boolean): number {
+    let best = -1;
+    let bestUsed = Infinity;
+    for (let slot = 0; slot < this.#slots; slot++) {
+      const used = this.#used[slot] ?? 0;
+      if (used < bestUsed && eligible(slot)) {
+        best = slot;
+        bestUsed = used;
+      }
+    }
+    return best;
+  }
+}
