@@ -7,7 +7,7 @@ import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-w
 import { attachNode, closeNode, type OpenImageOptions, openImage } from '../block/graph.js';
 import { type ImageInfo, imageInfo } from '../block/info.js';
 import { type MapEntry, mapNode } from '../block/map.js';
-import { StillframeError } from '../errors.js';
+import { StillframeError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
 import type { Runtime } from '../kernels/runtime.js';
 
@@ -168,7 +168,7 @@ export class TaskRunner {
   #info(path: string, options: ImageTask): ImageInfo {
     const node = openImage(this.#runtime, path, { ...options, readOnly: true, backing: false });
     try {
-      return imageInfo(this.#runtime, node);
+      return imageInfo(this.#runtime, node, path);
     } finally {
       closeNode(this.#runtime, node);
     }
@@ -202,6 +202,10 @@ export class TaskRunner {
         return compareNodes(this.#runtime, a, b, { strict }, (done, total) =>
           port?.postMessage({ done, total }),
         );
+      } catch (error) {
+        // One code for everything that goes wrong once both images are open.
+        const { message, errno } = toStillframeError(error);
+        throw new StillframeError('ERR_STILLFRAME_IO', message, { cause: error, errno });
       } finally {
         closeNode(this.#runtime, second);
       }

@@ -10,7 +10,7 @@ import {
   type Engine,
   type JobStatus,
 } from '#src/index.js';
-import { Random } from '../support/rounds.js';
+import { Random } from '../support/data.js';
 
 const MiB = 1 << 20;
 let engine: Engine;

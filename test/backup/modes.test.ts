@@ -20,8 +20,8 @@ import {
   type Engine,
   type SyncMode,
 } from '#src/index.js';
+import { firstDifference, Random } from '../support/data.js';
 import { hasPeer, run } from '../support/peers.js';
-import { Random } from '../support/rounds.js';
 
 let engine: Engine;
 let folder: string;
@@ -83,7 +83,7 @@ describe('sync mode full', () => {
     expect(result.clusters.planned).toBe(64);
     expect(result.clusters.copied + result.clusters.zero).toBe(64);
     expect(result.clusters.zero).toBeGreaterThan(10);
-    expect(await contentOf(at('target'), format)).toEqual(truth);
+    expect(firstDifference(await contentOf(at('target'), format), truth)).toBe(-1);
     qemuAgrees(at('target'), format, truth);
     expect(existsSync(at('target.partial'))).toBe(false);
     const info = await engine.imageInfo(at('target'));
@@ -100,7 +100,7 @@ describe('sync mode full', () => {
         const result = await backup(disk, { target: at(`odd.${format}.copy`), format, sync: 'full' });
         expect(result.virtualSize).toBe(Math.ceil(size / 512) * 512);
         const copy = await contentOf(at(`odd.${format}.copy`), format);
-        expect(copy.subarray(0, size)).toEqual(data);
+        expect(firstDifference(copy.subarray(0, size), data)).toBe(-1);
         expect(copy.subarray(size).every((byte) => byte === 0)).toBe(true);
         if (hasPeer('qemu-img')) {
           run('qemu-img', ['compare', '-f', 'raw', '-F', format, at('odd.raw'), at(`odd.${format}.copy`)]);
@@ -194,7 +194,7 @@ describe('sync mode top', () => {
     const [source, target] = [await engine.imageInfo(overlay), await engine.imageInfo(at('target.qcow2'))];
     expect(target['backing-filename']).toBe(source['backing-filename']);
     expect(target['backing-filename-format']).toBe('raw');
-    expect(await contentOf(at('target.qcow2'), 'qcow2')).toEqual(truth);
+    expect(firstDifference(await contentOf(at('target.qcow2'), 'qcow2'), truth)).toBe(-1);
     qemuAgrees(at('target.qcow2'), 'qcow2', truth);
     if (hasPeer('qemu-img')) {
       const map = run('qemu-img', ['map', '-U', '--output=json', at('target.qcow2')]);
@@ -234,7 +234,7 @@ describe('sync mode top', () => {
     const result = await backup(disk, { target: at('copy'), format, sync: 'top' });
     await disk.close();
     expect(result.clusters.planned).toBe(16);
-    expect(await contentOf(at('copy'), format)).toEqual(data);
+    expect(firstDifference(await contentOf(at('copy'), format), data)).toBe(-1);
   });
 
   it('takes the truth of the instant: what is allocated later is not copied', async () => {
@@ -247,7 +247,7 @@ describe('sync mode top', () => {
     const result = await job.result();
     await disk.close();
     expect(result.clusters.planned).toBe(12);
-    expect(await contentOf(at('target.qcow2'), 'qcow2')).toEqual(truth);
+    expect(firstDifference(await contentOf(at('target.qcow2'), 'qcow2'), truth)).toBe(-1);
   });
 });
 
@@ -269,7 +269,7 @@ describe('sync mode none', () => {
     expect(result.clusters.copied + result.clusters.zero).toBe(1 + 4 + 2 + 1);
     const info = await engine.imageInfo(at('target.qcow2'));
     expect(info['full-backing-filename'] ?? info['backing-filename']).toBe(overlay);
-    expect(await contentOf(at('target.qcow2'), 'qcow2')).toEqual(truth);
+    expect(firstDifference(await contentOf(at('target.qcow2'), 'qcow2'), truth)).toBe(-1);
     await disk.close();
     qemuAgrees(at('target.qcow2'), 'qcow2', truth);
   });
@@ -300,7 +300,7 @@ describe('an existing target', () => {
     await backup(disk, { target: at('target'), format, sync: 'full', existing: true });
     await disk.close();
     expect(statSync(at('target')).ino).toBe(inode);
-    expect(await contentOf(at('target'), format)).toEqual(data);
+    expect(firstDifference(await contentOf(at('target'), format), data)).toBe(-1);
     qemuAgrees(at('target'), format, data);
   });
 
@@ -323,7 +323,7 @@ describe('a target that must not be', () => {
     ['a link to the backing file', (path) => symlinkSync(at('base.raw'), path)],
   ])('is refused: %s', async (what, make) => {
     const { disk, overlay } = await makeChain();
-    const before = readFileSync(overlay);
+    const before = await disk.read(0, disk.length);
     const target = what === 'the source itself' ? overlay : at('link');
     make(target);
     for (const flags of [{}, { force: true }, { existing: true }]) {
@@ -332,7 +332,7 @@ describe('a target that must not be', () => {
       });
     }
     await disk.close();
-    expect(readFileSync(overlay).equals(before)).toBe(true);
+    expect(firstDifference(await contentOf(overlay, 'qcow2'), before)).toBe(-1);
   });
 
   it('is not replaced unasked, and with force only at the commit point', async () => {

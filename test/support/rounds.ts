@@ -1,6 +1,7 @@
 import { closeSync, existsSync, mkdirSync, openSync, rmSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import type { BackupJob, Disk, Engine, ImageFormat, SyncMode } from '#src/index.js';
+import { firstDifference, Random } from './data.js';
 import { hasPeer, run } from './peers.js';
 
 /**
@@ -10,50 +11,6 @@ import { hasPeer, run } from './peers.js';
  * the clusters are shared by all of them. The writers are not held at the instant: for each writer the backup
  * must equal its bytes after some prefix of the requests it made while the backup was being started.
  */
-
-/** Deterministic random numbers; whoever reports a failure prints the seed. */
-export class Random {
-  #state: number;
-
-  constructor(seed: number) {
-    this.#state = seed >>> 0;
-  }
-
-  /** In [0, 1). */
-  next(): number {
-    this.#state = (this.#state + 0x9e3779b9) >>> 0;
-    let mixed = this.#state;
-    mixed = Math.imul(mixed ^ (mixed >>> 16), 0x21f0aaad);
-    mixed = Math.imul(mixed ^ (mixed >>> 15), 0x735a2d97);
-    return ((mixed ^ (mixed >>> 15)) >>> 0) / 4294967296;
-  }
-
-  /** Whole number in [low, high]. */
-  between(low: number, high: number): number {
-    return low + Math.floor(this.next() * (high - low + 1));
-  }
-
-  chance(probability: number): boolean {
-    return this.next() < probability;
-  }
-
-  pick<T>(choices: readonly [T, ...T[]]): T {
-    return choices[this.between(0, choices.length - 1)] ?? choices[0];
-  }
-
-  /** Random bytes with runs of one value, now and then zero, as drives have. */
-  bytes(length: number): Uint8Array {
-    const data = new Uint8Array(length);
-    for (let index = 0; index < length; ) {
-      const end = Math.min(length, index + this.between(1, 70_000));
-      const kind = this.next();
-      if (kind > 0.2) for (let at = index; at < end; at++) data[at] = this.next() * 256;
-      else if (kind > 0.1) data.fill(this.between(1, 255), index, end);
-      index = end;
-    }
-    return data;
-  }
-}
 
 interface Effect {
   readonly offset: number;
@@ -138,12 +95,6 @@ class Writer {
     this.#model.set(effect.data, effect.offset);
     this.effects.push(effect);
   }
-}
-
-function firstDifference(a: Uint8Array, b: Uint8Array): number {
-  if (Buffer.compare(a, b) === 0) return -1;
-  for (let at = 0; at < a.length; at++) if (a[at] !== b[at]) return at;
-  return a.length;
 }
 
 export interface RoundReport {

@@ -133,6 +133,10 @@ export class FileNode implements BlockNode {
   readonly clusterSize = undefined;
   readonly backing = undefined;
   readonly #arena: Arena;
+  // The last extent of data that was seen. Some file systems look at every page up to the next hole, and data
+  // that has become a hole meanwhile still reads right; the opposite could not be kept like this.
+  #dataStart = 0;
+  #dataEnd = 0;
 
   constructor(arena: Arena, descriptor: FileDescriptor) {
     this.descriptor = descriptor;
@@ -214,11 +218,14 @@ export class FileNode implements BlockNode {
     });
     if (offset >= this.length) return hole(end);
     if (syscalls === undefined || this.descriptor.blockDevice) return data(Math.min(end, this.length));
+    if (offset >= this.#dataStart && offset < this.#dataEnd) return data(this.#dataEnd);
     const firstData = this.#attempt('find data', offset, length, () => syscalls?.seekData(fd, offset));
     if (firstData === undefined) return hole(end);
     if (firstData > offset) return hole(firstData);
     const firstHole = this.#attempt('find a hole', offset, length, () => syscalls?.seekHole(fd, offset));
-    return data(firstHole !== undefined && firstHole > offset ? firstHole : end);
+    this.#dataStart = offset;
+    this.#dataEnd = firstHole !== undefined && firstHole > offset ? firstHole : end;
+    return data(this.#dataEnd);
   }
 
   /** Makes the file `length` bytes long. */

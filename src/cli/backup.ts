@@ -1,0 +1,160 @@
+import { type BackupJob, type BackupResult, createEngine } from '../index.js';
+import {
+  ALLOW_BACKING,
+  type Command,
+  FORCE_SHARE,
+  FORMATS,
+  OUTPUT,
+  OUTPUTS,
+  parseSize,
+  usageError,
+} from './command.js';
+import { PROGRESS_STYLES, showProgress } from './progress.js';
+import { formatBytes } from './units.js';
+
+const MODES = ['full', 'top', 'none'] as const;
+const POLICIES = ['report', 'ignore', 'enospc', 'stop', 'auto'] as const;
+
+function human({
+  target,
+  sync,
+  virtualSize,
+  clusterSize,
+  clusters,
+  bytes,
+  durationMs,
+  checksum,
+}: BackupResult): string {
+  const seconds = durationMs / 1000;
+  const rate = durationMs > 0 ? ` (${formatBytes(bytes.read / seconds)}/s)` : '';
+  return [
+    `target:    ${target}`,
+    `sync:      ${sync}`,
+    `size:      ${formatBytes(virtualSize)} (${virtualSize} bytes)`,
+    `clusters:  ${clusters.planned} of ${clusters.total} planned, ${clusters.copied} copied, ${clusters.zero} zero, ` +
+      `${clusters.cbw} by copy-before-write (${formatBytes(clusterSize)} each)`,
+    `data:      ${formatBytes(bytes.read)} read, ${formatBytes(bytes.written)} written in ${seconds.toFixed(2)} s${rate}`,
+    `checksum:  ${checksum.algorithm} ${checksum.root}`,
+  ].join('\n');
+}
+
+/** Cancels the job on the first signal; the second one ends the process at once. */
+function cancelOnSignal(job: BackupJob): { readonly interrupted: () => boolean; readonly stop: () => void } {
+  let interrupted = false;
+  const onSignal = (): void => {
+    if (interrupted) process.exit(130);
+    interrupted = true;
+    process.stderr.write('\nCancelling; once more to end at once.\n');
+    try {
+      job.cancel();
+    } catch {
+      // At its commit point already: it ends by itself.
+    }
+  };
+  const signals = ['SIGINT', 'SIGTERM'] as const;
+  for (const signal of signals) process.on(signal, onSignal);
+  return {
+    interrupted: () => interrupted,
+    stop: () => {
+      for (const signal of signals) process.off(signal, onSignal);
+    },
+  };
+}
+
+export const backup: Command = {
+  name: 'backup',
+  usage: 'SOURCE TARGET --sync full|top|none [options]',
+  summary:
+    'Backs up an image. TARGET is TARGET.partial until everything is durable. Nobody can write to SOURCE through\n' +
+    'this command, so with --sync none the target is complete at once: an empty image on top of SOURCE.',
+  positionals: [2, 2],
+  options: [
+    { long: 'sync', value: 'MODE', help: 'full, top or none' },
+    { long: 'format', value: 'FMT', help: "format of the target: raw or qcow2 (the source's)" },
+    {
+      long: 'source-format',
+      short: 'f',
+      value: 'FMT',
+      help: 'format of the source (looked for in its first bytes)',
+    },
+    { long: 'cluster-size', value: 'SIZE', help: 'cluster size of a new qcow2 target (64k)' },
+    {
+      long: 'speed',
+      short: 'r',
+      value: 'RATE',
+      help: 'limit in bytes per second, with k, M, G or T; 0 is none (0)',
+    },
+    { long: 'workers', short: 'm', value: 'N', help: 'threads that copy (the processors, at most 4)' },
+    { long: 'force', help: 'replace a file that is there, once the backup is complete' },
+    { long: 'existing', short: 'n', help: 'write into the image that is there' },
+    { long: 'on-source-error', value: 'POLICY', help: 'report, ignore, enospc, stop or auto (report)' },
+    { long: 'on-target-error', value: 'POLICY', help: 'likewise' },
+    {
+      long: 'progress',
+      short: 'p',
+      value: 'STYLE',
+      help: 'auto, bar, plain, json or none, on stderr (auto)',
+    },
+    { long: 'quiet', short: 'q', help: 'no progress, and no result but its JSON' },
+    ALLOW_BACKING,
+    FORCE_SHARE,
+    OUTPUT,
+  ],
+  run: async (args) => {
+    const [source = '', target = ''] = args.positionals;
+    const json = args.choice('output', OUTPUTS, 'human') === 'json';
+    const sync = args.choice('sync', MODES);
+    if (sync === undefined)
+      throw usageError("say which: --sync full, --sync top or --sync none; see 'stillframe backup --help'");
+    const workers = args.text('workers');
+    const style = args.flag('quiet') ? 'none' : args.choice('progress', PROGRESS_STYLES, 'auto');
+    const options = {
+      target,
+      sync,
+      format: args.choice('format', FORMATS),
+      existing: args.flag('existing'),
+      force: args.flag('force'),
+      targetClusterSize: args.size('cluster-size'),
+      speed: args.size('speed'),
+      workers: workers === undefined ? undefined : parseSize(workers, '--workers'),
+      onSourceError: args.choice('on-source-error', POLICIES, 'report'),
+      onTargetError: args.choice('on-target-error', POLICIES, 'report'),
+    };
+    const sourceFormat = args.choice('source-format', FORMATS);
+    const engine = await createEngine(options.workers === undefined ? {} : { workers: options.workers });
+    try {
+      const disk = await engine.openDisk(source, {
+        format: sourceFormat,
+        readOnly: true,
+        allowBacking: args.texts('allow-backing'),
+        forceShare: args.flag('force-share'),
+      });
+      const job = await disk.backup(options);
+      const signals = cancelOnSignal(job);
+      try {
+        if (job.sync === 'none') job.cancel();
+        const shown = showProgress(job.progress(), style);
+        const result = await job.result();
+        await shown;
+        const { outcome: _, target: __, ...counts } = result;
+        if (json) console.log(JSON.stringify({ type: 'result', ...counts }));
+        else if (!args.flag('quiet')) console.log(human(result));
+        return 0;
+      } catch (error) {
+        if (!signals.interrupted()) throw error;
+        if (json)
+          console.log(
+            JSON.stringify({ type: 'error', code: 'ERR_STILLFRAME_JOB_CANCELLED', message: 'interrupted' }),
+          );
+        process.stderr.write(
+          'stillframe: interrupted; nothing was left behind [ERR_STILLFRAME_JOB_CANCELLED]\n',
+        );
+        return 130;
+      } finally {
+        signals.stop();
+      }
+    } finally {
+      await engine.close();
+    }
+  },
+};

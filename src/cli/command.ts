@@ -1,0 +1,161 @@
+import { parseArgs } from 'node:util';
+import { StillframeError } from '../errors.js';
+
+/** One option of a command, as the parser and the help both read it. */
+export interface Option {
+  readonly long: string;
+  readonly short?: string;
+  /** What stands for the value in the help; absent for a switch. */
+  readonly value?: string;
+  readonly multiple?: boolean;
+  readonly help: string;
+}
+
+/** What the parser makes of a command line. */
+export class Arguments {
+  readonly positionals: readonly string[];
+  readonly #values: Readonly<Record<string, string | boolean | (string | boolean)[] | undefined>>;
+
+  constructor(positionals: readonly string[], values: Arguments['values']) {
+    this.positionals = positionals;
+    this.#values = values;
+  }
+
+  get values(): Readonly<Record<string, string | boolean | (string | boolean)[] | undefined>> {
+    return this.#values;
+  }
+
+  flag(name: string): boolean {
+    return this.#values[name] === true;
+  }
+
+  text(name: string): string | undefined {
+    const value = this.#values[name];
+    return typeof value === 'string' ? value : undefined;
+  }
+
+  texts(name: string): string[] | undefined {
+    const value = this.#values[name];
+    return Array.isArray(value) ? value.map(String) : undefined;
+  }
+
+  /** The value of an option that takes one of a few words. */
+  choice<T extends string>(name: string, choices: readonly T[], fallback: T): T;
+  choice<T extends string>(name: string, choices: readonly T[]): T | undefined;
+  choice<T extends string>(name: string, choices: readonly T[], fallback?: T): T | undefined {
+    const value = this.text(name);
+    if (value === undefined) return fallback;
+    const found = choices.find((choice) => choice === value);
+    if (found === undefined) throw usageError(`--${name} takes ${choices.join(', ')}, not '${value}'`);
+    return found;
+  }
+
+  /** A size in bytes with an optional suffix k, M, G or T (powers of 1024). */
+  size(name: string): number | undefined {
+    const value = this.text(name);
+    return value === undefined ? undefined : parseSize(value, `--${name}`);
+  }
+}
+
+export interface Command {
+  readonly name: string;
+  /** The line after `stillframe NAME`. */
+  readonly usage: string;
+  readonly summary: string;
+  readonly options: readonly Option[];
+  /** How many positional arguments it takes. */
+  readonly positionals: readonly [least: number, most: number];
+  /** Exit status of errors; default 1. */
+  readonly failure?: (error: StillframeError) => number;
+  readonly run: (args: Arguments) => Promise<number>;
+}
+
+export const OUTPUT: Option = {
+  long: 'output',
+  value: 'human|json',
+  help: 'how to print the result (human)',
+};
+export const FORMAT: Option = {
+  long: 'format',
+  short: 'f',
+  value: 'FMT',
+  help: 'format of the image: raw or qcow2 (looked for in its first bytes)',
+};
+export const FORCE_SHARE: Option = {
+  long: 'force-share',
+  short: 'U',
+  help: 'open images although another program writes to them',
+};
+export const ALLOW_BACKING: Option = {
+  long: 'allow-backing',
+  value: 'DIR',
+  multiple: true,
+  help: "folder from which backing files may be opened, any number of times (the image's own folder)",
+};
+export const FORMATS = ['raw', 'qcow2'] as const;
+export const OUTPUTS = ['human', 'json'] as const;
+
+export function usageError(message: string): StillframeError {
+  return new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', message);
+}
+
+const SUFFIXES: Readonly<Record<string, number>> = {
+  '': 1,
+  b: 1,
+  k: 1024,
+  m: 1024 ** 2,
+  g: 1024 ** 3,
+  t: 1024 ** 4,
+  p: 1024 ** 5,
+};
+
+/** @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT */
+export function parseSize(text: string, what: string): number {
+  const [, digits, suffix] = /^(\d+(?:\.\d+)?)([bkmgtp]?)$/i.exec(text) ?? [];
+  const bytes = Math.floor(Number(digits) * (SUFFIXES[(suffix ?? '').toLowerCase()] ?? Number.NaN));
+  if (digits === undefined || !Number.isSafeInteger(bytes)) {
+    throw usageError(
+      `${what}: '${text}' is not a size; give a number of bytes below 2^53, or one with k, M, G or T behind it`,
+    );
+  }
+  return bytes;
+}
+
+/** @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT with a hint at the help */
+export function parseArguments(command: Command, argv: readonly string[]): Arguments {
+  const options: Record<string, { type: 'string' | 'boolean'; short?: string; multiple?: boolean }> = {};
+  for (const { long, short, value, multiple } of command.options) {
+    options[long] = {
+      type: value === undefined ? 'boolean' : 'string',
+      ...(short === undefined ? {} : { short }),
+      ...(multiple === true ? { multiple } : {}),
+    };
+  }
+  const hint = `see 'stillframe ${command.name} --help'`;
+  let parsed: ReturnType<typeof parseArgs>;
+  try {
+    parsed = parseArgs({ args: [...argv], options, allowPositionals: true, strict: true });
+  } catch (error) {
+    const reason = error instanceof Error ? (error.message.split('. ')[0] ?? '') : String(error);
+    throw usageError(`${reason}; ${hint}`);
+  }
+  const [least, most] = command.positionals;
+  const { positionals, values } = parsed;
+  if (positionals.length < least || positionals.length > most) {
+    throw usageError(`usage: stillframe ${command.name} ${command.usage}; ${hint}`);
+  }
+  return new Arguments(positionals, values);
+}
+
+/** The help of one command. */
+export function helpOf(command: Command): string {
+  const rows = [...command.options, { long: 'help', short: 'h', help: 'print this' } satisfies Option].map(
+    ({ long, short, value, help }: Option) => {
+      const name = `${short === undefined ? '    ' : `-${short}, `}--${long}${value === undefined ? '' : ` ${value}`}`;
+      return [name, help] as const;
+    },
+  );
+  const width = Math.max(...rows.map(([name]) => name.length));
+  const lines = rows.map(([name, help]) => `  ${name.padEnd(width)}  ${help}`);
+  return `usage: stillframe ${command.name} ${command.usage}\n\n${command.summary}\n\n${lines.join('\n')}\n`;
+}

@@ -1,0 +1,70 @@
+import { type CompareResult, createEngine } from '../index.js';
+import { ALLOW_BACKING, type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS } from './command.js';
+import { ProgressLine } from './progress.js';
+
+/** qemu-img names the sector. */
+const SECTOR = 512;
+
+function human(result: CompareResult): string[] {
+  const warning = result.sizesDiffer && result.reason !== 'size' ? ['Warning: Image size mismatch!'] : [];
+  switch (result.reason) {
+    case 'size':
+      return ['Strict mode: Image size mismatch!'];
+    case 'allocation':
+      return [...warning, `Strict mode: Offset ${result.offset} block status mismatch!`];
+    case 'content':
+      return [
+        ...warning,
+        `Content mismatch at offset ${Math.floor((result.offset ?? 0) / SECTOR) * SECTOR}!`,
+      ];
+    default:
+      return [...warning, 'Images are identical.'];
+  }
+}
+
+export const compare: Command = {
+  name: 'compare',
+  usage: '[options] FILE1 FILE2',
+  summary:
+    'Compares what two images read as. Exit status: 0 the same, 1 different, 2 an image cannot be opened,\n' +
+    '3 no allocation status, 4 an image cannot be read.',
+  positionals: [2, 2],
+  options: [
+    { ...FORMAT, help: 'format of the first image' },
+    { long: 'second-format', short: 'F', value: 'FMT', help: 'format of the second image' },
+    { long: 'strict', short: 's', help: 'sizes and allocation must agree too' },
+    { long: 'progress', short: 'p', help: 'show progress on stderr' },
+    { long: 'quiet', short: 'q', help: 'print nothing but errors' },
+    ALLOW_BACKING,
+    FORCE_SHARE,
+    OUTPUT,
+  ],
+  failure: (error) => (error.code === 'ERR_STILLFRAME_IO' ? 4 : 2),
+  run: async (args) => {
+    const [first = '', second = ''] = args.positionals;
+    const json = args.choice('output', OUTPUTS, 'human') === 'json';
+    const common = {
+      allowBacking: args.texts('allow-backing'),
+      forceShare: args.flag('force-share'),
+    };
+    const formats = [args.choice('format', FORMATS), args.choice('second-format', FORMATS)] as const;
+    const line = new ProgressLine(process.stderr);
+    const engine = await createEngine({ workers: 1 });
+    try {
+      const result = await engine.compareImages(first, second, {
+        strict: args.flag('strict'),
+        first: { ...common, format: formats[0] },
+        second: { ...common, format: formats[1] },
+        ...(args.flag('progress')
+          ? { onProgress: ({ done, total }) => line.show(`    (${((done / total) * 100).toFixed(2)}/100%)`) }
+          : {}),
+      });
+      line.clear();
+      if (json) console.log(JSON.stringify({ type: 'result', ...result }));
+      else if (!args.flag('quiet')) for (const text of human(result)) console.log(text);
+      return result.identical ? 0 : 1;
+    } finally {
+      await engine.close();
+    }
+  },
+};

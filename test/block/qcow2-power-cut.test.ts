@@ -1,0 +1,239 @@
+import { readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { describe, expect, it } from 'vitest';
+import { FileNode } from '#src/block/raw/file.js';
+import type { Arena } from '#src/kernels/arena.js';
+import { firstDifference, Random } from '../support/data.js';
+import { hasPeer, run } from '../support/peers.js';
+import { temporaryFolder, Workbench } from './qcow2-support.js';
+
+interface FileWrite {
+  readonly offset: number;
+  /** undefined: zeroes */
+  readonly bytes: Uint8Array | undefined;
+  readonly length: number;
+}
+
+/** A file that remembers what reached it since its last sync: what a power cut may or may not lose. */
+class VolatileFile extends FileNode {
+  readonly #recordedArena: Arena;
+  durable: Buffer;
+  pending: FileWrite[] = [];
+  /** Called after every write: the moments at which the power may fail. */
+  afterWrite: () => void = () => undefined;
+
+  constructor(arena: Arena, file: FileNode) {
+    super(arena, file.descriptor);
+    this.#recordedArena = arena;
+    this.durable = readFileSync(file.descriptor.path);
+  }
+
+  override write(offset: number, pointer: number, length: number): void {
+    super.write(offset, pointer, length);
+    this.pending.push({ offset, bytes: this.#recordedArena.copyOut(pointer, length), length });
+    this.afterWrite();
+  }
+
+  override writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
+    super.writeZeroes(offset, length, mayUnmap);
+    this.pending.push({ offset, bytes: undefined, length });
+    this.afterWrite();
+  }
+
+  override discard(offset: number, length: number): void {
+    super.discard(offset, length);
+    this.pending.push({ offset, bytes: undefined, length });
+    this.afterWrite();
+  }
+
+  override flush(): void {
+    super.flush();
+    this.durable = applied(this.durable, this.pending, () => true);
+    this.pending = [];
+  }
+}
+
+/** The bytes after those sectors of the writes that `survives` picks reached the disk. */
+function applied(base: Buffer, writes: readonly FileWrite[], survives: () => boolean): Buffer {
+  const end = writes.reduce((most, write) => Math.max(most, write.offset + write.length), base.length);
+  const bytes = Buffer.alloc(end);
+  base.copy(bytes);
+  for (const write of writes) {
+    for (let at = write.offset; at < write.offset + write.length; ) {
+      const stop = Math.min(write.offset + write.length, at - (at % 512) + 512);
+      if (survives()) {
+        if (write.bytes) bytes.set(write.bytes.subarray(at - write.offset, stop - write.offset), at);
+        else bytes.fill(0, at, stop);
+      }
+      at = stop;
+    }
+  }
+  return bytes;
+}
+
+const folder = temporaryFolder();
+const bench = new Workbench();
+/** Looks at what is left after a cut: the other one is in the middle of a request. */
+const inspector = new Workbench(64 * 1024 * 1024);
+
+interface Case {
+  readonly name: string;
+  readonly clusterBits: number;
+  readonly version: 2 | 3;
+  readonly refcountBits: number;
+  readonly length: number;
+  readonly operations: number;
+  readonly most: number;
+  readonly snapshot: boolean;
+}
+
+const cases: readonly Case[] = [
+  {
+    name: '64 KiB clusters',
+    clusterBits: 16,
+    version: 3,
+    refcountBits: 16,
+    length: 24 << 20,
+    operations: 700,
+    most: 200_000,
+    snapshot: false,
+  },
+  {
+    name: '512-byte clusters: tables and refcounts grow',
+    clusterBits: 9,
+    version: 3,
+    refcountBits: 16,
+    length: 4 << 20,
+    operations: 900,
+    most: 20_000,
+    snapshot: false,
+  },
+  {
+    name: '512-byte clusters with 1-bit refcounts, version 3',
+    clusterBits: 9,
+    version: 3,
+    refcountBits: 1,
+    length: 6 << 20,
+    operations: 900,
+    most: 20_000,
+    snapshot: false,
+  },
+  {
+    name: '4 KiB clusters, version 2',
+    clusterBits: 12,
+    version: 2,
+    refcountBits: 16,
+    length: 16 << 20,
+    operations: 900,
+    most: 60_000,
+    snapshot: false,
+  },
+  {
+    name: '4 KiB clusters over an internal snapshot',
+    clusterBits: 12,
+    version: 3,
+    refcountBits: 16,
+    length: 16 << 20,
+    operations: 900,
+    most: 60_000,
+    snapshot: true,
+  },
+  {
+    name: 'more L2 slices than the cache has',
+    clusterBits: 9,
+    version: 3,
+    refcountBits: 16,
+    length: 100 << 20,
+    operations: 6000,
+    most: 600,
+    snapshot: false,
+  },
+];
+
+describe.skipIf(!hasPeer('qemu-img'))(
+  'qcow2 through power cuts that lose any part of the unsynced writes',
+  () => {
+    it.each(cases)('$name', (test) => {
+      const seed = 20250 + test.clusterBits * 7 + test.refcountBits + test.operations;
+      const random = new Random(seed);
+      const below = (limit: number): number => random.between(0, limit - 1);
+      const randomBytes = (length: number): Buffer => Buffer.from(random.noise(length));
+      const path = join(folder, `cut-${seed}-${test.snapshot}.qcow2`);
+      const { version, length, clusterBits, refcountBits } = test;
+      bench.create(path, { length, clusterBits, version, refcountBits });
+      const model = Buffer.alloc(length);
+      if (test.snapshot) {
+        const first = bench.open(path, false);
+        for (let at = 0; at < length; at += 1 << 20) {
+          const bytes = randomBytes(1 << 19);
+          bench.write(first.node, at, bytes);
+          bytes.copy(model, at);
+        }
+        first.close();
+        run('qemu-img', ['snapshot', '-c', 'before', path]);
+      }
+      const flushed = Buffer.from(model);
+      // What was touched since the last flush has no promise.
+      const touched = new Uint8Array(length);
+
+      let volatile: VolatileFile | undefined;
+      const image = bench.open(path, false, undefined, (file) => {
+        volatile = new VolatileFile(bench.runtime.arena, file);
+        return volatile;
+      });
+      const cutPath = join(folder, 'cut.qcow2');
+      let writes = 0;
+      let cuts = 0;
+      const cut = (file: VolatileFile): void => {
+        const chance = [0, 30, 50, 80, 97, 100][below(6)] ?? 50;
+        writeFileSync(
+          cutPath,
+          applied(file.durable, file.pending, () => below(100) < chance),
+        );
+        run('qemu-img', ['check', '-q', cutPath], [0, 3]);
+        const after = inspector.open(cutPath, true);
+        const found = inspector.read(after.node, 0, length);
+        after.close();
+        for (let at = 0; at < length; at++) if (touched[at] !== 0) found[at] = flushed[at] ?? 0;
+        expect(firstDifference(found, flushed), `flushed data after cut ${cuts}, seed ${seed}`).toBe(-1);
+        cuts++;
+      };
+      if (volatile === undefined) throw new Error('the file was not wrapped');
+      const file: VolatileFile = volatile;
+      const every = Math.floor(test.operations / 14);
+      file.afterWrite = () => {
+        writes++;
+        if (writes % (every + 7) === 0) cut(file);
+      };
+      const touch = (offset: number, bytes: number) => touched.fill(1, offset, offset + bytes);
+      for (let operation = 0; operation < test.operations; operation++) {
+        const offset = below(length);
+        const bytes = Math.min(length - offset, 1 + below(test.most));
+        const kind = below(20);
+        if (kind < 11) {
+          touch(offset, bytes);
+          const data = randomBytes(bytes);
+          bench.write(image.node, offset, data);
+          data.copy(model, offset);
+        } else if (kind < 15) {
+          touch(offset, bytes);
+          image.node.writeZeroes(offset, bytes, kind % 2 === 0);
+          model.fill(0, offset, offset + bytes);
+        } else if (kind < 19) {
+          touch(offset, bytes);
+          image.node.discard(offset, bytes);
+          bench.read(image.node, offset, bytes).copy(model, offset);
+        } else if (below(3) === 0) {
+          image.node.flush();
+          model.copy(flushed);
+          touched.fill(0);
+        }
+      }
+      file.afterWrite = () => undefined;
+      expect(cuts).toBeGreaterThan(10);
+      expect(firstDifference(bench.read(image.node, 0, length), model)).toBe(-1);
+      image.close();
+      run('qemu-img', ['check', path]);
+    });
+  },
+);
