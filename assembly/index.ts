@@ -26,4 +26,4 @@ export { compactUnits } from './copy';
 export { digestUnits, xxh3, zeroLeaves, zeroUnits } from './hash';
 export { l2CompressedLength, l2Copied, l2Extent, l2HostOffset, l2Kind } from './l2';
 export { refcountFindFree, refcountFreeRun } from './refcount';
-export { isZero } from './zero';
+export { isZero, zeroMask } from './zero';

@@ -24,3 +24,25 @@ export function isZero(pointer: usize, length: usize): bool {
   }
   return true;
 }
+
+/**
+ * Bit i of `mask` (bit i & 31 of 32-bit word i >> 5) becomes 1 where unit i of the buffer is zero, 0 where it has
+ * data. Returns how many are zero.
+ */
+export function zeroMask(pointer: usize, length: usize, unit: usize, mask: usize): u32 {
+  let zero: u32 = 0;
+  let word: u32 = 0;
+  let index: u32 = 0;
+  for (let done: usize = 0; done < length; done += unit, index++) {
+    if (isZero(pointer + done, min(unit, length - done))) {
+      word |= 1 << (index & 31);
+      zero++;
+    }
+    if ((index & 31) == 31) {
+      store<u32>(mask + ((index >> 5) << 2), word);
+      word = 0;
+    }
+  }
+  if ((index & 31) != 0) store<u32>(mask + ((index >> 5) << 2), word);
+  return zero;
+}

@@ -1,13 +1,15 @@
 /**
  * Backups beside QEMU's own tools on the same files: `npm run bench:peers -- [--folder DIR] [--runs N] [--gib N]`.
  *
- * Contestants run in turn (A B C A B C …), each on the same source with its own target file that exists already,
- * page cache warm; medians and the ratio of medians are printed. Stillframe computes its checksums throughout.
- * "durable" rows flush the target before they end (Stillframe always does; qemu-img with `-t writeback`; QEMU's
- * job is given a flush afterwards by closing the node); on a file system in memory a flush costs nothing, so
- * there the rows compare the copying alone.
+ * Contestants run in turn (A B C A B C …) on the same source, page cache warm; medians and ratios of medians are
+ * printed. Raw targets exist already and are overwritten; images that a contestant makes are removed before its next
+ * run, so that all of them start from the same place. Stillframe computes its checksums throughout and makes its
+ * target durable; qemu-img runs with `-t writeback`, which flushes, too.
+ *
+ * Whole processes compare with whole processes ("stillframe backup" with "qemu-img convert": their start counts),
+ * jobs of running programs with each other ("stillframe job" in an engine, QEMU's job in its storage daemon).
  */
-import { type ChildProcess, spawn } from 'node:child_process';
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import {
   closeSync,
   existsSync,
@@ -47,6 +49,10 @@ interface Sample {
 
 interface Contestant {
   readonly name: string;
+  /** Timed with the start of its process. */
+  readonly process: boolean;
+  /** What comes before every run and is not timed. */
+  readonly prepare: () => void;
   readonly run: () => Promise<Sample>;
 }
 
@@ -115,13 +121,57 @@ async function time(command: string, args: readonly string[]): Promise<Sample> {
   return { seconds, peakRss };
 }
 
-function stillframe(source: string, target: string, extra: readonly string[]): Contestant {
-  const args = ['backup', source, target, '--sync', 'full', '--progress', 'none', ...extra];
-  return { name: 'stillframe', run: () => time(process.execPath, [CLI, ...args]) };
+interface Target {
+  readonly path: string;
+  readonly format: 'raw' | 'qcow2';
+  /** The file is there and is overwritten; otherwise the contestant makes it. */
+  readonly existing: boolean;
 }
 
-function qemuImg(label: string, args: readonly string[]): Contestant {
-  return { name: `qemu-img convert ${label}`, run: () => time('qemu-img', ['convert', ...args]) };
+function prepare(target: Target): void {
+  if (!target.existing) rmSync(target.path, { force: true });
+}
+
+function stillframeProcess(source: string, target: Target): Contestant {
+  const args = ['backup', source, target.path, '--sync', 'full', '--progress', 'none', '-f', 'raw'];
+  args.push('--format', target.format, ...(target.existing ? ['--existing'] : []));
+  return {
+    name: 'stillframe backup',
+    process: true,
+    prepare: () => prepare(target),
+    run: () => time(process.execPath, [CLI, ...args]),
+  };
+}
+
+const engine = await createEngine();
+
+/** A backup in a running engine, from the call to its result. */
+function stillframeJob(source: string, target: Target): Contestant {
+  const { path, format, existing } = target;
+  return {
+    name: 'stillframe job',
+    process: false,
+    prepare: () => prepare(target),
+    run: async () => {
+      const disk = await engine.openDisk(source, { format: 'raw', readOnly: true });
+      const start = performance.now();
+      const job = await disk.backup({ target: path, format, existing, sync: 'full' });
+      await job.result();
+      const seconds = (performance.now() - start) / 1000;
+      await disk.close();
+      return { seconds, peakRss: undefined };
+    },
+  };
+}
+
+function qemuImg(source: string, target: Target, args: readonly string[]): Contestant {
+  const all = [...args, '-t', 'writeback', '-f', 'raw', '-O', target.format];
+  return {
+    name: `qemu-img convert ${args.join(' ')}`,
+    process: true,
+    prepare: () => prepare(target),
+    run: () => time('qemu-img', ['convert', ...all, source, target.path]),
+  };
 }
 
 /** Just enough of a QMP client to time one job. */
@@ -160,17 +210,17 @@ class Qmp {
 }
 
 /** QEMU's own backup job, from the command to BLOCK_JOB_COMPLETED, in a storage daemon of its own. */
-function qemuJob(source: string, target: string, format: 'raw' | 'qcow2', noFlush: boolean): Contestant {
+function qemuJob(source: string, target: Target, length: number): Contestant {
+  const { format } = target;
   const run = async (): Promise<Sample> => {
     const path = join(folder, 'qmp.sock');
     rmSync(path, { force: true });
-    const cache = `cache.direct=off,cache.no-flush=${noFlush ? 'on' : 'off'}`;
     const child = spawn(
       'qemu-storage-daemon',
       [
         ...['--chardev', `socket,id=m,path=${path},server=on,wait=off`, '--monitor', 'chardev=m'],
         ...['--blockdev', `driver=raw,node-name=src,file.driver=file,file.filename=${source}`],
-        ...['--blockdev', `driver=${format},node-name=dst,file.driver=file,file.filename=${target},${cache}`],
+        ...['--blockdev', `driver=${format},node-name=dst,file.driver=file,file.filename=${target.path}`],
       ],
       { stdio: ['ignore', 'ignore', 'inherit'] },
     );
@@ -198,35 +248,48 @@ function qemuJob(source: string, target: string, format: 'raw' | 'qcow2', noFlus
       );
     }
   };
-  return { name: 'qemu-storage-daemon blockdev-backup', run };
+  return {
+    name: 'qemu-storage-daemon blockdev-backup',
+    process: false,
+    prepare: () => {
+      prepare(target);
+      if (target.existing) return;
+      const made = spawnSync('qemu-img', ['create', '-q', '-f', format, target.path, String(length)]);
+      if (made.status !== 0) throw new Error(`qemu-img create: ${String(made.stderr)}`);
+    },
+    run,
+  };
 }
 
 async function compare(title: string, bytes: number, contestants: readonly Contestant[]): Promise<void> {
   const samples = new Map<string, Sample[]>(contestants.map(({ name }) => [name, []]));
   for (let run = 0; run <= RUNS; run++) {
-    for (const { name, run: once } of contestants) {
+    for (const { name, prepare: ready, run: once } of contestants) {
+      ready();
       const sample = await once();
       // The first run of each only warms up.
       if (run > 0) samples.get(name)?.push(sample);
     }
   }
   const medianOf = (name: string): number => median((samples.get(name) ?? []).map(({ seconds }) => seconds));
-  const own = medianOf('stillframe');
+  const ratio = (own: string, other: Contestant): string =>
+    other.name.startsWith('stillframe') ? '' : `${(medianOf(other.name) / medianOf(own)).toFixed(2)}×`;
   console.log(`\n${title} (medians of ${RUNS}, interleaved)`);
   console.table(
     Object.fromEntries(
-      contestants.map(({ name }) => {
-        const list = samples.get(name) ?? [];
+      contestants.map((contestant) => {
+        const list = samples.get(contestant.name) ?? [];
         const seconds = list.map((sample) => sample.seconds);
         const rss = list.map((sample) => sample.peakRss ?? 0);
         return [
-          name,
+          contestant.name,
           {
-            'median s': medianOf(name).toFixed(3),
+            'median s': medianOf(contestant.name).toFixed(3),
             'min s': Math.min(...seconds).toFixed(3),
             'max s': Math.max(...seconds).toFixed(3),
-            'GB/s': (bytes / medianOf(name) / 1e9).toFixed(2),
-            'stillframe is': name === 'stillframe' ? '' : `${(medianOf(name) / own).toFixed(2)}×`,
+            'GB/s': (bytes / medianOf(contestant.name) / 1e9).toFixed(2),
+            'process is': contestant.process ? ratio('stillframe backup', contestant) : '',
+            'job is': ratio('stillframe job', contestant),
             'peak RSS MiB': Math.max(...rss) > 0 ? (Math.max(...rss) / MiB).toFixed(0) : '',
           },
         ];
@@ -236,17 +299,19 @@ async function compare(title: string, bytes: number, contestants: readonly Conte
 }
 
 async function eventLoop(source: string, target: string): Promise<void> {
-  const engine = await createEngine();
   const disk = await engine.openDisk(source, { format: 'raw', readOnly: true });
-  const histogram = monitorEventLoopDelay({ resolution: 1 });
-  const job = await disk.backup({ target, sync: 'full', format: 'raw', existing: true });
-  histogram.enable();
-  await job.result();
-  histogram.disable();
-  await engine.close();
-  const p99 = histogram.percentile(99) / 1e6;
+  const delays: number[] = [];
+  for (let run = 0; run < RUNS; run++) {
+    const histogram = monitorEventLoopDelay({ resolution: 1 });
+    const job = await disk.backup({ target, sync: 'full', format: 'raw', existing: true });
+    histogram.enable();
+    await job.result();
+    histogram.disable();
+    delays.push(histogram.percentile(99) / 1e6);
+  }
+  await disk.close();
   console.log(
-    `\nEvent loop delay of the host thread during a raw to raw backup: p99 ${p99.toFixed(2)} ms (a timer of 1 ms included)`,
+    `\nEvent loop delay of the host thread during a raw to raw backup: p99 ${median(delays).toFixed(2)} ms (median of ${RUNS} runs, a timer of 1 ms included)`,
   );
 }
 
@@ -256,34 +321,36 @@ try {
   );
   const gib = `${(BYTES / 2 ** 30).toFixed(0)} GiB random`;
   const source = makeFile('source.raw', BYTES, (fd) => fillRandom(fd, 0, BYTES));
-  const targets = ['a.raw', 'b.raw', 'c.raw', 'd.raw'].map((name) =>
-    makeFile(name, BYTES, (fd) => fillRandom(fd, 0, BYTES)),
-  );
-  const [a = '', b = '', c = '', d = ''] = targets;
+  const old = (name: string): Target => {
+    const path = makeFile(name, BYTES, (fd) => fillRandom(fd, 0, BYTES));
+    return { path, format: 'raw', existing: true };
+  };
+  const fresh = (name: string, format: 'raw' | 'qcow2'): Target => ({
+    path: join(folder, name),
+    format,
+    existing: false,
+  });
+  // Each pair of ways of one program shares a target.
+  const [own, theirs] = [old('stillframe.raw'), old('qemu.raw')];
   await compare(`raw to raw, ${gib}`, BYTES, [
-    stillframe(source, a, ['-f', 'raw', '--format', 'raw', '--existing']),
-    qemuImg('-n', ['-n', '-t', 'writeback', '-f', 'raw', '-O', 'raw', source, b]),
-    qemuImg('-n -W -m 16', ['-n', '-W', '-m', '16', '-t', 'writeback', '-f', 'raw', '-O', 'raw', source, c]),
-    qemuJob(source, d, 'raw', false),
+    stillframeProcess(source, own),
+    qemuImg(source, theirs, ['-n']),
+    qemuImg(source, theirs, ['-n', '-W', '-m', '16']),
+    stillframeJob(source, own),
+    qemuJob(source, theirs, BYTES),
   ]);
-  await eventLoop(source, a);
-  for (const path of targets) rmSync(path);
-  // For qcow2 every contestant makes or remakes its image; the job writes into one made anew each time.
-  const q = ['a.qcow2', 'b.qcow2', 'c.qcow2'].map((name) => join(folder, name));
-  const [qa = '', qb = '', qc = ''] = q;
-  const job = qemuJob(source, qc, 'qcow2', false);
+  await eventLoop(source, own.path);
+  for (const { path } of [own, theirs]) rmSync(path);
+  // A new image is removed before the next contestant makes its own: every one finds the same memory free.
+  const image = fresh('image.qcow2', 'qcow2');
   await compare(`raw to qcow2, ${gib}`, BYTES, [
-    stillframe(source, qa, ['-f', 'raw', '--format', 'qcow2', '--force']),
-    qemuImg('-W -O qcow2', ['-W', '-t', 'writeback', '-f', 'raw', '-O', 'qcow2', source, qb]),
-    {
-      name: job.name,
-      run: async () => {
-        await time('qemu-img', ['create', '-q', '-f', 'qcow2', qc, String(BYTES)]);
-        return job.run();
-      },
-    },
+    stillframeProcess(source, image),
+    qemuImg(source, image, ['-W']),
+    qemuImg(source, image, ['-W', '-m', '16']),
+    stillframeJob(source, image),
+    qemuJob(source, image, BYTES),
   ]);
-  for (const path of [source, ...q]) rmSync(path, { force: true });
+  for (const path of [source, image.path]) rmSync(path, { force: true });
   const sparseBytes = 100 * 2 ** 30;
   const places = 1000;
   const each = Math.floor((256 * MiB) / places / 4096) * 4096;
@@ -292,12 +359,14 @@ try {
       fillRandom(fd, Math.floor(((index + 0.5) * sparseBytes) / places / 4096) * 4096, each);
     }
   });
-  const sa = join(folder, 'sparse-a.raw');
-  const sb = join(folder, 'sparse-b.raw');
+  const copy = fresh('sparse-copy.raw', 'raw');
   await compare('100 GiB sparse raw to raw, 256 MiB of data in 1,000 places', places * each, [
-    stillframe(sparse, sa, ['-f', 'raw', '--format', 'raw', '--force']),
-    qemuImg('', ['-t', 'writeback', '-f', 'raw', '-O', 'raw', sparse, sb]),
+    stillframeProcess(sparse, copy),
+    qemuImg(sparse, copy, []),
+    qemuImg(sparse, copy, ['-W', '-m', '16']),
+    stillframeJob(sparse, copy),
   ]);
 } finally {
+  await engine.close();
   rmSync(folder, { recursive: true, force: true });
 }

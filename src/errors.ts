@@ -126,3 +126,8 @@ export function toStillframeError(error: unknown): StillframeError {
   if (error instanceof Error && error.stack !== undefined) wrapped.stack = error.stack;
   return wrapped;
 }
+
+/** A request to something that was closed meanwhile. */
+export function closedError(what: string): StillframeError {
+  return new StillframeError('ERR_STILLFRAME_CLOSED', `${what} is closed`);
+}

@@ -7,6 +7,7 @@ import {
   type Frame,
   type FrameCounters,
   type FrameDescriptor,
+  freeFrame,
   type OnCbwError,
 } from '../block/filters/copy-before-write.js';
 import { attachNode } from '../block/graph.js';
@@ -287,12 +288,6 @@ export class BackupJob {
   #post(message: JobMessage): void {
     this.#port.postMessage(message);
   }
-}
-
-/** Gives a frame's memory back; nobody may look at its counters afterwards. */
-export function freeFrame(runtime: Pick<Runtime, 'arena'>, frame: FrameDescriptor): void {
-  runtime.arena.free(frame.states);
-  runtime.arena.free(frame.control);
 }
 
 function jobError(error: unknown): JobError {

@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { createEngine, type Disk, type Engine, type SyncMode } from '../index.js';
+import type { Command } from './command.js';
 
 const MiB = 1024 * 1024;
 const DISK_BYTES = 256 * MiB;
@@ -247,7 +248,7 @@ function table(rows: readonly Row[]): string {
 }
 
 /** `stillframe demo`: three backups of a drive that two writers keep changing, each one proved. */
-export async function demo(): Promise<number> {
+async function runDemo(): Promise<number> {
   const say = (line: string): void => void process.stderr.write(`${line}\n`);
   const folder = await mkdtemp(join(tmpdir(), 'stillframe-demo-'));
   const engine = await createEngine();
@@ -283,3 +284,12 @@ export async function demo(): Promise<number> {
     await rm(folder, { recursive: true, force: true });
   }
 }
+
+export const demo: Command = {
+  name: 'demo',
+  usage: '',
+  summary: 'Takes a backup in each sync mode while two writers change the drive, and proves each one.',
+  positionals: [0, 0],
+  options: [],
+  run: runDemo,
+};

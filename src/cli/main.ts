@@ -1,26 +1,21 @@
 #!/usr/bin/env node
 import { readFileSync } from 'node:fs';
 import { type StillframeError, toStillframeError } from '../errors.js';
-import { backup } from './backup.js';
 import { type Command, helpOf, parseArguments, usageError } from './command.js';
-import { compare } from './compare.js';
-import { create } from './create.js';
-import { info } from './info.js';
-import { map } from './map.js';
 
-const demo: Command = {
-  name: 'demo',
-  usage: '',
-  summary: 'Takes a backup in each sync mode while two writers change the drive, and proves each one.',
-  positionals: [0, 0],
-  options: [],
-  run: async () => (await import('./demo.js')).demo(),
-};
+/** Loaded when asked for: a command starts without the others' code. */
+const commands = new Map<string, () => Promise<Command>>([
+  ['create', async () => (await import('./create.js')).create],
+  ['info', async () => (await import('./info.js')).info],
+  ['map', async () => (await import('./map.js')).map],
+  ['compare', async () => (await import('./compare.js')).compare],
+  ['backup', async () => (await import('./backup.js')).backup],
+  ['demo', async () => (await import('./demo.js')).demo],
+]);
 
-const commands: readonly Command[] = [create, info, map, compare, backup, demo];
-
-function overview(): string {
-  const lines = commands.map(({ name, summary }) => `  ${name.padEnd(9)}${summary.split(/[.\n]/)[0]}`);
+async function overview(): Promise<string> {
+  const all = await Promise.all([...commands.values()].map((load) => load()));
+  const lines = all.map(({ name, summary }) => `  ${name.padEnd(9)}${summary.split(/[.\n]/)[0]}`);
   return (
     'usage: stillframe COMMAND [options]\n\nPoint-in-time backups of disk images.\n\n' +
     `${lines.join('\n')}\n\n'stillframe COMMAND --help' explains a command; 'stillframe --version' prints the version.\n`
@@ -46,19 +41,20 @@ function report(error: StillframeError, argv: readonly string[]): void {
 async function main(argv: readonly string[]): Promise<number> {
   const [name, ...rest] = argv;
   if (name === undefined) {
-    process.stderr.write(overview());
+    process.stderr.write(await overview());
     return 1;
   }
   if (name === '--help' || name === '-h' || name === 'help') {
-    console.log(overview().trimEnd());
+    console.log((await overview()).trimEnd());
     return 0;
   }
   if (name === '--version' || name === '-V') {
     console.log(`stillframe ${version()}`);
     return 0;
   }
-  const command = commands.find((candidate) => candidate.name === name);
+  let command: Command | undefined;
   try {
+    command = await commands.get(name)?.();
     if (command === undefined) throw usageError(`there is no command '${name}'; see 'stillframe --help'`);
     const end = rest.indexOf('--');
     if ((end < 0 ? rest : rest.slice(0, end)).some((word) => word === '--help' || word === '-h')) {

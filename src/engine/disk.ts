@@ -3,10 +3,10 @@ import type { SyncMode } from '../backup/target.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { OnCbwError } from '../block/filters/copy-before-write.js';
 import type { ImageFormat } from '../block/graph.js';
-import { StillframeError } from '../errors.js';
+import { closedError, StillframeError } from '../errors.js';
 import type { Engine } from './engine.js';
 import { type BackupHandle, startBackup } from './job.js';
-import { closedError, type GuestRequest } from './tasks.js';
+import type { GuestRequest } from './tasks.js';
 
 export interface BackupOptions {
   /** Path of the image to make (or, with `existing`, to write into). */

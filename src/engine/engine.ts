@@ -7,11 +7,11 @@ import type { DiskDescriptor } from '../block/disk.js';
 import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
 import type { MapEntry } from '../block/map.js';
-import { StillframeError } from '../errors.js';
+import { closedError, StillframeError } from '../errors.js';
 import type { Arena } from '../kernels/arena.js';
 import { createRuntime } from '../kernels/runtime.js';
 import { DiskHandle } from './disk.js';
-import { closedError, type ImageTask, type Task } from './tasks.js';
+import type { ImageTask, Task } from './tasks.js';
 import type { Answer } from './worker.js';
 
 export interface EngineOptions {

@@ -1,11 +1,12 @@
 import { EventEmitter } from 'node:events';
 import { MessageChannel } from 'node:worker_threads';
-import { freeFrame, type JobMessage, type JobOutcome } from '../backup/backup-job.js';
+import type { JobMessage, JobOutcome } from '../backup/backup-job.js';
 import type { SyncMode } from '../backup/target.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import {
   type FrameCounters,
   type FrameDescriptor,
+  freeFrame,
   readFrameCounters,
 } from '../block/filters/copy-before-write.js';
 import { StillframeError } from '../errors.js';

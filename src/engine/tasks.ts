@@ -214,8 +214,3 @@ export class TaskRunner {
     }
   }
 }
-
-/** A closed disk's or job's task that comes too late. */
-export function closedError(what: string): StillframeError {
-  return new StillframeError('ERR_STILLFRAME_CLOSED', `${what} is closed`);
-}

@@ -3,6 +3,7 @@ import type { Arena } from './arena.js';
 /** The exports of the module as they are: pointers are unsigned 32 bits, hashes 64. */
 interface Exports {
   isZero(pointer: number, length: number): number;
+  zeroMask(pointer: number, length: number, unit: number, mask: number): number;
   xxh3(pointer: number, length: number): bigint;
   digestUnits(pointer: number, length: number, unit: number, first: bigint, mask: number): bigint;
   zeroLeaves(unit: number, last: number, first: bigint, count: bigint): bigint;
@@ -60,6 +61,11 @@ export class Kernels {
 
   isZero(pointer: number, length: number): boolean {
     return this.#exports.isZero(pointer, length) !== 0;
+  }
+
+  /** Marks the zero units of a buffer in the bitmap `mask`, as {@link digestUnits} does. @returns how many there are */
+  zeroMask(pointer: number, length: number, unit: number, mask: number): number {
+    return this.#exports.zeroMask(pointer, length, unit, mask);
   }
 
   /** XXH3-64 with seed 0. */

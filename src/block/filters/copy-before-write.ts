@@ -69,6 +69,8 @@ export const COPY_BUFFER_BYTES = 2 * 1024 * 1024;
 const RUN_BYTES = 1024 * 1024;
 /** How far a run of clusters without data is extended in one step, in bytes. */
 const SPARSE_RUN_BYTES = 64 * 1024 * 1024 * 1024;
+/** Smallest hole that is kept, in bytes: a page of the host's file system. */
+const HOLE_BYTES = 4096;
 /** Bit masks of units behind the buffer: enough for a buffer of 512-byte units. */
 const MASK_BYTES = COPY_BUFFER_BYTES / 512 / 8;
 
@@ -111,6 +113,12 @@ export function readFrameCounters(arena: Runtime['arena'], control: number): Fra
     checksum: at('checksum'),
     remaining: load(arena, control + REMAINING),
   };
+}
+
+/** Gives a frame's memory back; nobody may look at its counters afterwards. */
+export function freeFrame(runtime: Pick<Runtime, 'arena'>, frame: FrameDescriptor): void {
+  runtime.arena.free(frame.states);
+  runtime.arena.free(frame.control);
 }
 
 /** One thread's view of a frame. */
@@ -332,7 +340,7 @@ export class Frame {
 
   #copyData(cluster: number, count: number, guest: boolean): number {
     const { clusterSize, length, targetReadsZero } = this.descriptor;
-    const { kernels, arena } = this.#runtime;
+    const { kernels } = this.#runtime;
     const { data, mask } = this.#buffer;
     const start = cluster * clusterSize;
     const bytes = Math.min(count * clusterSize, length - start);
@@ -346,11 +354,8 @@ export class Frame {
     let written = 0;
     this.#onTarget(() => {
       if (zero > 0 && !targetReadsZero) this.#zeroUnits(start, bytes, count);
-      if (zero < count) this.target.writeUnits(start, data, bytes, clusterSize, mask);
+      if (zero < count) written = this.#writeData(start, bytes);
     });
-    const lastIsZero = ((arena.u32[(mask >> 2) + ((count - 1) >> 5)] ?? 0) >>> ((count - 1) & 31)) & 1;
-    written = (count - zero) * clusterSize;
-    if (!lastIsZero) written -= count * clusterSize - bytes;
     this.#count('checksum', leaves);
     this.#count('bytesRead', bytes);
     this.#count('bytesWritten', written);
@@ -359,6 +364,25 @@ export class Frame {
     if (guest) this.#count('cbw', count);
     this.#finish(cluster, count, CLUSTER_DONE);
     return bytes;
+  }
+
+  /**
+   * Writes what the buffer has of data; the mask says which clusters have. A target that reads as zeroes keeps its
+   * holes even inside of clusters.
+   *
+   * @returns the bytes written
+   */
+  #writeData(start: number, bytes: number): number {
+    const { clusterSize, targetReadsZero } = this.descriptor;
+    const { kernels } = this.#runtime;
+    const { data, mask } = this.#buffer;
+    const unit = targetReadsZero ? Math.max(HOLE_BYTES, this.target.clusterSize ?? 0) : clusterSize;
+    if (unit < clusterSize) kernels.zeroMask(data, bytes, unit, mask);
+    const units = Math.ceil(bytes / unit);
+    this.target.writeUnits(start, data, bytes, unit, mask);
+    const skipped = kernels.bitmapCount(mask, 0, units) * unit;
+    // The last unit may be short.
+    return bytes - skipped + (kernels.bitmapTest(mask, units - 1) ? units * unit - bytes : 0);
   }
 
   /** Zeroes the target under the units that the mask calls zero. */

@@ -1,5 +1,5 @@
+import { createRequire } from 'node:module';
 import * as zlib from 'node:zlib';
-import { Decompress } from 'fzstd';
 
 /**
  * Decompression of one cluster. The input is what the file holds from the start of the compressed data on: other
@@ -71,6 +71,10 @@ function nativeZstd(): SyncDecompressor | undefined {
     : undefined;
 }
 
+/** Loaded with the first cluster that needs it. */
+let fallback: typeof import('fzstd') | undefined;
+const require = createRequire(import.meta.url);
+
 class Full extends Error {}
 
 function unzstd(input: Uint8Array, clusterSize: number): Uint8Array | undefined {
@@ -96,7 +100,8 @@ function unzstd(input: Uint8Array, clusterSize: number): Uint8Array | undefined 
     // A frame cut off by the end of the input may still hold a cluster: its blocks are taken one by one.
     const rest = input.subarray(at, length === undefined ? input.length : at + length);
     try {
-      new Decompress(take).push(rest, true);
+      fallback ??= require('fzstd') as typeof import('fzstd');
+      new fallback.Decompress(take).push(rest, true);
     } catch (error) {
       return error instanceof Full ? output : undefined;
     }
