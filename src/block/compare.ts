@@ -1,6 +1,6 @@
 import type { Runtime } from '../kernels/runtime.js';
-import { type BlockNode, STATUS_ALLOCATED, STATUS_ZERO } from './node.js';
-import { chainStatus } from './status.js';
+import { type BlockNode, STATUS_COMPRESSED, STATUS_ZERO } from './node.js';
+import { type ChainExtent, chainStatus } from './status.js';
 
 /** How a comparison of two images ended. */
 export interface CompareResult {
@@ -15,6 +15,12 @@ export interface CompareResult {
 
 /** Bytes compared in one step. */
 const STEP = 1024 * 1024;
+
+/** Whether two extents are held in the same way, as strict mode sees it: flags, and whether there is a place. */
+function sameStatus(one: ChainExtent, other: ChainExtent): boolean {
+  const different = (one.flags ^ other.flags) & ~STATUS_COMPRESSED;
+  return different === 0 && one.hostOffset >= 0 === other.hostOffset >= 0;
+}
 
 /**
  * Compares what two images read as, like `qemu-img compare`. Ranges that are zero on both sides by their block
@@ -53,7 +59,7 @@ export function compareNodes(
     for (let offset = 0; offset < common; ) {
       const one = chainStatus(first, offset, common - offset);
       const other = chainStatus(second, offset, one.length);
-      if (options.strict && (one.flags ^ other.flags) & STATUS_ALLOCATED) return differ('allocation', offset);
+      if (options.strict && !sameStatus(one, other)) return differ('allocation', offset);
       let bytes = other.length;
       if (!(one.flags & other.flags & STATUS_ZERO)) {
         bytes = Math.min(bytes, STEP);

@@ -144,6 +144,11 @@ export function resolveBackingName(overlayPath: string, name: string): string {
   return isAbsolute(name) ? name : resolve(dirname(overlayPath), name);
 }
 
+/** A backing file's name as people see it: relative to the name by which they called the overlay. */
+export function combineNames(overlay: string, name: string): string {
+  return isAbsolute(name) ? name : overlay.slice(0, overlay.lastIndexOf('/') + 1) + name;
+}
+
 function backingPathOf(overlayPath: string, name: string, folders: readonly string[]): string {
   // A colon before any slash is QEMU's syntax for a protocol or `json:` name.
   if (/^[^/]*:/.test(name)) {

@@ -1,7 +1,6 @@
 import { fstatSync } from 'node:fs';
-import { resolve } from 'node:path';
 import type { Runtime } from '../kernels/runtime.js';
-import { resolveBackingName } from './graph.js';
+import { combineNames } from './graph.js';
 import type { NodeDescriptor, Qcow2Descriptor } from './node.js';
 
 /** What `qemu-img info --output=json` says of one image, with its field names. Sizes are bytes. */
@@ -22,8 +21,8 @@ export interface ImageInfo {
     readonly data: {
       readonly compat: '0.10' | '1.1';
       readonly 'compression-type': 'zlib' | 'zstd';
-      readonly 'refcount-bits': number;
       readonly 'lazy-refcounts'?: boolean;
+      readonly 'refcount-bits': number;
       readonly corrupt?: boolean;
       readonly 'extended-l2'?: boolean;
     };
@@ -54,14 +53,9 @@ export function imageInfo(_runtime: Runtime, descriptor: NodeDescriptor, filenam
       data: {
         compat: descriptor.version === 2 ? '0.10' : '1.1',
         'compression-type': descriptor.compressionType === 1 ? 'zstd' : 'zlib',
+        ...(descriptor.version === 2 ? {} : { 'lazy-refcounts': descriptor.lazyRefcounts }),
         'refcount-bits': descriptor.refcountBits,
-        ...(descriptor.version === 2
-          ? {}
-          : {
-              'lazy-refcounts': descriptor.lazyRefcounts,
-              corrupt: descriptor.corrupt,
-              'extended-l2': false,
-            }),
+        ...(descriptor.version === 2 ? {} : { corrupt: descriptor.corrupt, 'extended-l2': false }),
       },
     },
   };
@@ -72,7 +66,7 @@ function backingInfo(descriptor: Qcow2Descriptor, filename: string): Partial<Ima
   if (backingFile === undefined) return {};
   return {
     'backing-filename': backingFile,
-    'full-backing-filename': resolveBackingName(resolve(filename), backingFile),
+    'full-backing-filename': combineNames(filename, backingFile),
     ...(backingFormat === undefined ? {} : { 'backing-filename-format': backingFormat }),
   };
 }

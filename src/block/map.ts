@@ -1,4 +1,4 @@
-import type { Runtime } from '../kernels/runtime.js';
+import { combineNames } from './graph.js';
 import { type BlockNode, STATUS_ALLOCATED, STATUS_COMPRESSED, STATUS_DATA, STATUS_ZERO } from './node.js';
 import { chainStatus } from './status.js';
 
@@ -15,18 +15,27 @@ export interface MapEntry {
   readonly compressed: boolean;
   /** Where the range is in the file that holds it. */
   readonly offset?: number;
-  /** That file. */
+  /** That file, by its name relative to the name the caller gave. */
   readonly filename?: string;
 }
 
 /** How much of an image one look-up covers, in bytes: bounds the time without progress. */
 const LOOK_UP_BYTES = 2 ** 40;
 
-/** Walks the whole chain and hands out its extents in order, neighbours of one kind merged. */
-export function mapNode(_runtime: Runtime, node: BlockNode, onEntry: (entry: MapEntry) => void): void {
+/**
+ * Walks the whole chain and hands out its extents in order, neighbours of one kind merged.
+ *
+ * @param filename the name the caller gave
+ */
+export function mapNode(node: BlockNode, filename: string, onEntry: (entry: MapEntry) => void): void {
+  const names = namesOf(node, filename);
+  if (node.length === 0) {
+    // qemu-img has a line for it.
+    onEntry({ start: 0, length: 0, depth: 0, present: false, zero: false, data: false, compressed: false });
+  }
   let pending: MapEntry | undefined;
   for (let start = 0; start < node.length; ) {
-    const next = entryAt(node, start);
+    const next = entryAt(node, start, names);
     start += next.length;
     if (pending !== undefined && continues(pending, next)) {
       pending = { ...pending, length: pending.length + next.length };
@@ -38,13 +47,24 @@ export function mapNode(_runtime: Runtime, node: BlockNode, onEntry: (entry: Map
   if (pending !== undefined) onEntry(pending);
 }
 
-function entryAt(node: BlockNode, start: number): MapEntry {
+/** Names of the files of the chain, top first. */
+function namesOf(node: BlockNode, filename: string): string[] {
+  const names: string[] = [];
+  let name = filename;
+  for (let layer: BlockNode | undefined = node; layer !== undefined; layer = layer.backing) {
+    names.push(name);
+    const { descriptor } = layer;
+    if (descriptor.driver === 'qcow2') name = combineNames(name, descriptor.backingFile ?? '');
+  }
+  return names;
+}
+
+function entryAt(node: BlockNode, start: number, names: readonly string[]): MapEntry {
   const extent = chainStatus(node, start, Math.min(node.length - start, LOOK_UP_BYTES));
-  const filename = extent.node?.descriptor.path;
+  const filename = names[extent.depth];
   return {
     start,
     length: extent.length,
-    // qemu-img says 0 of what is nowhere in a chain of one image, and of zeroes beyond a short backing file.
     depth: extent.depth,
     present: (extent.flags & STATUS_ALLOCATED) !== 0,
     zero: (extent.flags & STATUS_ZERO) !== 0,

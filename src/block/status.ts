@@ -6,7 +6,7 @@ export interface ChainExtent {
   readonly length: number;
   /** `STATUS_*` bits of the layer that answers; STATUS_ZERO alone where no layer has the range. */
   readonly flags: number;
-  /** How far down the chain the answer comes from; 0 is the top image. */
+  /** How far down the chain the answer comes from; 0 is the top image. Of what no layer has: the last one asked. */
   readonly depth: number;
   /** Where the data starts in the file of the answering layer, in bytes; -1 when there is no such place. */
   readonly hostOffset: number;
@@ -28,8 +28,7 @@ export function chainStatus(top: BlockNode, offset: number, length: number): Cha
     if (flags & STATUS_ALLOCATED) return { length: bytes, flags, depth, hostOffset, node };
     stop = bytes;
     const { backing } = node;
-    if (backing === undefined) return zero(stop, depth);
-    if (offset >= backing.length) return zero(stop, depth + 1);
+    if (backing === undefined || offset >= backing.length) return zero(stop, depth);
     stop = Math.min(stop, backing.length - offset);
     node = backing;
     depth++;

@@ -23,11 +23,6 @@ function humanLine(entry: MapEntry): string | undefined {
   return `${hex(entry.start).padEnd(16)}${hex(entry.length).padEnd(16)}${hex(entry.offset).padEnd(16)}${entry.filename}`;
 }
 
-/** qemu-img prints the name of a file as it was reached: the caller's for the image itself. */
-function named(entry: MapEntry, file: string): MapEntry {
-  return entry.depth === 0 ? { ...entry, filename: file } : entry;
-}
-
 export const map: Command = {
   name: 'map',
   usage: '[options] FILE',
@@ -47,7 +42,7 @@ export const map: Command = {
         try {
           const printed: string[] = [];
           for (const entry of entries) {
-            const line = json ? jsonLine(entry) : humanLine(named(entry, file));
+            const line = json ? jsonLine(entry) : humanLine(entry);
             if (line === undefined) continue;
             printed.push(json ? `${lines++ === 0 ? '[' : ',\n'}${line}` : `${line}\n`);
           }

@@ -148,9 +148,13 @@ export class Engine {
     options?: ImageOptions,
   ): Promise<void> {
     const { port1, port2 } = new MessageChannel();
-    port1.on('message', onEntries);
-    // The last batch may be on its way still when the task has ended: the closed port comes after it.
-    const drained = new Promise((resolve) => port1.once('close', resolve));
+    // The last batch may be on its way still when the task has ended.
+    const drained = new Promise<void>((resolve) => {
+      port1.on('message', (entries: readonly MapEntry[] | null) => {
+        if (entries === null) resolve();
+        else onEntries(entries);
+      });
+    });
     try {
       await this.run({ kind: 'map', path, options: imageTask(options), port: port2 }, [port2]);
       await drained;

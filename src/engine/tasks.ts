@@ -182,13 +182,14 @@ export class TaskRunner {
         port.postMessage(batch);
         batch = [];
       };
-      mapNode(this.#runtime, attachNode(this.#runtime, descriptor), (entry) => {
+      mapNode(attachNode(this.#runtime, descriptor), path, (entry) => {
         if (batch.push(entry) === MAP_BATCH) flush();
       });
       flush();
     } finally {
       closeNode(this.#runtime, descriptor);
-      port.close();
+      // Not by closing the port: the thread goes to sleep without a turn of its event loop.
+      port.postMessage(null);
     }
   }
 

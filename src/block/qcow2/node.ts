@@ -242,8 +242,10 @@ export class Qcow2Node implements BlockNode {
         return { length, flags: STATUS_DATA | STATUS_ALLOCATED | STATUS_COMPRESSED, hostOffset: -1 };
       case L2_UNALLOCATED:
         return { length, flags: 0, hostOffset: -1 };
-      default:
-        return { length, flags: STATUS_ZERO | STATUS_ALLOCATED, hostOffset: -1 };
+      default: {
+        const place = found.kind === L2_ZERO_ALLOCATED ? hostOffset : -1;
+        return { length, flags: STATUS_ZERO | STATUS_ALLOCATED, hostOffset: place };
+      }
     }
   }
 
