@@ -5,7 +5,7 @@
  *     bit   31 30 …                2  1  0   63 62 …
  *
  * Bit i is bit (i & 31) of the 32-bit word i >> 5. Changes are atomic by word; a word that would not change is
- * not written.
+ * not written. Scans look at 128 bits at once; a bit that changes meanwhile may or may not be seen.
  */
 
 function maskOf(from: u32, to: u32): u32 {
@@ -51,7 +51,12 @@ export function bitmapTestAndClear(bitmap: usize, start: u32, count: u32): u32 {
 }
 
 function next(bitmap: usize, from: u32, end: u32, flip: u32): i32 {
+  const flips = i32x4.splat(flip);
   while (from < end) {
+    if ((from & 127) == 0) {
+      while (end - from >= 128 && !v128.any_true(v128.xor(v128.load(word(bitmap, from)), flips))) from += 128;
+      if (from == end) return -1;
+    }
     const base = from & ~31;
     const value = (atomic.load<u32>(word(bitmap, from)) ^ flip) & (u32.MAX_VALUE << (from & 31));
     if (value != 0) {
@@ -76,6 +81,17 @@ export function bitmapCount(bitmap: usize, start: u32, count: u32): u32 {
   const end = start + count;
   let set: u32 = 0;
   while (start < end) {
+    if ((start & 127) == 0 && end - start >= 128) {
+      let sums = i32x4.splat(0);
+      do {
+        const bytes = i8x16.popcnt(v128.load(word(bitmap, start)));
+        sums = i32x4.add(sums, i32x4.extadd_pairwise_i16x8_u(i16x8.extadd_pairwise_i8x16_u(bytes)));
+        start += 128;
+      } while (end - start >= 128);
+      set += i32x4.extract_lane(sums, 0) + i32x4.extract_lane(sums, 1);
+      set += i32x4.extract_lane(sums, 2) + i32x4.extract_lane(sums, 3);
+      continue;
+    }
     const stop = min((start & ~31) + 32, end);
     set += popcnt<u32>(atomic.load<u32>(word(bitmap, start)) & maskOf(start & 31, stop - (start & ~31)));
     start = stop;

@@ -88,7 +88,18 @@ export function clustersClaimAt(states: usize, index: u32, end: u32): u32 {
 
 /** First cluster in [from, end) in `state`, -1 where there is none. */
 export function clustersNext(states: usize, from: u32, end: u32, state: u32): i32 {
+  const pattern = i64x2.splat(ODD * (state as u64));
+  const odd = i64x2.splat(ODD);
   while (from < end) {
+    if ((from & 31) == 0) {
+      for (; end - from >= 64; from += 64) {
+        const other = v128.xor(v128.load(word(states, from)), pattern);
+        // A cluster in the state has two clear bits here.
+        const differs = v128.and(v128.or(other, i64x2.shr_u(other, 1)), odd);
+        if (v128.any_true(v128.xor(differs, odd))) break;
+      }
+      if (from == end) return -1;
+    }
     const base = from & ~31;
     const found =
       inState(atomic.load<u64>(word(states, from)), state) & (u64.MAX_VALUE << (2 * (from - base)));
@@ -103,7 +114,15 @@ export function clustersNext(states: usize, from: u32, end: u32, state: u32): i3
 
 /** First cluster in [from, end) that is todo or busy, -1 where there is none. */
 export function clustersNextPending(states: usize, from: u32, end: u32): i32 {
+  const odd = i64x2.splat(ODD);
   while (from < end) {
+    if ((from & 31) == 0) {
+      for (; end - from >= 64; from += 64) {
+        const value = v128.load(word(states, from));
+        if (v128.any_true(v128.and(v128.xor(value, i64x2.shr_u(value, 1)), odd))) break;
+      }
+      if (from == end) return -1;
+    }
     const base = from & ~31;
     const value = atomic.load<u64>(word(states, from));
     const found = (value ^ (value >> 1)) & ODD & (u64.MAX_VALUE << (2 * (from - base)));
