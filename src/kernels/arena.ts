@@ -1,5 +1,6 @@
 import { StillframeError } from '../errors.js';
 import { withLock } from './futex.js';
+import { Memory, type WasmMemory } from './webassembly.js';
 
 /**
  * The one shared `WebAssembly.Memory` and its allocator. All data in flight, cluster states, metadata caches
@@ -32,7 +33,7 @@ const WASM_PAGE = 65536;
 export const DEFAULT_ARENA_BYTES = 512 * 1024 * 1024;
 
 export class Arena {
-  readonly memory: WebAssembly.Memory;
+  readonly memory: WasmMemory;
   readonly u8: Uint8Array;
   readonly u16: Uint16Array;
   readonly i32: Int32Array;
@@ -42,7 +43,7 @@ export class Arena {
   readonly f64: Float64Array;
   readonly view: DataView;
 
-  private constructor(memory: WebAssembly.Memory) {
+  private constructor(memory: WasmMemory) {
     const buffer = memory.buffer;
     this.memory = memory;
     this.u8 = new Uint8Array(buffer);
@@ -61,7 +62,7 @@ export class Arena {
     if (!(pages >= 4 && pages < 65536)) {
       throw new RangeError(`arena size of ${bytes} bytes is outside 256 KiB to 4 GiB - 64 KiB`);
     }
-    const arena = new Arena(new WebAssembly.Memory({ initial: pages, maximum: pages, shared: true }));
+    const arena = new Arena(new Memory({ initial: pages, maximum: pages, shared: true }));
     const first = ARENA_BASE + HEADER;
     arena.u32[first >> 2] = (arena.u8.length - first) / UNIT;
     arena.u32[(ARENA_BASE + 8) >> 2] = first + HEADER;
@@ -69,7 +70,7 @@ export class Arena {
   }
 
   /** The arena of another thread, from its memory. */
-  static attach(memory: WebAssembly.Memory): Arena {
+  static attach(memory: WasmMemory): Arena {
     return new Arena(memory);
   }
 

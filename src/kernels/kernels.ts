@@ -1,4 +1,5 @@
 import type { Arena } from './arena.js';
+import { Instance, type WasmModule } from './webassembly.js';
 
 /** The exports of the module as they are: pointers are unsigned 32 bits, hashes 64. */
 interface Exports {
@@ -53,8 +54,8 @@ export const L2_INVALID = 5;
 export class Kernels {
   readonly #exports: Exports;
 
-  constructor(arena: Arena, module: WebAssembly.Module) {
-    const instance = new WebAssembly.Instance(module, { env: { memory: arena.memory } });
+  constructor(arena: Arena, module: WasmModule) {
+    const instance = new Instance(module, { env: { memory: arena.memory } });
     // The module is compiled from our own assembly/index.ts; its types are the interface above.
     this.#exports = instance.exports as unknown as Exports;
   }

@@ -1,6 +1,7 @@
 import { readFileSync } from 'node:fs';
 import { Arena } from './arena.js';
 import { Kernels } from './kernels.js';
+import { Module, type WasmMemory, type WasmModule } from './webassembly.js';
 
 /** What every thread of an engine has: the shared memory and the kernels that work on it. */
 export interface Runtime {
@@ -10,14 +11,14 @@ export interface Runtime {
 
 /** A runtime as it travels to another thread. */
 export interface SharedRuntime {
-  readonly memory: WebAssembly.Memory;
-  readonly module: WebAssembly.Module;
+  readonly memory: WasmMemory;
+  readonly module: WasmModule;
 }
 
-let compiled: WebAssembly.Module | undefined;
+let compiled: WasmModule | undefined;
 
-function kernelModule(): WebAssembly.Module {
-  compiled ??= new WebAssembly.Module(readFileSync(new URL('./kernels.wasm', import.meta.url)));
+function kernelModule(): WasmModule {
+  compiled ??= new Module(readFileSync(new URL('./kernels.wasm', import.meta.url)));
   return compiled;
 }
 

@@ -1,0 +1,27 @@
+/**
+ * The part of the WebAssembly JavaScript API used here. Its global types come with the DOM's, which a Node program
+ * need not have: these travel with the package.
+ */
+export interface WasmMemory {
+  readonly buffer: SharedArrayBuffer;
+}
+
+/** A compiled module; opaque, and fit to be posted to another thread. */
+export interface WasmModule {
+  readonly [Symbol.toStringTag]: string;
+}
+
+interface WasmInstance {
+  readonly exports: Readonly<Record<string, unknown>>;
+}
+
+interface Api {
+  readonly Memory: new (descriptor: { initial: number; maximum: number; shared: true }) => WasmMemory;
+  readonly Module: new (bytes: Uint8Array) => WasmModule;
+  readonly Instance: new (
+    module: WasmModule,
+    imports: Readonly<Record<string, Readonly<Record<string, unknown>>>>,
+  ) => WasmInstance;
+}
+
+export const { Memory, Module, Instance }: Api = Reflect.get(globalThis, 'WebAssembly');
