@@ -139,6 +139,7 @@ export class BackupJob {
         targetReadsZero: this.#target.readsZero,
         skipUnallocated: this.#sync === 'top',
         onCbwError: this.#options.onCbwError,
+        owner: this.#control.wakeWord,
       };
     } catch (error) {
       arena.free(control);

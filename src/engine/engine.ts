@@ -76,6 +76,7 @@ export class Engine {
   readonly #disks = new Set<DiskHandle>();
   #nextId = 1;
   #closed = false;
+  #closing: Promise<void> | undefined;
 
   /** @internal Use {@link createEngine}. */
   constructor(options: EngineOptions = {}) {
@@ -185,11 +186,21 @@ export class Engine {
   }
 
   /** Closes what is still open and ends the threads. Jobs are cancelled. */
-  async close(): Promise<void> {
-    if (this.#closed) return;
-    await Promise.all([...this.#disks].map((disk) => disk.close()));
-    this.#closed = true;
-    await Promise.all([this.#jobs.destroy(), this.#requests.destroy()]);
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
+    try {
+      await Promise.all([...this.#disks].map((disk) => disk.close()));
+    } finally {
+      this.#closed = true;
+      const pools = [this.#jobs, this.#requests];
+      // Node aborts the process when a thread is ended while it still loads its modules.
+      await Promise.all(pools.flatMap((pool) => pool.threads.map(() => pool.run({ kind: 'ready' }))));
+      await Promise.all(pools.map((pool) => pool.destroy()));
+    }
   }
 
   [Symbol.asyncDispose](): Promise<void> {

@@ -13,6 +13,8 @@ import type { Runtime } from '../kernels/runtime.js';
 
 /** Work the host thread hands to a thread of the engine, as plain data. */
 export type Task =
+  /** Nothing; shows that a thread has started. */
+  | { readonly kind: 'ready' }
   | { readonly kind: 'open'; readonly path: string; readonly options: OpenDiskTask; readonly id: number }
   | { readonly kind: 'close'; readonly disk: DiskDescriptor }
   | { readonly kind: 'request'; readonly disk: DiskDescriptor; readonly request: GuestRequest }
@@ -75,6 +77,8 @@ export class TaskRunner {
 
   run(task: Task): unknown {
     switch (task.kind) {
+      case 'ready':
+        return undefined;
       case 'open':
         return this.#open(task.path, task.options, task.id);
       case 'close':

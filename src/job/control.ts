@@ -173,8 +173,13 @@ export class JobControl {
     });
   }
 
+  /** The word on which the job's threads sleep. */
+  get wakeWord(): number {
+    return this.pointer + WAKE;
+  }
+
   wake(): void {
-    advance(this.#arena, this.pointer + WAKE);
+    advance(this.#arena, this.wakeWord);
   }
 
   /** Blocks until `condition` holds; it is looked at again after every change of the job. */

@@ -244,3 +244,16 @@ describe('requests', () => {
     expect(Buffer.compare(await disk.read(123, data.length), data)).toBe(0);
   });
 });
+
+describe('an engine', () => {
+  it('ends at any moment, its threads still starting or not, and only once', async () => {
+    for (let round = 0; round < 12; round++) {
+      const short = await createEngine({ workers: 2 });
+      if (round % 3 === 1)
+        await short.openDisk(at('disk.raw'), { format: 'raw', forceShare: true, readOnly: true });
+      if (round % 3 === 2) await new Promise((resolve) => setTimeout(resolve, round * 5));
+      await Promise.all([short.close(), short.close()]);
+      await expect(short.openDisk(at('disk.raw'))).rejects.toMatchObject({ code: 'ERR_STILLFRAME_CLOSED' });
+    }
+  });
+});

@@ -41,6 +41,8 @@ export interface FrameDescriptor {
   /** Sync mode `top`: clusters without allocation in the top layer are not part of the plan. */
   readonly skipUnallocated: boolean;
   readonly onCbwError: OnCbwError;
+  /** Word of the arena to advance when the frame breaks: its owner sleeps there. */
+  readonly owner: number;
 }
 
 // Control block, byte offsets: int32 words, then int64 counters.
@@ -193,6 +195,7 @@ export class Frame {
       } catch (error) {
         if (this.descriptor.onCbwError === 'break-snapshot') {
           store(this.#runtime.arena, this.descriptor.control + BROKEN, 1);
+          advance(this.#runtime.arena, this.descriptor.owner);
           this.#wake();
           return;
         }
