@@ -14,6 +14,7 @@ const packages: Readonly<Record<string, string>> = {
   'mkfs.ext4': 'e2fsprogs',
   e2fsck: 'e2fsprogs',
   debugfs: 'e2fsprogs',
+  xxhsum: 'xxhash',
 };
 
 const known = new Map<string, boolean>();
