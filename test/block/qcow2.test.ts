@@ -1,6 +1,7 @@
 import { spawn } from 'node:child_process';
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { Worker } from 'node:worker_threads';
 import { describe, expect, it } from 'vitest';
 import { STATUS_ALLOCATED, STATUS_COMPRESSED, STATUS_DATA } from '#src/block/node.js';
 import { StillframeError } from '#src/errors.js';
@@ -374,6 +375,68 @@ describe('damaged tables', () => {
       expect(bench.runtime.arena.usedBytes, `seed ${seed}`).toBe(used);
     }
     expect(opened).toBeGreaterThan(50);
+  });
+});
+
+describe('a read in flight', () => {
+  it('never sees what was written later into clusters that were freed under it', async () => {
+    const path = at('freed.qcow2');
+    bench.create(path, { length: 1 << 20, clusterBits: 16 });
+    const image = bench.open(path, false);
+    bench.write(image.node, 0, Buffer.alloc(65536, 1));
+    image.node.flush();
+    const { arena } = bench.runtime;
+    const gate = arena.alloc(64, 'gate');
+    const pointer = arena.alloc(65536, 'buffer of the reader');
+    const url = (name: string): string => new URL(`../../dist/${name}`, import.meta.url).href;
+    const script = `
+      const { parentPort, workerData } = require('node:worker_threads');
+      (async () => {
+        const { attachRuntime } = await import('${url('kernels/runtime.js')}');
+        const { attachNode } = await import('${url('block/graph.js')}');
+        const { FileNode } = await import('${url('block/raw/file.js')}');
+        const runtime = attachRuntime(workerData.shared);
+        const node = attachNode(runtime, workerData.descriptor);
+        const read = FileNode.prototype.read;
+        FileNode.prototype.read = function (offset, pointer, length) {
+          parentPort.postMessage('reading');
+          Atomics.wait(runtime.arena.i32, workerData.gate >> 2, 0);
+          read.call(this, offset, pointer, length);
+        };
+        node.read(0, workerData.pointer, 65536);
+        parentPort.postMessage('read');
+      })();`;
+    const workerData = { shared: bench.runtime.shared, descriptor: image.descriptor, gate, pointer };
+    const worker = new Worker(script, { eval: true, workerData });
+    const said = (event: string): Promise<void> =>
+      new Promise((resolve, reject) => {
+        worker.once('error', reject);
+        worker.on('message', (message) => message === event && resolve());
+      });
+    const done = said('read');
+    await said('reading');
+    image.node.discard(0, 65536);
+    image.node.flush();
+    image.node.flush();
+    for (let cluster = 1; cluster < 6; cluster++) {
+      bench.write(image.node, cluster * 65536, Buffer.alloc(65536, 2));
+      image.node.flush();
+    }
+    Atomics.store(arena.i32, gate >> 2, 1);
+    Atomics.notify(arena.i32, gate >> 2);
+    await done;
+    await worker.terminate();
+    expect([...new Set(arena.copyOut(pointer, 65536))]).toEqual([1]);
+    // Once it is over the place is taken again: the file does not grow by another cluster.
+    image.node.flush();
+    const before = readFileSync(path).length;
+    bench.write(image.node, 7 * 65536, Buffer.alloc(65536, 3));
+    image.node.flush();
+    expect(readFileSync(path).length).toBe(before);
+    image.close();
+    arena.free(gate);
+    arena.free(pointer);
+    if (peers) run('qemu-img', ['check', '-q', path]);
   });
 });
 

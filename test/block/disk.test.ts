@@ -1,0 +1,240 @@
+/** A live disk with several threads: what the instant waits for, and what waits for the instant. */
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { Worker } from 'node:worker_threads';
+import { afterAll, afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { DISK_CONTROL_BYTES, type DiskDescriptor } from '#src/block/disk.js';
+import { FRAME_CONTROL_BYTES, type FrameDescriptor } from '#src/block/filters/copy-before-write.js';
+import { closeNode, openImage } from '#src/block/graph.js';
+import type { RawDescriptor } from '#src/block/node.js';
+import { createRuntime } from '#src/kernels/runtime.js';
+
+const { shared, arena, kernels } = createRuntime(64 << 20);
+const runtime = { arena, kernels };
+const CLUSTER = 65536;
+const CLUSTERS = 8;
+let folder: string;
+let source: RawDescriptor;
+let target: RawDescriptor;
+let disk: DiskDescriptor;
+let frame: FrameDescriptor;
+let threads: Thread[] = [];
+/** Words threads wait on: 0 closed, 1 open. */
+let gates: number;
+
+/** A thread with its own facades, told what to do by a snippet that sees `disk`, `frame` and `pass(gate)`. */
+class Thread {
+  readonly #worker: Worker;
+  readonly events: string[] = [];
+  #failure: unknown;
+
+  constructor(body: string) {
+    const url = (path: string): string => new URL(`../../dist/${path}`, import.meta.url).href;
+    const script = `
+      const { parentPort, workerData } = require('node:worker_threads');
+      const say = (event) => parentPort.postMessage(event);
+      (async () => {
+        const { attachRuntime } = await import('${url('kernels/runtime.js')}');
+        const { Disk } = await import('${url('block/disk.js')}');
+        const { CopyBuffer } = await import('${url('block/filters/copy-before-write.js')}');
+        const runtime = attachRuntime(workerData.shared);
+        const { arena } = runtime;
+        const { frame, gates } = workerData;
+        const buffer = new CopyBuffer(runtime);
+        const disk = new Disk(runtime, workerData.disk, () => buffer);
+        const pass = (gate) => { Atomics.wait(arena.i32, (gates >> 2) + gate, 0); };
+        const data = arena.alloc(${CLUSTER}, 'data of a guest');
+        const fill = (value) => { arena.u8.fill(value, data, data + ${CLUSTER}); return data; };
+        ${body}
+        say('end');
+      })();`;
+    this.#worker = new Worker(script, { eval: true, workerData: { shared, disk, frame, gates } });
+    this.#worker.on('message', (event: string) => this.events.push(event));
+    this.#worker.on('error', (error) => {
+      this.#failure = error;
+    });
+    threads.push(this);
+  }
+
+  async said(event: string): Promise<void> {
+    for (let tries = 0; !this.events.includes(event); tries++) {
+      if (this.#failure !== undefined) throw this.#failure;
+      if (tries > 2000) throw new Error(`a thread never said '${event}', only ${this.events.join(', ')}`);
+      await new Promise((resolve) => setTimeout(resolve, 2));
+    }
+  }
+
+  async stop(): Promise<void> {
+    await this.#worker.terminate();
+  }
+}
+
+const open = (gate: number): void => {
+  Atomics.store(arena.i32, (gates >> 2) + gate, 1);
+  Atomics.notify(arena.i32, (gates >> 2) + gate);
+};
+const aWhile = (): Promise<void> => new Promise((resolve) => setTimeout(resolve, 60));
+
+function openRaw(name: string, byte: number): RawDescriptor {
+  writeFileSync(join(folder, name), new Uint8Array(CLUSTER * CLUSTERS).fill(byte));
+  const node = openImage(runtime, join(folder, name), { format: 'raw', readOnly: false });
+  if (node.driver !== 'raw') throw new Error('not raw');
+  return node;
+}
+
+beforeEach(() => {
+  folder = mkdtempSync(join(tmpdir(), 'stillframe-disk-'));
+  source = openRaw('source', 1);
+  target = openRaw('target', 0);
+  const length = CLUSTER * CLUSTERS;
+  const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
+  disk = { id: 1, control, node: source, length, readOnly: false, discard: 'unmap' };
+  gates = arena.alloc(64, 'gates');
+  frame = {
+    id: 2,
+    control: arena.alloc(FRAME_CONTROL_BYTES, 'frame'),
+    states: arena.alloc(64, 'states'),
+    target,
+    length,
+    clusterSize: CLUSTER,
+    clusters: CLUSTERS,
+    targetReadsZero: true,
+    skipUnallocated: false,
+    onCbwError: 'break-guest-write',
+    owner: arena.alloc(64, 'owner'),
+  };
+});
+afterEach(async () => {
+  for (let gate = 0; gate < 8; gate++) open(gate);
+  await Promise.all(threads.map((thread) => thread.stop()));
+  threads = [];
+  closeNode(runtime, source);
+  closeNode(runtime, target);
+});
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
+
+const firstBytes = (name: string): number[] => {
+  const bytes = readFileSync(join(folder, name));
+  return Array.from({ length: CLUSTERS }, (_, cluster) => bytes[cluster * CLUSTER] ?? -1);
+};
+const slowWrite = (what: string) => `
+  const ${what} = disk.node.${what}.bind(disk.node);
+  disk.node.${what} = (...args) => { say('in'); pass(0); ${what}(...args); };`;
+
+describe('an instant', () => {
+  it.each([
+    ['write', `disk.write(${CLUSTER}, fill(2), ${CLUSTER});`],
+    ['writeZeroes', `disk.writeZeroes(${CLUSTER}, ${CLUSTER}, false);`],
+    ['discard', `disk.discard(${CLUSTER}, ${CLUSTER});`],
+  ])('comes after the requests in flight: %s', async (what, request) => {
+    const guest = new Thread(`${slowWrite(what)} ${request}`);
+    await guest.said('in');
+    const job = new Thread(`disk.addFrame(frame); say('armed'); pass(1);`);
+    await aWhile();
+    expect(job.events).toEqual([]);
+    open(0);
+    await guest.said('end');
+    await job.said('armed');
+    // It was over before the instant: nothing of it was saved.
+    expect(firstBytes('target')).toEqual(new Array(CLUSTERS).fill(0));
+    expect(firstBytes('source')[1]).not.toBe(1);
+  });
+
+  it('comes before the requests made while it waits: they are saved from', async () => {
+    const guest = new Thread(`${slowWrite('write')} disk.write(0, fill(2), 512);`);
+    await guest.said('in');
+    const job = new Thread(`disk.addFrame(frame); say('armed'); pass(1);`);
+    await aWhile();
+    const late = new Thread(`say('ready'); disk.write(${3 * CLUSTER + 5}, fill(3), 10); say('written');`);
+    await late.said('ready');
+    await aWhile();
+    expect(late.events).toEqual(['ready']);
+    open(0);
+    await job.said('armed');
+    await late.said('written');
+    expect(firstBytes('target')).toEqual([0, 0, 0, 1, 0, 0, 0, 0]);
+    expect(readFileSync(join(folder, 'source'))[3 * CLUSTER + 5]).toBe(3);
+  });
+});
+
+describe('copy-before-write', () => {
+  it('has saved every cluster a request touches before the request reaches the source', async () => {
+    const job = new Thread(`disk.addFrame(frame); say('armed'); pass(1);`);
+    await job.said('armed');
+    for (const [index, request] of [
+      `disk.write(${CLUSTER - 1}, fill(2), 2);`,
+      `disk.writeZeroes(${3 * CLUSTER + 100}, ${CLUSTER}, true);`,
+      `disk.discard(${6 * CLUSTER}, ${2 * CLUSTER});`,
+    ].entries()) {
+      const what = ['write', 'writeZeroes', 'discard'][index] ?? '';
+      Atomics.store(arena.i32, gates >> 2, 0);
+      const guest = new Thread(`${slowWrite(what)} ${request}`);
+      await guest.said('in');
+      // Saved already, and the source is untouched still.
+      const saved = [
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 1, 0, 1, 1],
+      ];
+      expect(firstBytes('target')).toEqual(saved[index]);
+      const source = readFileSync(join(folder, 'source'));
+      const place = [CLUSTER - 1, 3 * CLUSTER + 100, 6 * CLUSTER][index] ?? 0;
+      expect(source[place]).toBe(1);
+      open(0);
+      await guest.said('end');
+      expect(readFileSync(join(folder, 'source'))[place]).not.toBe(1);
+    }
+  });
+
+  it('waits for a cluster that another thread is copying, and only for that one', async () => {
+    const job = new Thread(`
+      disk.addFrame(frame);
+      const bulk = disk.attachFrame(frame);
+      const read = disk.node.read.bind(disk.node);
+      disk.node.read = (offset, pointer, length) => { say('copying'); pass(0); read(offset, pointer, length); };
+      say('armed');
+      pass(1);
+      bulk.beforeWrite(2 * ${CLUSTER}, ${CLUSTER});`);
+    await job.said('armed');
+    open(1);
+    await job.said('copying');
+    const same = new Thread(`say('ready'); disk.write(${2 * CLUSTER + 9}, fill(4), 9); say('written');`);
+    const other = new Thread(`disk.write(${5 * CLUSTER}, fill(5), 9); say('written');`);
+    await other.said('written');
+    await same.said('ready');
+    await aWhile();
+    expect(same.events).toEqual(['ready']);
+    open(0);
+    await same.said('written');
+    await job.said('end');
+    expect(firstBytes('target')).toEqual([0, 0, 1, 0, 0, 1, 0, 0]);
+    expect(readFileSync(join(folder, 'target'))[2 * CLUSTER + 9]).toBe(1);
+  });
+
+  it('ends when the frame is taken off the disk', async () => {
+    const job = new Thread(`disk.addFrame(frame); say('armed'); pass(1); disk.removeFrame(frame.id);`);
+    await job.said('armed');
+    open(1);
+    await job.said('end');
+    const guest = new Thread(`disk.write(0, fill(6), 9);`);
+    await guest.said('end');
+    expect(firstBytes('target')).toEqual(new Array(CLUSTERS).fill(0));
+  });
+});
+
+describe('overlapping requests', () => {
+  it('run one after the other, others side by side', async () => {
+    const first = new Thread(`${slowWrite('write')} disk.write(1000, fill(2), 1000); say('written');`);
+    await first.said('in');
+    const overlapping = new Thread(`say('ready'); disk.write(1999, fill(3), 10); say('written');`);
+    const beside = new Thread(`disk.write(2020, fill(4), 10); say('written');`);
+    await beside.said('written');
+    await overlapping.said('ready');
+    await aWhile();
+    expect(overlapping.events).toEqual(['ready']);
+    open(0);
+    await overlapping.said('written');
+    expect(readFileSync(join(folder, 'source'))[1999]).toBe(3);
+  });
+});
