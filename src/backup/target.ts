@@ -73,7 +73,7 @@ export function openTarget(runtime: Runtime, source: NodeDescriptor, options: Ta
   const path = resolve(options.target);
   const sources = filesOf(source);
   const identity = fileIdentity(path);
-  const same = sources.find((file) => `${file.device}:${file.inode}` === identity);
+  const same = sources.find((file) => file.identity === identity);
   if (same !== undefined) {
     throw new StillframeError(
       'ERR_STILLFRAME_SAME_NODE',
@@ -129,7 +129,7 @@ function createTarget(
   if (exists) checkReplaceable(finalPath, options.force === true);
   const partialPath = `${finalPath}.partial`;
   const identity = fileIdentity(partialPath);
-  if (filesOf(source).some((file) => `${file.device}:${file.inode}` === identity)) {
+  if (filesOf(source).some((file) => file.identity === identity)) {
     throw new StillframeError(
       'ERR_STILLFRAME_SAME_NODE',
       `Source and target cannot be the same: the backup would be written to '${partialPath}' first; choose another target`,

@@ -5,7 +5,7 @@ import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import type { BlockNode, FileDescriptor, NodeDescriptor } from './node.js';
 import { attachQcow2, closeQcow2, openQcow2, probeQcow2, readHeader } from './qcow2/index.js';
-import { attachFile, closeFile, openFile } from './raw/file.js';
+import { attachFile, closeFile, identityOf, openFile } from './raw/file.js';
 import { attachRaw, openRaw } from './raw/raw.js';
 
 /** Formats of images, as `-f` names them. */
@@ -48,7 +48,7 @@ function openLayer(
 ): NodeDescriptor {
   const identity = fileIdentity(path);
   // Before it is opened: our own lock on the file would hide the cycle behind a lock conflict.
-  if (chain.some((other) => `${other.device}:${other.inode}` === identity)) {
+  if (chain.some((other) => other.identity === identity)) {
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_CYCLE',
       `'${path}' is its own backing file through '${chain.at(-1)?.path}'; repair the chain with 'qemu-img rebase -u'`,
@@ -100,10 +100,10 @@ function openLayer(
   }
 }
 
-/** `device:inode` of the file a path leads to, links followed; undefined where there is none. */
+/** Identity of the file a path leads to, links followed; undefined where there is none. */
 export function fileIdentity(path: string): string | undefined {
   const stat = statSync(path, { bigint: true, throwIfNoEntry: false });
-  return stat && `${stat.dev}:${stat.ino}`;
+  return stat && identityOf(stat);
 }
 
 /** `qcow2` where the file starts with its magic, else `raw`. */

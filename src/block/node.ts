@@ -91,9 +91,8 @@ export interface FileDescriptor extends DescriptorBase {
   readonly blockDevice: boolean;
   /** Arena pointer to shared state: float64 length in bytes at +0. */
   readonly control: number;
-  /** Identity of the file: the same for every link to it. */
-  readonly device: string;
-  readonly inode: string;
+  /** The same for every link to the file, and for every device node of a device. */
+  readonly identity: string;
 }
 
 /** A raw image: the bytes of its file, padded with zeroes to 512. */

@@ -10,6 +10,8 @@ export interface Syscalls {
   seekData(fd: number, offset: number): number | undefined;
   /** First byte of a hole at or after `offset` (the end of the file counts as one). */
   seekHole(fd: number, offset: number): number | undefined;
+  /** Length of a file or block device. */
+  seekEnd(fd: number): number;
   /** Frees the range of the file; it reads as zeroes. */
   punchHole(fd: number, offset: number, length: number): void;
   /** Makes the range read as zeroes and keeps its space allocated. */
@@ -24,6 +26,7 @@ export interface Syscalls {
   startWriteback(fd: number, offset: number, length: number): void;
 }
 
+const SEEK_END = 2;
 const SEEK_DATA = 3;
 const SEEK_HOLE = 4;
 const FALLOC_FL_KEEP_SIZE = 0x01;
@@ -93,6 +96,7 @@ export function loadSyscalls(): Syscalls {
   return {
     seekData: (fd, offset) => seek(fd, offset, SEEK_DATA),
     seekHole: (fd, offset) => seek(fd, offset, SEEK_HOLE),
+    seekEnd: (fd) => checked('lseek', lseek(fd, 0, SEEK_END)),
     punchHole(fd, offset, length) {
       checked('fallocate', fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length));
     },

@@ -1,4 +1,5 @@
 import {
+  type BigIntStats,
   closeSync,
   constants,
   fdatasyncSync,
@@ -46,6 +47,11 @@ function isUnsupported(error: unknown): boolean {
   return error instanceof Error && 'code' in error && UNSUPPORTED.has(String(error.code));
 }
 
+/** Names what a path leads to: the same for every link to a file, and for every device node of a device. */
+export function identityOf(stat: BigIntStats): string {
+  return stat.isBlockDevice() ? `device ${stat.rdev}` : `${stat.dev}:${stat.ino}`;
+}
+
 /**
  * Opens a file or block device of the host.
  *
@@ -85,8 +91,7 @@ export function openFile(runtime: Runtime, name: string, options: OpenFileOption
       readOnly: options.readOnly,
       blockDevice,
       control,
-      device: String(stat.dev),
-      inode: String(stat.ino),
+      identity: identityOf(stat),
     };
   } catch (error) {
     closeSync(fd);
@@ -94,13 +99,9 @@ export function openFile(runtime: Runtime, name: string, options: OpenFileOption
   }
 }
 
-/** Size in bytes of a block device, by looking for the last byte that can be read. */
+/** Length in bytes of a block device; its stat says 0. Without the FFI by looking for the last byte to be read. */
 function deviceLength(fd: number, path: string): number {
-  if (syscalls !== undefined) {
-    // A device is all data, so its first hole is its end.
-    const end = syscalls.seekHole(fd, 0);
-    if (end !== undefined) return end;
-  }
+  if (syscalls !== undefined) return syscalls.seekEnd(fd);
   const probe = new Uint8Array(512);
   let [low, high] = [0, 2 ** 52];
   while (low < high) {
