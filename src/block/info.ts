@@ -2,9 +2,13 @@ import { fstatSync } from 'node:fs';
 import type { Runtime } from '../kernels/runtime.js';
 import { combineNames } from './graph.js';
 import type { NodeDescriptor, Qcow2Descriptor } from './node.js';
+import { type BitmapInfo, readBitmaps, readHeader, readSnapshots, type SnapshotInfo } from './qcow2/index.js';
+import { attachFile } from './raw/file.js';
 
 /** What `qemu-img info --output=json` says of one image, with its field names. Sizes are bytes. */
 export interface ImageInfo {
+  /** Internal snapshots; absent where there are none. */
+  readonly snapshots?: readonly SnapshotInfo[];
   readonly 'virtual-size': number;
   /** The name the caller gave. */
   readonly filename: string;
@@ -22,6 +26,8 @@ export interface ImageInfo {
       readonly compat: '0.10' | '1.1';
       readonly 'compression-type': 'zlib' | 'zstd';
       readonly 'lazy-refcounts'?: boolean;
+      /** Persistent dirty bitmaps; absent where there are none. */
+      readonly bitmaps?: readonly BitmapInfo[];
       readonly 'refcount-bits': number;
       readonly corrupt?: boolean;
       readonly 'extended-l2'?: boolean;
@@ -34,7 +40,7 @@ export interface ImageInfo {
  *
  * @param filename the name the caller gave, for the answer and as the place relative backing names start from
  */
-export function imageInfo(_runtime: Runtime, descriptor: NodeDescriptor, filename: string): ImageInfo {
+export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename: string): ImageInfo {
   if (descriptor.driver === 'file') throw new TypeError('a file is not an image');
   const common = {
     'virtual-size': descriptor.length,
@@ -43,7 +49,12 @@ export function imageInfo(_runtime: Runtime, descriptor: NodeDescriptor, filenam
     'actual-size': fstatSync(descriptor.file.fd).blocks * 512,
   };
   if (descriptor.driver === 'raw') return { ...common, 'dirty-flag': false };
+  const file = attachFile(runtime, descriptor.file);
+  const header = readHeader(runtime, file);
+  const snapshots = readSnapshots(runtime, file, header);
+  const bitmaps = readBitmaps(runtime, file, header);
   return {
+    ...(snapshots.length === 0 ? {} : { snapshots }),
     ...common,
     'cluster-size': 2 ** descriptor.clusterBits,
     'dirty-flag': descriptor.dirty,
@@ -54,6 +65,7 @@ export function imageInfo(_runtime: Runtime, descriptor: NodeDescriptor, filenam
         compat: descriptor.version === 2 ? '0.10' : '1.1',
         'compression-type': descriptor.compressionType === 1 ? 'zstd' : 'zlib',
         ...(descriptor.version === 2 ? {} : { 'lazy-refcounts': descriptor.lazyRefcounts }),
+        ...(bitmaps.length === 0 ? {} : { bitmaps }),
         'refcount-bits': descriptor.refcountBits,
         ...(descriptor.version === 2 ? {} : { corrupt: descriptor.corrupt, 'extended-l2': false }),
       },

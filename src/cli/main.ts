@@ -2,6 +2,7 @@
 import { readFileSync } from 'node:fs';
 import { type StillframeError, toStillframeError } from '../errors.js';
 import { type Command, helpOf, parseArguments, usageError } from './command.js';
+import { printable } from './units.js';
 
 /** Loaded when asked for: a command starts without the others' code. */
 const commands = new Map<string, () => Promise<Command>>([
@@ -30,7 +31,7 @@ function version(): string {
 
 /** The error where people look for it, and with `--output json` as the last line of stdout as well. */
 function report(error: StillframeError, argv: readonly string[]): void {
-  process.stderr.write(`stillframe: ${error.message} [${error.code}]\n`);
+  process.stderr.write(`stillframe: ${printable(error.message)} [${error.code}]\n`);
   if (error.code === 'ERR_STILLFRAME_INTERNAL') process.stderr.write(`${error.stack}\n`);
   const output = argv.indexOf('--output');
   if (argv.includes('--output=json') || (output >= 0 && argv[output + 1] === 'json')) {

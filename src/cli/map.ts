@@ -1,6 +1,7 @@
 import { StillframeError } from '../errors.js';
 import { createEngine, type MapEntry } from '../index.js';
 import { ALLOW_BACKING, type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS } from './command.js';
+import { printable } from './units.js';
 
 /** The line of qemu-img's JSON map; the list is printed piece by piece, since it can be very long. */
 function jsonLine({ start, length, depth, present, zero, data, offset }: MapEntry): string {
@@ -20,7 +21,7 @@ function humanLine(entry: MapEntry): string | undefined {
     );
   }
   const hex = (value: number): string => (value === 0 ? '0' : `0x${value.toString(16)}`);
-  return `${hex(entry.start).padEnd(16)}${hex(entry.length).padEnd(16)}${hex(entry.offset).padEnd(16)}${entry.filename}`;
+  return `${hex(entry.start).padEnd(16)}${hex(entry.length).padEnd(16)}${hex(entry.offset).padEnd(16)}${printable(entry.filename ?? '')}`;
 }
 
 export const map: Command = {

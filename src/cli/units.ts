@@ -11,3 +11,8 @@ export function formatBytes(bytes: number): string {
   }
   return `${Number(value.toPrecision(3))} ${UNITS[unit]}`;
 }
+
+/** Text from an image as it may go to a terminal: what would move the cursor or change colours is shown as `?`. */
+export function printable(text: string): string {
+  return text.replace(/\p{Cc}/gu, '?');
+}

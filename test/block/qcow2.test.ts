@@ -3,6 +3,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { describe, expect, it } from 'vitest';
+import { imageInfo } from '#src/block/info.js';
 import { STATUS_ALLOCATED, STATUS_COMPRESSED, STATUS_DATA } from '#src/block/node.js';
 import { StillframeError } from '#src/errors.js';
 import { firstDifference, Random } from '../support/data.js';
@@ -245,6 +246,66 @@ describe('hostile headers', () => {
     expect(() => bench.open(path, true)).toThrow(refused);
     expect(() => bench.open(path, false)).toThrow(refused);
     expect(bench.runtime.arena.usedBytes).toBe(used);
+  });
+});
+
+describe('hostile listings', () => {
+  const make = (): { path: string; bytes: Buffer } => {
+    const path = at('listings.qcow2');
+    bench.create(path, { length: 1 << 20, clusterBits: 16 });
+    const bytes = Buffer.concat([readFileSync(path), Buffer.alloc(65536 * 8)]);
+    return { path, bytes: bytes.subarray(0, Math.floor(bytes.length / 65536) * 65536) };
+  };
+  const describeImage = (path: string): unknown => {
+    const image = bench.open(path, true);
+    try {
+      return imageInfo(bench.runtime, image.descriptor, path);
+    } finally {
+      image.close();
+    }
+  };
+
+  it.each<[string, number, (table: Buffer) => void]>([
+    ['more snapshots than the file has', 60000, () => undefined],
+    ['endless extra data', 1, (table) => void table.writeUInt32BE(0xffffffff, 36)],
+    ['a name beyond the end', 1000, (table) => table.fill(0xff, 12, 16)],
+  ])('%s: one error, no memory lost', (_, count, damage) => {
+    const { path, bytes } = make();
+    const table = bytes.length - 65536;
+    bytes.writeUInt32BE(count, 60);
+    bytes.writeBigUInt64BE(BigInt(table), 64);
+    damage(bytes.subarray(table));
+    writeFileSync(path, bytes);
+    const used = bench.runtime.arena.usedBytes;
+    expect(() => describeImage(path)).toThrow(
+      expect.objectContaining({ code: 'ERR_STILLFRAME_CORRUPT_IMAGE' }),
+    );
+    expect(bench.runtime.arena.usedBytes).toBe(used);
+  });
+
+  it.each<[string, number, bigint, bigint, number]>([
+    ['too many bitmaps', 70000, 64n, 65536n, 16],
+    ['a huge directory', 1, 2n ** 40n, 65536n, 16],
+    ['a directory beyond the end', 1, 64n, 2n ** 40n, 16],
+    ['entries that are cut off', 3, 64n, 65536n, 16],
+    ['a granularity of 2^200 bytes', 1, 64n, 65536n, 200],
+  ])('%s: one error', (_, count, size, offset, granularity) => {
+    const { path, bytes } = make();
+    const extension = Buffer.alloc(40);
+    extension.writeUInt32BE(0x23852875, 0);
+    extension.writeUInt32BE(24, 4);
+    extension.writeUInt32BE(count, 8);
+    extension.writeBigUInt64BE(size, 16);
+    extension.writeBigUInt64BE(offset, 24);
+    const headerLength = bytes.readUInt32BE(100);
+    extension.copy(bytes, headerLength);
+    bytes.writeBigUInt64BE(1n, 88);
+    bytes.fill(0, 65536, 65536 + 64);
+    bytes[65536 + 17] = granularity;
+    writeFileSync(path, bytes);
+    expect(() => describeImage(path)).toThrow(
+      expect.objectContaining({ code: 'ERR_STILLFRAME_CORRUPT_IMAGE' }),
+    );
   });
 });
 

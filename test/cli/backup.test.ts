@@ -311,6 +311,14 @@ describe('hostile and broken chains', () => {
     expectError(ring, 'ERR_STILLFRAME_BACKING_CYCLE', [...left, 'one.qcow2', 'two1.qcow2']);
   });
 
+  it('a backing file name that plays with the terminal', () => {
+    rename('disk.qcow2', 'base.raw', '\u001b[2J\u0007\r\n\n');
+    const { stderr, stdout } = stillframe(args, { cwd: folder });
+    expect(stderr).toContain('[ERR_STILLFRAME_BACKING_MISSING]');
+    expect(stillframe(['info', 'disk.qcow2'], { cwd: folder }).stdout).toContain('backing file: ?[2J????');
+    expect(stderr.trimEnd() + stdout).not.toMatch(/[\p{Cc}]/u);
+  });
+
   it('a chain deeper than 200 images', () => {
     const count = 202;
     createImage('-f', 'qcow2', 'c000.qcow2', '64k');

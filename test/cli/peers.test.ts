@@ -42,6 +42,8 @@ const images = [
   'empty.raw',
   'empty.qcow2',
   'written.qcow2',
+  'snapshots.qcow2',
+  'snapshots-v2.qcow2',
 ];
 
 describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', () => {
@@ -79,6 +81,16 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', 
     writeFileSync(join(folder, 'odd.raw'), random.bytes(777));
     writeFileSync(join(folder, 'empty.raw'), '');
     make('create', '-q', '-f', 'qcow2', 'empty.qcow2', '0');
+    make('create', '-q', '-f', 'qcow2', 'snapshots.qcow2', '4M');
+    io('snapshots.qcow2', 'write -P 4 0 1M');
+    for (const name of ['first', 'one with a name that is longer than its column']) {
+      make('snapshot', '-c', name, 'snapshots.qcow2');
+      io('snapshots.qcow2', 'write -P 5 512k 1M');
+    }
+    make('bitmap', '--add', 'snapshots.qcow2', 'b0');
+    make('bitmap', '--add', '--disable', '-g', '128k', 'snapshots.qcow2', 'b1');
+    make('create', '-q', '-f', 'qcow2', '-o', 'compat=0.10', 'snapshots-v2.qcow2', '4M');
+    make('snapshot', '-c', 'old', 'snapshots-v2.qcow2');
     expect(stillframe(['create', '-f', 'qcow2', 'written.qcow2', '3000000000'], { cwd: folder }).status).toBe(
       0,
     );
