@@ -1,4 +1,4 @@
-import { workerData } from 'piscina';
+import { workerData } from 'node:worker_threads';
 import { type PlainError, toStillframeError } from '../errors.js';
 import { attachRuntime, type SharedRuntime } from '../kernels/runtime.js';
 import { type Task, TaskRunner } from './tasks.js';
