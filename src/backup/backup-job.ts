@@ -62,6 +62,8 @@ export type JobMessage =
       readonly error: PlainError | undefined;
     };
 
+/** Clusters are counted in 31 bits. */
+const MAX_CLUSTERS = 2 ** 31 - 1;
 /** How long an ignored error keeps the copy from trying again, in milliseconds. */
 const RETRY_MS = 100;
 
@@ -126,6 +128,12 @@ export class BackupJob {
     const { length } = this.#disk.descriptor;
     const clusterSize = copyClusterSize(attachNode(this.#runtime, this.#target.descriptor));
     const clusters = Math.ceil(length / clusterSize);
+    if (clusters > MAX_CLUSTERS) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_INVALID_ARGUMENT',
+        `'${this.#disk.descriptor.node.path}' has ${clusters} clusters of ${clusterSize} bytes, more than ${MAX_CLUSTERS}; use a target with larger clusters`,
+      );
+    }
     const control = arena.alloc(FRAME_CONTROL_BYTES, 'frame control block');
     try {
       return {

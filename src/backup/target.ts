@@ -21,14 +21,16 @@ import type { Runtime } from '../kernels/runtime.js';
 /** Sync modes of a backup (QAPI `MirrorSyncMode`). */
 export type SyncMode = 'full' | 'top' | 'none';
 
+/** What a backup's target is to be. */
 export interface TargetOptions {
+  /** Path of the image to make (or, with `existing`, to write into). */
   readonly target: string;
   readonly sync: SyncMode;
   /** Format of the target; default: the source's, or the existing target's own when that is qcow2. */
   readonly format?: ImageFormat | undefined;
-  /** Write into the image that is there (QMP `mode: existing`) instead of making a new one. */
+  /** Write into the image that is there (QMP `mode: existing`) instead of making a new one. Default false. */
   readonly existing?: boolean | undefined;
-  /** Replace a file of that name once the backup is complete. */
+  /** Replace a file of that name once the backup is complete. Default false. */
   readonly force?: boolean | undefined;
   /** Cluster size in bytes of a new qcow2 target; default 65536. */
   readonly targetClusterSize?: number | undefined;

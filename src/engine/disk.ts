@@ -1,25 +1,14 @@
 import type { OnError } from '../backup/backup-job.js';
-import type { SyncMode } from '../backup/target.js';
+import type { TargetOptions } from '../backup/target.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { OnCbwError } from '../block/filters/copy-before-write.js';
-import type { ImageFormat } from '../block/graph.js';
 import { closedError, StillframeError } from '../errors.js';
 import type { Engine } from './engine.js';
 import { type BackupHandle, startBackup } from './job.js';
 import type { GuestRequest } from './tasks.js';
 
-export interface BackupOptions {
-  /** Path of the image to make (or, with `existing`, to write into). */
-  readonly target: string;
-  readonly sync: SyncMode;
-  /** Format of the target. Default: the source's. */
-  readonly format?: ImageFormat | undefined;
-  /** Write into the image that is there (QMP `mode: existing`). Default false. */
-  readonly existing?: boolean | undefined;
-  /** Replace a file of the target's name once the backup is complete. Default false. */
-  readonly force?: boolean | undefined;
-  /** Cluster size in bytes of a new qcow2 target. Default 65536. */
-  readonly targetClusterSize?: number | undefined;
+/** Arguments of a backup (QMP `drive-backup`, `blockdev-backup`). */
+export interface BackupOptions extends TargetOptions {
   /** Job id as QEMU allows it. Default `backup` and a number. */
   readonly jobId?: string | undefined;
   /** Limit of the background copy in bytes per second; 0 (default) is none. */

@@ -257,3 +257,21 @@ describe('an engine', () => {
     }
   });
 });
+
+describe('a disk that is too large', () => {
+  it.each([
+    [2 ** 48, 'ERR_STILLFRAME_INVALID_ARGUMENT', '2147483647'],
+    [2 ** 47 - 2 ** 21, 'ERR_STILLFRAME_ARENA_EXHAUSTED', 'larger clusters'],
+  ])('for its memory (%d bytes) is refused at the start', async (length, code, text) => {
+    await engine.createImage(at('huge.qcow2'), { format: 'qcow2', length, clusterSize: 2 << 20 });
+    const huge = await engine.openDisk(at('huge.qcow2'));
+    const before = engine.arena.usedBytes;
+    await expect(huge.backup({ target: at('copy.qcow2'), sync: 'full' })).rejects.toMatchObject({
+      code,
+      message: expect.stringContaining(text),
+    });
+    expect(engine.arena.usedBytes).toBe(before);
+    expect(existsSync(at('copy.qcow2.partial'))).toBe(false);
+    await huge.close();
+  });
+});
