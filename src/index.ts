@@ -18,6 +18,7 @@ export {
   type Engine,
   type EngineOptions,
   type ImageOptions,
+  type MapOptions,
   type OpenDiskOptions,
 } from './engine/engine.js';
 export type {

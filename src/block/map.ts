@@ -22,20 +22,34 @@ export interface MapEntry {
 /** How much of an image one look-up covers, in bytes: bounds the time without progress. */
 const LOOK_UP_BYTES = 2 ** 40;
 
+/** Which part of an image to map, in bytes; all of it by default. */
+export interface MapRange {
+  readonly start?: number | undefined;
+  readonly length?: number | undefined;
+}
+
 /**
  * Walks the whole chain and hands out its extents in order, neighbours of one kind merged.
  *
  * @param filename the name the caller gave
  */
-export function mapNode(node: BlockNode, filename: string, onEntry: (entry: MapEntry) => void): void {
+export function mapNode(
+  node: BlockNode,
+  filename: string,
+  range: MapRange,
+  onEntry: (entry: MapEntry) => void,
+): void {
   const names = namesOf(node, filename);
-  if (node.length === 0) {
-    // qemu-img has a line for it.
-    onEntry({ start: 0, length: 0, depth: 0, present: false, zero: false, data: false, compressed: false });
+  const first = range.start ?? 0;
+  const end = Math.min(node.length, first + (range.length ?? node.length));
+  if (first >= end) {
+    // qemu-img has a line for nothing, too.
+    const nothing = { present: false, zero: false, data: false, compressed: false };
+    onEntry({ start: first, length: 0, depth: 0, ...nothing });
   }
   let pending: MapEntry | undefined;
-  for (let start = 0; start < node.length; ) {
-    const next = entryAt(node, start, names);
+  for (let start = first; start < end; ) {
+    const next = entryAt(node, start, end, names);
     start += next.length;
     if (pending !== undefined && continues(pending, next)) {
       pending = { ...pending, length: pending.length + next.length };
@@ -59,8 +73,8 @@ function namesOf(node: BlockNode, filename: string): string[] {
   return names;
 }
 
-function entryAt(node: BlockNode, start: number, names: readonly string[]): MapEntry {
-  const extent = chainStatus(node, start, Math.min(node.length - start, LOOK_UP_BYTES));
+function entryAt(node: BlockNode, start: number, end: number, names: readonly string[]): MapEntry {
+  const extent = chainStatus(node, start, Math.min(end - start, LOOK_UP_BYTES));
   const filename = names[extent.depth];
   return {
     start,

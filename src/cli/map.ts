@@ -29,7 +29,14 @@ export const map: Command = {
   usage: '[options] FILE',
   summary: 'Lists the extents of an image and its backing chain.',
   positionals: [1, 1],
-  options: [FORMAT, ALLOW_BACKING, FORCE_SHARE, OUTPUT],
+  options: [
+    FORMAT,
+    { long: 'start-offset', short: 's', value: 'SIZE', help: 'where to begin (0)' },
+    { long: 'max-length', short: 'l', value: 'SIZE', help: 'how much to map (to the end)' },
+    ALLOW_BACKING,
+    FORCE_SHARE,
+    OUTPUT,
+  ],
   run: async (args) => {
     const json = args.choice('output', OUTPUTS, 'human') === 'json';
     const file = args.positionals[0] ?? '';
@@ -53,6 +60,8 @@ export const map: Command = {
         }
       };
       await engine.mapImage(file, print, {
+        start: args.size('start-offset'),
+        length: args.size('max-length'),
         format: args.choice('format', FORMATS),
         allowBacking: args.texts('allow-backing'),
         forceShare: args.flag('force-share'),

@@ -6,7 +6,7 @@ import type { CreateImageOptions } from '../block/create.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
-import type { MapEntry } from '../block/map.js';
+import type { MapEntry, MapRange } from '../block/map.js';
 import { closedError, StillframeError } from '../errors.js';
 import type { Arena } from '../kernels/arena.js';
 import { createRuntime } from '../kernels/runtime.js';
@@ -51,6 +51,9 @@ export interface CompareOptions {
   /** Called now and then with bytes compared and bytes in all. */
   readonly onProgress?: (progress: { readonly done: number; readonly total: number }) => void;
 }
+
+/** How {@link Engine.mapImage} opens an image, and which part of it it maps. */
+export interface MapOptions extends ImageOptions, MapRange {}
 
 /** Threads that jobs and tools may use at once. */
 const MAX_JOB_THREADS = 64;
@@ -146,7 +149,7 @@ export class Engine {
   async mapImage(
     path: string,
     onEntries: (entries: readonly MapEntry[]) => void,
-    options?: ImageOptions,
+    options: MapOptions = {},
   ): Promise<void> {
     const { port1, port2 } = new MessageChannel();
     // The last batch may be on its way still when the task has ended.
@@ -157,7 +160,9 @@ export class Engine {
       });
     });
     try {
-      await this.run({ kind: 'map', path, options: imageTask(options), port: port2 }, [port2]);
+      const { start, length } = options;
+      const range = { start, length };
+      await this.run({ kind: 'map', path, options: imageTask(options), range, port: port2 }, [port2]);
       await drained;
     } finally {
       port1.close();

@@ -6,7 +6,7 @@ import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '../block/disk.js'
 import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-write.js';
 import { attachNode, closeNode, type OpenImageOptions, openImage } from '../block/graph.js';
 import { type ImageInfo, imageInfo } from '../block/info.js';
-import { type MapEntry, mapNode } from '../block/map.js';
+import { type MapEntry, type MapRange, mapNode } from '../block/map.js';
 import { StillframeError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
 import type { Runtime } from '../kernels/runtime.js';
@@ -34,7 +34,13 @@ export type Task =
     }
   | { readonly kind: 'create'; readonly path: string; readonly options: CreateImageOptions }
   | { readonly kind: 'info'; readonly path: string; readonly options: ImageTask }
-  | { readonly kind: 'map'; readonly path: string; readonly options: ImageTask; readonly port: MessagePort }
+  | {
+      readonly kind: 'map';
+      readonly path: string;
+      readonly options: ImageTask;
+      readonly range: MapRange;
+      readonly port: MessagePort;
+    }
   | {
       readonly kind: 'compare';
       readonly paths: readonly [string, string];
@@ -105,7 +111,7 @@ export class TaskRunner {
       case 'info':
         return this.#info(task.path, task.options);
       case 'map':
-        return this.#map(task.path, task.options, task.port);
+        return this.#map(task);
       case 'compare':
         return this.#compare(task);
     }
@@ -178,7 +184,7 @@ export class TaskRunner {
     }
   }
 
-  #map(path: string, options: ImageTask, port: MessagePort): void {
+  #map({ path, options, range, port }: Extract<Task, { kind: 'map' }>): void {
     const descriptor = openImage(this.#runtime, path, { ...options, readOnly: true });
     try {
       let batch: MapEntry[] = [];
@@ -186,7 +192,7 @@ export class TaskRunner {
         port.postMessage(batch);
         batch = [];
       };
-      mapNode(attachNode(this.#runtime, descriptor), path, (entry) => {
+      mapNode(attachNode(this.#runtime, descriptor), path, range, (entry) => {
         if (batch.push(entry) === MAP_BATCH) flush();
       });
       flush();

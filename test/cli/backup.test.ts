@@ -378,6 +378,27 @@ describe('trouble in mid-copy', () => {
     expect(output?.stdout).toBe('status 1\n');
   });
 
+  it('a file of 7 EiB: one error', ({ skip }) => {
+    const script = 'truncate -s 7E huge.raw && "$@"; status=$?; rm huge.raw; exit $status';
+    for (const command of [
+      ['info', 'huge.raw'],
+      ['backup', 'huge.raw', 'copy', '--sync', 'full'],
+    ]) {
+      const output = runInSmallFileSystem('1m', [
+        'sh',
+        '-c',
+        script,
+        'sh',
+        process.execPath,
+        CLI,
+        ...command,
+      ]);
+      if (output === undefined) skip(SMALL_FILE_SYSTEM_NEEDED);
+      expect(output?.stderr).toMatch(/^stillframe: .*2\^53.*\[ERR_STILLFRAME_UNSUPPORTED_FEATURE\]\n$/);
+      expect(output?.stdout).toBe('status 1\n');
+    }
+  });
+
   it('SIGINT: cancelled, exit status 130, nothing left', async () => {
     writeFileSync(at('disk.raw'), random.noise(16 << 20));
     const args = [

@@ -137,6 +137,27 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', 
     });
   });
 
+  describe('map of a part', () => {
+    it.each([
+      ['--start-offset=1000', '--max-length=3M'],
+      ['--start-offset=100M'],
+      ['--start-offset=10M'],
+      ['--start-offset=9000000', '--max-length=1G'],
+      ['--max-length=0'],
+      ['--max-length=1'],
+    ])('%s %s', (...options) => {
+      for (const output of ['human', 'json']) {
+        const args = [
+          'map',
+          ...options.filter((option) => option !== undefined),
+          `--output=${output}`,
+          'overlay.qcow2',
+        ];
+        expect(stillframe(args, { cwd: folder }).stdout).toBe(qemuImg(args).stdout);
+      }
+    });
+  });
+
   describe('compare', () => {
     beforeAll(() => {
       const data = random.noise(1 << 20);

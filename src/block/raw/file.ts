@@ -38,6 +38,8 @@ const CONTROL_BYTES = 16;
 const LENGTH_LOCK = 8;
 /** Most bytes one system call moves. */
 const CALL_BYTES = 1 << 30;
+/** Lengths are numbers that must stay exact, rounded up to 512 as well. */
+const MAX_FILE_BYTES = 2 ** 53 - 512;
 /** Codes of a file system that cannot do what was asked in place; writing zeroes does it everywhere. */
 const UNSUPPORTED: ReadonlySet<string> = new Set(['EOPNOTSUPP', 'ENOTSUP', 'ENOSYS', 'EINVAL', 'ENODEV']);
 
@@ -82,6 +84,12 @@ export function openFile(runtime: Runtime, name: string, options: OpenFileOption
     const stat = fstatSync(fd, { bigint: true });
     const blockDevice = stat.isBlockDevice();
     const length = blockDevice ? deviceLength(fd, path) : Number(stat.size);
+    if (length > MAX_FILE_BYTES) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+        `'${path}' has ${stat.size} bytes; more than ${MAX_FILE_BYTES} (2^53 - 512) are not supported`,
+      );
+    }
     const control = runtime.arena.alloc(CONTROL_BYTES, `state of '${path}'`);
     runtime.arena.f64[control / 8] = length;
     return {
