@@ -58,7 +58,7 @@ export interface BlockNode {
   status(offset: number, length: number): Extent;
 }
 
-/** The layer holds data here. */
+/** The layer holds data here; with `STATUS_ZERO` as well in a cluster that was preallocated and never written. */
 export const STATUS_DATA = 1;
 /** The range reads as zeroes. */
 export const STATUS_ZERO = 2;

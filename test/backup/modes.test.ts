@@ -133,6 +133,17 @@ describe('sync mode full', () => {
     expect(statSync(at('copy.raw')).blocks * 512).toBeLessThan(65536);
   });
 
+  it.skipIf(!hasPeer('qemu-img'))('does not read what was preallocated and never written', async () => {
+    run('qemu-img', ['create', '-q', '-f', 'qcow2', '-o', 'preallocation=metadata', at('pre.qcow2'), '1G']);
+    const disk = await engine.openDisk(at('pre.qcow2'));
+    const data = random.noise(300_000);
+    await disk.write(500 << 20, data);
+    const result = await backup(disk, { target: at('copy.qcow2'), sync: 'full' });
+    expect(result.bytes.read).toBeLessThan(1 << 20);
+    await disk.close();
+    run('qemu-img', ['compare', at('pre.qcow2'), at('copy.qcow2')]);
+  });
+
   it('copies in clusters of at least 64 KiB and at least a cluster of the target', async () => {
     writeFileSync(at('disk.raw'), random.bytes(4 << 20));
     const disk = await engine.openDisk(at('disk.raw'), { format: 'raw', readOnly: true });

@@ -44,6 +44,11 @@ const images = [
   'written.qcow2',
   'snapshots.qcow2',
   'snapshots-v2.qcow2',
+  'preallocated.qcow2',
+  'preallocated-written.qcow2',
+  'preallocated-small.qcow2',
+  'fallocated.qcow2',
+  'fallocated.raw',
 ];
 
 describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', () => {
@@ -81,6 +86,21 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', 
     writeFileSync(join(folder, 'odd.raw'), random.bytes(777));
     writeFileSync(join(folder, 'empty.raw'), '');
     make('create', '-q', '-f', 'qcow2', 'empty.qcow2', '0');
+    const metadata = 'preallocation=metadata';
+    make('create', '-q', '-f', 'qcow2', '-o', metadata, 'preallocated.qcow2', '30M');
+    make('create', '-q', '-f', 'qcow2', '-o', metadata, 'preallocated-written.qcow2', '30M');
+    io(
+      'preallocated-written.qcow2',
+      'write -P 8 1000k 3M',
+      'write -P 8 9M 1k',
+      'write -z 12M 1M',
+      'discard 20M 2M',
+    );
+    const small = `${metadata},cluster_size=1k,refcount_bits=1`;
+    make('create', '-q', '-f', 'qcow2', '-o', small, 'preallocated-small.qcow2', '9M');
+    io('preallocated-small.qcow2', 'write -P 8 100k 1M');
+    make('create', '-q', '-f', 'qcow2', '-o', 'preallocation=falloc', 'fallocated.qcow2', '5M');
+    make('create', '-q', '-f', 'raw', '-o', 'preallocation=falloc', 'fallocated.raw', '5M');
     make('create', '-q', '-f', 'qcow2', 'snapshots.qcow2', '4M');
     io('snapshots.qcow2', 'write -P 4 0 1M');
     for (const name of ['first', 'one with a name that is longer than its column']) {

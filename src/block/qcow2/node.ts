@@ -20,8 +20,9 @@ import {
 import type { FileNode } from '../raw/file.js';
 import { decompressCluster } from './decompress.js';
 import { type HostRun, Metadata } from './metadata.js';
+import { looksPreallocated } from './preallocation.js';
 import { ScratchPool } from './scratch.js';
-import { RELIEVING } from './state.js';
+import { PREALLOCATED, RELIEVING } from './state.js';
 
 /** What the tables say of a range: clusters of one kind, with a host place contiguous in the file. */
 interface Lookup {
@@ -220,7 +221,7 @@ export class Qcow2Node implements BlockNode {
 
   status(offset: number, length: number): Extent {
     this.#check('look at', offset, length);
-    return this.#meta.state.withLock(() => {
+    const extent = this.#meta.state.withLock(() => {
       const first = this.#extentOf(this.#lookup(offset, length));
       let total = first.length;
       for (let slices = 1; total < length && slices < STATUS_SLICES; slices++) {
@@ -231,6 +232,23 @@ export class Qcow2Node implements BlockNode {
       }
       return { ...first, length: total };
     });
+    if (!(extent.flags & STATUS_DATA) || extent.hostOffset < 0 || !this.#preallocated) return extent;
+    const inFile = this.#file.status(extent.hostOffset, extent.length);
+    return { ...extent, length: inFile.length, flags: extent.flags | (inFile.flags & STATUS_ZERO) };
+  }
+
+  /** Found out once for all threads. */
+  get #preallocated(): boolean {
+    const { i32 } = this.#runtime.arena;
+    const { state } = this.#meta;
+    const word = (state.control + PREALLOCATED) >> 2;
+    let known = Atomics.load(i32, word);
+    if (known === 0) {
+      const { refcountBits } = this.descriptor;
+      known = looksPreallocated(this.#runtime, this.#file, state, this.clusterSize, refcountBits) ? 2 : 1;
+      Atomics.store(i32, word, known);
+    }
+    return known === 2;
   }
 
   #extentOf(found: Lookup): Extent {

@@ -14,6 +14,7 @@ import { MAX_REFCOUNT_TABLE_BYTES, type Qcow2Header } from './header.js';
  *     +12   readers[2]     int32   reads in flight, by the epoch they began in
  *     +20   mutated        int32   first mutation seen: autoclear bits are dealt with
  *     +24   relieving      int32   a thread is writing metadata back to make room
+ *     +28   preallocated   int32   0 not known, 1 no, 2 yes: the holes of the file are looked at as well
  *     +64   numbers        float64 × 64, see NUMBERS
  *     +1024 cache slots, caches, tables, deferred frees, scratch buffers (pointers are among the numbers)
  *
@@ -26,6 +27,7 @@ export const SCRATCH_MASK = 8;
 export const READERS = 12;
 export const MUTATED = 20;
 export const RELIEVING = 24;
+export const PREALLOCATED = 28;
 const NUMBERS_AT = 64;
 const HEAD_BYTES = 1024;
 
