@@ -1,3 +1,4 @@
+import { Worker } from 'node:worker_threads';
 import { describe, expect, it } from 'vitest';
 import { createRuntime } from '#src/kernels/runtime.js';
 import { firstDifference, Random } from '../support/data.js';
@@ -399,7 +400,48 @@ describe('qcow2 tables', () => {
   });
 });
 
+/** Runs a script, which posts one number, in so many threads. */
+function runThreads(count: number, body: string, data: Readonly<Record<string, unknown>>): Promise<number>[] {
+  const module = new URL('../../dist/kernels/runtime.js', import.meta.url).href;
+  return Array.from({ length: count }, (_, index) => {
+    const worker = new Worker(body, { eval: true, workerData: { ...data, module, seed: index + 1 } });
+    return new Promise<number>((resolve, reject) => {
+      worker.once('message', resolve);
+      worker.once('error', reject);
+    });
+  });
+}
+
 describe('threads', () => {
+  it('never hold one cluster at once', async () => {
+    const { shared, ...runtime } = createRuntime(4 << 20);
+    const clusters = 96;
+    const states = runtime.arena.alloc(64, 'states');
+    const holders = runtime.arena.alloc(clusters, 'holders by cluster');
+    runtime.kernels.clustersFill(states, 0, clusters, 1);
+    const body = `
+      const { parentPort, workerData } = require('node:worker_threads');
+      import(workerData.module).then(({ attachRuntime }) => {
+        const { arena, kernels } = attachRuntime(workerData.shared);
+        const { states, holders, clusters, seed } = workerData;
+        let random = seed;
+        const next = (most) => (random = (Math.imul(random, 1103515245) + 12345) >>> 0) % most;
+        let violations = 0;
+        for (let round = 0; round < 300_000; round++) {
+          const first = kernels.clustersClaimNext(states, next(clusters), clusters, 1 + next(3));
+          if (first < 0) continue;
+          const count = kernels.claimedCount;
+          for (let c = first; c < first + count; c++) violations += Atomics.add(arena.u8, holders + c, 1) === 0 ? 0 : 1;
+          for (let c = first; c < first + count; c++) Atomics.sub(arena.u8, holders + c, 1);
+          kernels.clustersTransition(states, first, count, 2, 1);
+        }
+        parentPort.postMessage(violations);
+      });`;
+    const violations = await Promise.all(runThreads(3, body, { shared, states, holders, clusters }));
+    expect(violations).toEqual([0, 0, 0]);
+    expect(runtime.kernels.clustersCount(states, 0, clusters, 1)).toBe(clusters);
+  });
+
   it('claim every cluster exactly once, and clear every bit exactly once', async () => {
     const { shared, ...runtime } = createRuntime(4 << 20);
     const clusters = 100_000;
@@ -434,16 +476,7 @@ describe('threads', () => {
         cleared += kernels.bitmapTestAndClear(bitmap, 0, clusters);
         parentPort.postMessage(cleared);
       });`;
-    const { Worker } = await import('node:worker_threads');
-    const module = new URL('../../dist/kernels/runtime.js', import.meta.url).href;
-    const threads = [1, 2, 3].map((seed) => {
-      const workerData = { module, shared, states, bitmap, claims, clusters, seed };
-      const worker = new Worker(body, { eval: true, workerData });
-      return new Promise<number>((resolve, reject) => {
-        worker.once('message', resolve);
-        worker.once('error', reject);
-      });
-    });
+    const threads = runThreads(3, body, { shared, states, bitmap, claims, clusters });
     const cleared = await Promise.all(threads);
     expect(cleared.reduce((sum, n) => sum + n, 0)).toBe(clusters);
     expect(runtime.kernels.bitmapCount(bitmap, 0, clusters)).toBe(0);

@@ -1,0 +1,272 @@
+/** One deliberate mistake: a text that occurs once in a file, what it becomes, and the tests that must notice. */
+export interface Mutant {
+  readonly name: string;
+  readonly what: string;
+  readonly file: string;
+  readonly find: string;
+  readonly replace: string;
+  readonly tests: readonly string[];
+}
+
+const FRAME = 'src/block/filters/copy-before-write.ts';
+const DISK = 'src/block/disk.ts';
+const NODE = 'src/block/qcow2/node.ts';
+const METADATA = 'src/block/qcow2/metadata.ts';
+const TARGET = 'src/backup/target.ts';
+const JOB = 'src/backup/backup-job.ts';
+
+const threads = ['test/block/disk.test.ts'];
+const modes = ['test/backup/modes.test.ts'];
+const errors = ['test/backup/errors.test.ts'];
+const rounds = ['test/backup/rounds.test.ts'];
+const power = ['test/block/qcow2-power-cut.test.ts'];
+const qcow2 = ['test/block/qcow2.test.ts'];
+const contract = ['test/block/conformance.test.ts'];
+const durable = ['test/backup/durable.test.ts'];
+
+export const mutants: readonly Mutant[] = [
+  {
+    name: 'write-first',
+    what: 'the guest writes before the old data is copied',
+    file: DISK,
+    find: 'for (const frame of this.#activeFrames()) frame.beforeWrite(offset, length);\n      body();',
+    replace: 'body();\n      for (const frame of this.#activeFrames()) frame.beforeWrite(offset, length);',
+    tests: threads,
+  },
+  {
+    name: 'discard-unseen',
+    what: 'a discard passes copy-before-write by',
+    file: DISK,
+    find: "this.#mutate('discard', offset, length, () => this.node.discard(offset, length));",
+    replace: 'this.node.discard(offset, length);',
+    tests: threads,
+  },
+  {
+    name: 'zeroes-unseen',
+    what: 'a write of zeroes passes copy-before-write by',
+    file: DISK,
+    find: "this.#mutate('write zeroes', offset, length, () => this.node.writeZeroes(offset, length, mayUnmap));",
+    replace: 'this.node.writeZeroes(offset, length, mayUnmap);',
+    tests: threads,
+  },
+  {
+    name: 'no-drain',
+    what: 'the instant does not wait for requests in flight',
+    file: DISK,
+    find: 'this.#requests.drained(() => {\n      const count = this.#frameCount();\n      if (count',
+    replace:
+      '((body: () => void) => body())(() => {\n      const count = this.#frameCount();\n      if (count',
+    tests: threads,
+  },
+  {
+    name: 'overlap-let-in',
+    what: 'overlapping requests run side by side',
+    file: 'src/block/tracked-requests.ts',
+    find: 'start < otherEnd && (slots[slot * 2] ?? 0) < end',
+    replace: 'start < otherEnd && (slots[slot * 2] ?? 0) === start && end < 0',
+    tests: threads,
+  },
+  {
+    name: 'adjacent-refused',
+    what: 'a request waits for one that only touches it',
+    file: 'src/block/tracked-requests.ts',
+    find: 'start < otherEnd && (slots',
+    replace: 'start <= otherEnd + 4096 && (slots',
+    tests: threads,
+  },
+  {
+    name: 'busy-ignored',
+    what: 'a guest does not wait for a cluster that is being copied',
+    file: FRAME,
+    find: 'this.#waitWhileBusy(cluster);\n',
+    replace: 'cluster++;\n',
+    tests: threads,
+  },
+  {
+    name: 'first-cluster-only',
+    what: 'copy-before-write saves the first cluster of a request only',
+    file: FRAME,
+    find: 'const end = Math.ceil((offset + length) / clusterSize);',
+    replace: 'const end = Math.floor(offset / clusterSize) + 1;',
+    tests: threads,
+  },
+  {
+    name: 'done-on-failure',
+    what: 'a cluster that could not be copied counts as done',
+    file: FRAME,
+    find: 'kernels.clustersTransition(states, cluster, count, CLUSTER_BUSY, CLUSTER_TODO);',
+    replace:
+      'kernels.clustersTransition(states, cluster, count, CLUSTER_BUSY, CLUSTER_DONE); Atomics.sub(this.#runtime.arena.i32, (this.descriptor.control + REMAINING) >> 2, count);',
+    tests: errors,
+  },
+  {
+    name: 'broken-completes',
+    what: 'a frame whose old data was lost is not marked broken',
+    file: FRAME,
+    find: 'store(this.#runtime.arena, this.descriptor.control + BROKEN, 1);',
+    replace: '',
+    tests: errors,
+  },
+  {
+    name: 'broken-unheard',
+    what: 'a job asleep is not woken when its frame breaks',
+    file: FRAME,
+    find: 'advance(this.#runtime.arena, this.descriptor.owner);',
+    replace: '',
+    tests: errors,
+  },
+  {
+    name: 'tail-lost',
+    what: 'the last, short cluster is rounded down',
+    file: FRAME,
+    find: 'return start + bytes === length ? Math.ceil(bytes / clusterSize) : Math.floor(bytes / clusterSize);',
+    replace: 'return Math.ceil(bytes / clusterSize);',
+    tests: [...modes, ...rounds],
+  },
+  {
+    name: 'zero-is-unallocated',
+    what: 'top takes a zero cluster for an unallocated one',
+    file: FRAME,
+    find: "if ((own.flags & STATUS_ALLOCATED) === 0) return { kind: 'skip', length: own.length };",
+    replace:
+      "if ((own.flags & STATUS_ALLOCATED) === 0 || own.flags & STATUS_ZERO) return { kind: 'skip', length: own.length };",
+    tests: modes,
+  },
+  {
+    name: 'zero-not-written',
+    what: 'zeroes are left out of a target that does not read as zeroes',
+    file: FRAME,
+    find: 'if (zero > 0 && !targetReadsZero) this.#zeroUnits(start, bytes, count);',
+    replace: '',
+    tests: modes,
+  },
+  {
+    name: 'holes-not-written',
+    what: 'holes of the source are left out of a target that does not read as zeroes',
+    file: FRAME,
+    find: 'if (!targetReadsZero) this.#onTarget(() => this.target.writeZeroes(start, bytes, true));',
+    replace: '',
+    tests: [...modes, ...rounds],
+  },
+  {
+    name: 'existing-is-zero',
+    what: 'an existing target is taken to read as zeroes',
+    file: TARGET,
+    find: 'readsZero: false, finalPath: path',
+    replace: 'readsZero: true, finalPath: path',
+    tests: modes,
+  },
+  {
+    name: 'partial-kept',
+    what: 'a job that failed leaves its unfinished target',
+    file: TARGET,
+    find: 'rmSync(target.partialPath, { force: true });\n    // Nobody',
+    replace: '// Nobody',
+    tests: ['test/backup/job.test.ts'],
+  },
+  {
+    name: 'folder-not-synced',
+    what: 'the new name is not made durable',
+    file: TARGET,
+    find: '    syncFolder(dirname(target.finalPath));\n',
+    replace: '',
+    tests: durable,
+  },
+  {
+    name: 'same-file-allowed',
+    what: 'a backing file of the source may be the target',
+    file: TARGET,
+    find: 'const sources = filesOf(source);',
+    replace: 'const sources = filesOf(source).slice(0, 1);',
+    tests: modes,
+  },
+  {
+    name: 'cluster-too-small',
+    what: 'the copy works in clusters smaller than those of the target',
+    file: TARGET,
+    find: 'return Math.max(BACKUP_CLUSTER_SIZE, target.clusterSize ?? 0);',
+    replace: 'return BACKUP_CLUSTER_SIZE;',
+    tests: modes,
+  },
+  {
+    name: 'error-forgotten',
+    what: 'a job that failed ends without its error',
+    file: JOB,
+    find: 'failure = this.#end(outcome, failure);',
+    replace: 'failure = this.#end(outcome, undefined);',
+    tests: errors,
+  },
+  {
+    name: 'backing-shorter',
+    what: 'a read beyond the end of a shorter backing file goes to it all the same',
+    file: NODE,
+    find: 'const inside = backing === undefined ? 0 : Math.max(0, Math.min(length, backing.length - offset));',
+    replace: 'const inside = backing === undefined ? 0 : length;',
+    tests: contract,
+  },
+  {
+    name: 'backing-shines-through',
+    what: 'zeroes are not written over unallocated clusters of an image whose backing file is not open',
+    file: NODE,
+    find: 'this.#hasBacking = backing !== undefined || descriptor.backingFile !== undefined;',
+    replace: 'this.#hasBacking = backing !== undefined;',
+    tests: modes,
+  },
+  {
+    name: 'metadata-before-data',
+    what: 'metadata is written before what it refers to is durable',
+    file: METADATA,
+    find: "const reached = state.get('sequence');\n    state.syncFile(this.#file, hold);",
+    replace: "const reached = state.get('sequence');",
+    tests: power,
+  },
+  {
+    name: 'freed-too-early',
+    what: 'clusters are freed while entries on the disk still refer to them',
+    file: METADATA,
+    find: '  #deferFree(run: HostRun, sequence: number): void {',
+    replace:
+      '  #deferFree(run: HostRun, sequence: number): void {\n    if (sequence > 0) return this.#lower(run);',
+    tests: power,
+  },
+  {
+    name: 'freed-under-reader',
+    what: 'a freed cluster is reused while a read of it is in flight',
+    file: METADATA,
+    find: 'if (!closing && Atomics.load(i32, old) !== 0) return;',
+    replace: '',
+    tests: qcow2,
+  },
+  {
+    name: 'snapshot-overwritten',
+    what: 'a cluster that a snapshot shares is written in place',
+    file: NODE,
+    find: 'if (found.kind === L2_DATA && found.copied) {',
+    replace: 'if (found.kind === L2_DATA) {',
+    tests: qcow2,
+  },
+  {
+    name: 'claim-unchecked',
+    what: 'a claim does not look again whether the cluster is still to do',
+    file: 'assembly/clusters.ts',
+    find: 'if (atomic.cmpxchg<u64>(at, old, old ^ claim) == old) break;',
+    replace: 'atomic.store<u64>(at, old ^ claim);\n      break;',
+    tests: ['test/kernels/kernels.test.ts'],
+  },
+  {
+    name: 'last-byte-unseen',
+    what: 'the zero scan leaves out the last bytes',
+    file: 'assembly/zero.ts',
+    find: '  while (at < end) {\n    if (load<u8>(at) != 0) return false;\n    at++;\n  }\n',
+    replace: '',
+    tests: ['test/kernels/kernels.test.ts'],
+  },
+  {
+    name: 'lock-not-looked-at',
+    what: 'a writer does not look whether others read',
+    file: 'src/os/image-lock.ts',
+    find: 'if (syscalls.isLocked(fd, UNSHARED + permission, 1))',
+    replace: 'if (fd < 0)',
+    tests: ['test/os/image-lock.test.ts'],
+  },
+];
