@@ -100,7 +100,12 @@ function openExisting(
   path: string,
   options: TargetOptions,
 ): Target {
-  const descriptor = openImage(runtime, path, { format: options.format, readOnly: false, backing: false });
+  const descriptor = openImage(runtime, path, {
+    format: options.format,
+    readOnly: false,
+    backing: false,
+    writeBehind: true,
+  });
   if (lengthOf(descriptor) !== lengthOf(source)) {
     closeNode(runtime, descriptor);
     throw new StillframeError(
@@ -137,7 +142,12 @@ function createTarget(
       `Source and target cannot be the same: the backup would be written to '${partialPath}' first; choose another target`,
     );
   }
-  const file = openFile(runtime, partialPath, { readOnly: false, lock: 'write', create: 'truncate' });
+  const file = openFile(runtime, partialPath, {
+    readOnly: false,
+    lock: 'write',
+    create: 'truncate',
+    writeBehind: true,
+  });
   try {
     const node = attachFile(runtime, file);
     let descriptor: NodeDescriptor;

@@ -18,6 +18,8 @@ export interface OpenImageOptions {
   /** Format of the image; probed from its first bytes when absent. */
   readonly format?: ImageFormat | undefined;
   readonly readOnly: boolean;
+  /** The image itself, not its backing files, is written with write-behind: see FileDescriptor. Default false. */
+  readonly writeBehind?: boolean | undefined;
   /** Image lock to take; default `read` or `write` as `readOnly` says. Backing files take `read` or none. */
   readonly lock?: LockMode | undefined;
   /**
@@ -55,7 +57,8 @@ function openLayer(
     );
   }
   const lock = options.lock ?? (options.readOnly ? 'read' : 'write');
-  const file = openFile(runtime, path, { readOnly: options.readOnly, lock });
+  const { readOnly, writeBehind } = options;
+  const file = openFile(runtime, path, { readOnly, lock, writeBehind });
   let backing: NodeDescriptor | undefined;
   try {
     chain.push(file);

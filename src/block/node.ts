@@ -93,6 +93,8 @@ export interface FileDescriptor extends DescriptorBase {
   readonly control: number;
   /** The same for every link to the file, and for every device node of a device. */
   readonly identity: string;
+  /** Large writes go on to the disk at once, so that a flush at the end finds little left to do. */
+  readonly writeBehind: boolean;
 }
 
 /** A raw image: the bytes of its file, padded with zeroes to 512. */

@@ -29,6 +29,8 @@ import {
 export interface OpenFileOptions {
   readonly readOnly: boolean;
   readonly lock: LockMode;
+  /** For files that are written once and then made durable: targets of backups. Default false. */
+  readonly writeBehind?: boolean | undefined;
   /** Make the file where it is missing and empty it where it is not, once it is locked. Links are not followed. */
   readonly create?: 'truncate' | undefined;
 }
@@ -40,6 +42,8 @@ const LENGTH_LOCK = 8;
 const CALL_BYTES = 1 << 30;
 /** Lengths are numbers that must stay exact, rounded up to 512 as well. */
 const MAX_FILE_BYTES = 2 ** 53 - 512;
+/** Smallest write that is worth a system call to start its way to the disk. */
+const WRITE_BEHIND_BYTES = 256 * 1024;
 /** Codes of a file system that cannot do what was asked in place; writing zeroes does it everywhere. */
 const UNSUPPORTED: ReadonlySet<string> = new Set(['EOPNOTSUPP', 'ENOTSUP', 'ENOSYS', 'EINVAL', 'ENODEV']);
 
@@ -100,6 +104,7 @@ export function openFile(runtime: Runtime, name: string, options: OpenFileOption
       blockDevice,
       control,
       identity: identityOf(stat),
+      writeBehind: options.writeBehind ?? false,
     };
   } catch (error) {
     closeSync(fd);
@@ -272,10 +277,20 @@ export class FileNode implements BlockNode {
       }
       done += put;
     }
+    if (this.descriptor.writeBehind && length >= WRITE_BEHIND_BYTES) this.#startWriteback(offset, length);
     if (offset + length > this.length) {
       withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {
         if (offset + length > this.length) this.#arena.f64[this.descriptor.control / 8] = offset + length;
       });
+    }
+  }
+
+  /** Only a start: what goes wrong shows when the file is flushed. */
+  #startWriteback(offset: number, length: number): void {
+    try {
+      syscalls?.startWriteback(this.descriptor.fd, offset, length);
+    } catch {
+      // Not every file system can.
     }
   }
 
