@@ -120,10 +120,6 @@ export class Disk {
     this.#frames.delete(id);
   }
 
-  get hasFrames(): boolean {
-    return this.#frameCount() > 0;
-  }
-
   #frameCount(): number {
     return load(this.#runtime.arena, this.descriptor.control + FRAMES);
   }

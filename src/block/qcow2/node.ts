@@ -626,11 +626,7 @@ export class Qcow2Node implements BlockNode {
       const { backing } = this;
       if (!this.#hasBacking || (backing !== undefined && offset >= backing.length)) return;
     }
-    const { state } = this.#meta;
-    const step = state.get('zeroBytes');
-    for (let done = 0; done < length; done += step) {
-      this.write(offset + done, state.get('zeroes'), Math.min(step, length - done));
-    }
+    this.#writeZeroRange(offset, length);
   }
 
   /** Changes the entries of the clusters [first, end), slice by slice. */
