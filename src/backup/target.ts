@@ -203,10 +203,24 @@ function backingOf(
   return { backingFile: name, ...(format === undefined ? {} : { backingFormat: format }) };
 }
 
-/** Flushes and closes the target and gives it its name: the commit point of a backup. */
+/**
+ * Flushes and closes the target and gives it its name: the commit point of a backup. Where it cannot be made
+ * durable it is given up.
+ */
 export function commitTarget(runtime: Runtime, target: Target): void {
-  attachNode(runtime, target.descriptor).flush();
-  closeNode(runtime, target.descriptor);
+  try {
+    attachNode(runtime, target.descriptor).flush();
+  } catch (error) {
+    abandonTarget(runtime, target);
+    throw error;
+  }
+  try {
+    closeNode(runtime, target.descriptor);
+  } catch (error) {
+    // Closed it is, but nobody knows what of it is on the disk.
+    if (target.partialPath !== undefined) rmSync(target.partialPath, { force: true });
+    throw error;
+  }
   if (target.partialPath === undefined) return;
   try {
     if (target.force) renameSync(target.partialPath, target.finalPath);
@@ -244,17 +258,24 @@ function syncFolder(path: string): void {
   }
 }
 
-/** Gives up on a target: closes it, and removes it where we made it. */
+/**
+ * Gives up on a target: closes it, and removes it where we made it. Never throws: what cannot be removed or closed
+ * properly keeps its name of an unfinished one, and the resources are back all the same.
+ */
 export function abandonTarget(runtime: Runtime, target: Target): void {
   if (target.partialPath !== undefined) {
-    rmSync(target.partialPath, { force: true });
-    // Nobody wants the data any more: spare the disk from writing it.
-    const [file] = filesOf(target.descriptor);
-    if (file !== undefined) attachFile(runtime, file).truncate(0);
+    try {
+      rmSync(target.partialPath, { force: true });
+      // Nobody wants the data any more: spare the disk from writing it.
+      const [file] = filesOf(target.descriptor);
+      if (file !== undefined) attachFile(runtime, file).truncate(0);
+    } catch {
+      // Closed below.
+    }
   }
   try {
     closeNode(runtime, target.descriptor);
   } catch {
-    // Whatever could not be flushed was given up on just now; the resources are back all the same.
+    // Whatever could not be flushed was given up on just now.
   }
 }

@@ -7,6 +7,7 @@ import {
   ftruncateSync,
   openSync,
   readSync,
+  rmSync,
   statSync,
   writeSync,
 } from 'node:fs';
@@ -82,8 +83,10 @@ export function openFile(runtime: Runtime, name: string, options: OpenFileOption
   } catch (error) {
     throw systemError(`cannot open '${path}' for ${options.readOnly ? 'reading' : 'writing'}`, error);
   }
+  let made = false;
   try {
     lockImage(fd, path, options.lock);
+    made = kind === undefined;
     if (options.create === 'truncate') ftruncateSync(fd, 0);
     const stat = fstatSync(fd, { bigint: true });
     const blockDevice = stat.isBlockDevice();
@@ -108,6 +111,8 @@ export function openFile(runtime: Runtime, name: string, options: OpenFileOption
     };
   } catch (error) {
     closeSync(fd);
+    // An empty file of our own making; before the lock was ours it might have been somebody else's.
+    if (made) rmSync(path, { force: true });
     throw systemError(`cannot open '${path}'`, error);
   }
 }

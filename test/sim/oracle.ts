@@ -1,0 +1,477 @@
+/**
+ * What must be true of a run: a drive in plain memory beside the simulated one, frozen at the instant, and the
+ * invariants of the design, each named in the check of it. Shared by all threads of the world.
+ */
+import type { BlockNode, Extent, NodeDescriptor } from '#src/block/node.js';
+import type { Arena } from '#src/kernels/arena.js';
+import { Random } from '../support/data.js';
+import type { GuestOp, Scenario } from './scenario.js';
+import { CHANGE, LOCAL, type World } from './world.js';
+
+/** The names under which violations are reported: the invariants of the design. */
+export const INVARIANTS = {
+  copyBeforeWrite: 'copy before write',
+  instant: 'the backup is the drive at its instant',
+  brokenNeverCompletes: 'a broken frame never completes',
+  durable: 'completed means durable',
+  unfinished: 'unfinished never looks finished',
+  waits: 'a guest waits only for what it overlaps',
+  memory: 'memory is bounded and given back',
+  source: 'the source is never damaged',
+  guest: 'a guest reads what was written',
+  errors: 'no error without a cause',
+  format: 'an image is consistent at every moment',
+} as const;
+
+const DRIVE_BYTES = 1 << 20;
+const SECTOR = 512;
+const SECTORS = DRIVE_BYTES / SECTOR;
+const MAX_OPS = 512;
+const OP_WORDS = 4;
+const TEXT_BYTES = 65536;
+
+const Word = {
+  Frame: 0,
+  FrameStates: 1,
+  FrameClusterSize: 2,
+  FrameControl: 3,
+  Mutations: 4,
+  Frozen: 5,
+  Stamp: 6,
+  Draining: 7,
+  DiskText: 8,
+  FrameText: 9,
+  EndedText: 10,
+  Unit: 11,
+  Thawed: 12,
+} as const;
+const OP_AT = 64;
+const OpWord = { Begun: 0, Applied: 1, State: 2, Called: 3 } as const;
+const WORDS = OP_AT + MAX_OPS * OP_WORDS;
+const TEXTS_AT = WORDS * 4;
+const DRIVE_AT = TEXTS_AT + 3 * TEXT_BYTES;
+const FROZEN_AT = DRIVE_AT + DRIVE_BYTES;
+const UNKNOWN_AT = FROZEN_AT + DRIVE_BYTES;
+const FROZEN_UNKNOWN_AT = UNKNOWN_AT + SECTORS;
+const INITIAL_AT = FROZEN_UNKNOWN_AT + SECTORS;
+const ORACLE_BYTES = INITIAL_AT + DRIVE_BYTES;
+
+/** State of a guest's request. */
+const CALLED = 1;
+const DONE = 2;
+const FAILED = 3;
+
+export function makeOracleMemory(): SharedArrayBuffer {
+  return new SharedArrayBuffer(ORACLE_BYTES);
+}
+
+// Twice the same, so that data which starts anywhere is in one piece.
+const NOISE = new Uint8Array(2 * DRIVE_BYTES);
+NOISE.set(new Random(1).noise(DRIVE_BYTES));
+NOISE.copyWithin(DRIVE_BYTES, 0, DRIVE_BYTES);
+
+/** The bytes that request (or range of the setup) `id` writes to [offset, offset + length). */
+export function dataOf(id: number, offset: number, length: number): Uint8Array {
+  // Some requests write zeroes by hand, as guests do.
+  if (id % 11 === 7) return new Uint8Array(length);
+  const start = (offset + id * 40_503 * 512) % DRIVE_BYTES;
+  return NOISE.subarray(start, start + length);
+}
+
+/** One thread's view of the oracle. */
+export class Oracle {
+  readonly drive: Uint8Array;
+  readonly frozen: Uint8Array;
+  readonly initial: Uint8Array;
+  /** Sectors whose content is not known, since a request on them failed. */
+  readonly unknown: Uint8Array;
+  readonly frozenUnknown: Uint8Array;
+  readonly #world: World;
+  readonly #words: Int32Array;
+  readonly #bytes: Uint8Array;
+
+  constructor(memory: SharedArrayBuffer, world: World) {
+    this.#world = world;
+    this.#words = new Int32Array(memory, 0, WORDS);
+    this.#bytes = new Uint8Array(memory);
+    this.drive = this.#bytes.subarray(DRIVE_AT, DRIVE_AT + DRIVE_BYTES);
+    this.frozen = this.#bytes.subarray(FROZEN_AT, FROZEN_AT + DRIVE_BYTES);
+    this.initial = this.#bytes.subarray(INITIAL_AT, INITIAL_AT + DRIVE_BYTES);
+    this.unknown = this.#bytes.subarray(UNKNOWN_AT, UNKNOWN_AT + SECTORS);
+    this.frozenUnknown = this.#bytes.subarray(FROZEN_UNKNOWN_AT, FROZEN_UNKNOWN_AT + SECTORS);
+  }
+
+  /** @param unit bytes to which requests are rounded out before they are kept apart */
+  begin(length: number, unit: number): void {
+    this.#words.fill(0);
+    this.unknown.fill(0);
+    this.#words[Word.Unit] = unit;
+    this.initial.set(this.drive.subarray(0, length));
+  }
+
+  // ---- What threads tell each other ---------------------------------------------------------------------------
+
+  get diskText(): string {
+    return this.#text(Word.DiskText, 0);
+  }
+
+  set diskText(text: string) {
+    this.#setText(Word.DiskText, 0, text);
+  }
+
+  get frameText(): string {
+    return this.#text(Word.FrameText, 1);
+  }
+
+  set frameText(text: string) {
+    this.#setText(Word.FrameText, 1, text);
+  }
+
+  /** What the job said at its end; empty until then. */
+  get endedText(): string {
+    return this.#text(Word.EndedText, 2);
+  }
+
+  set endedText(text: string) {
+    this.#setText(Word.EndedText, 2, text);
+  }
+
+  // ---- The instant --------------------------------------------------------------------------------------------
+
+  get frameControl(): number {
+    return this.#get(Word.FrameControl);
+  }
+
+  get hasInstant(): boolean {
+    return this.#get(Word.Frozen) === 1;
+  }
+
+  /** The frame is being armed: this is the instant. */
+  freeze(states: number, clusterSize: number, control: number): void {
+    if (this.#get(Word.Mutations) !== 0) {
+      this.#world.violate(
+        INVARIANTS.instant,
+        `${this.#get(Word.Mutations)} requests are in flight at the instant`,
+      );
+    }
+    this.frozen.set(this.drive);
+    this.frozenUnknown.set(this.unknown);
+    this.#words[Word.Frozen] = 1;
+    this.#words[Word.FrameStates] = states;
+    this.#words[Word.FrameClusterSize] = clusterSize;
+    this.#words[Word.FrameControl] = control;
+    this.#words[Word.Frame] = 1;
+  }
+
+  /** The frame is about to be taken off the disk. */
+  thaw(): void {
+    this.#words[Word.Frame] = 0;
+    this.#words[Word.Thawed] = this.#stamp();
+  }
+
+  /** Whether a guest changed the drive after the frame was taken off it. */
+  changedSinceThaw(scenario: Scenario): boolean {
+    const thawed = this.#get(Word.Thawed);
+    return scenario.writers.flat().some(({ id }) => {
+      const state = this.#op(id, OpWord.State);
+      return this.#op(id, OpWord.Applied) > thawed || (state === FAILED && this.#op(id, OpWord.Called) > 0);
+    });
+  }
+
+  set draining(value: boolean) {
+    this.#words[Word.Draining] = value ? 1 : 0;
+  }
+
+  // ---- Requests of guests -------------------------------------------------------------------------------------
+
+  call(op: GuestOp): void {
+    this.#setOp(op.id, OpWord.State, CALLED);
+    this.#setOp(op.id, OpWord.Called, this.#stamp());
+  }
+
+  ended(op: GuestOp, failed: boolean): void {
+    this.#setOp(op.id, OpWord.State, failed ? FAILED : DONE);
+  }
+
+  /** A moment of its own, so that others can come between the end of copy-before-write and the change. */
+  announceMutation(): void {
+    this.#world.forgetSeen();
+    this.#world.step(LOCAL, CHANGE, 0, 1);
+  }
+
+  /** A change of [offset, offset + length) is about to reach the node. */
+  beginMutation(op: GuestOp, arena: Arena): void {
+    const { offset, length } = op;
+    this.#setOp(op.id, OpWord.Begun, this.#stamp());
+    this.#words[Word.Mutations] = this.#get(Word.Mutations) + 1;
+    if (this.#get(Word.Frame) !== 1 || length === 0) return;
+    const broken = arena.i32[this.#get(Word.FrameControl) >> 2] !== 0;
+    if (broken) return;
+    const size = this.#get(Word.FrameClusterSize);
+    for (let cluster = Math.floor(offset / size); cluster * size < offset + length; cluster++) {
+      const word = arena.u64[(this.#get(Word.FrameStates) >> 3) + (cluster >> 5)] ?? 0n;
+      const state = Number((word >> BigInt(2 * (cluster & 31))) & 3n);
+      if (state === 1 || state === 2) {
+        const what = `${op.kind} ${op.id} of ${length} bytes at ${offset} reaches cluster ${cluster}`;
+        this.#world.violate(INVARIANTS.copyBeforeWrite, `${what}, which is ${state === 1 ? 'todo' : 'busy'}`);
+      }
+    }
+  }
+
+  /** The change has been made: these bytes are there now; undefined where it failed and nobody knows. */
+  endMutation(op: GuestOp, bytes: Uint8Array | undefined): void {
+    const { offset, length } = op;
+    this.#words[Word.Mutations] = this.#get(Word.Mutations) - 1;
+    const [first, end] = [Math.floor(offset / SECTOR), Math.ceil((offset + length) / SECTOR)];
+    if (bytes === undefined) {
+      this.unknown.fill(1, first, end);
+      return;
+    }
+    if (op.kind === 'discard') this.#checkDiscarded(op, bytes);
+    this.drive.set(bytes, offset);
+    this.unknown.fill(0, first, end);
+    this.#setOp(op.id, OpWord.Applied, this.#stamp());
+  }
+
+  #checkDiscarded({ id, offset }: GuestOp, bytes: Uint8Array): void {
+    for (let at = 0; at < bytes.length; at++) {
+      if (bytes[at] === 0 || bytes[at] === this.drive[offset + at]) continue;
+      if (this.unknown[Math.floor((offset + at) / SECTOR)] === 1) continue;
+      this.#world.violate(INVARIANTS.guest, `discard ${id} made byte ${offset + at} into ${bytes[at]}`);
+    }
+  }
+
+  /** A read has given `data`; `begun` is the stamp at its start. */
+  checkRead(op: GuestOp, begun: number, before: Uint8Array, data: Uint8Array, ops: readonly GuestOp[]): void {
+    const meddling = ops.filter((other) => {
+      if (other.offset >= op.offset + op.length || op.offset >= other.offset + other.length) return false;
+      const [otherBegun, applied] = [this.#op(other.id, OpWord.Begun), this.#op(other.id, OpWord.Applied)];
+      return otherBegun !== 0 && (applied === 0 || applied > begun);
+    });
+    for (let at = 0; at < op.length; at++) {
+      const offset = op.offset + at;
+      if (data[at] === before[at] || data[at] === this.drive[offset]) continue;
+      if (this.unknown[Math.floor(offset / SECTOR)] === 1) continue;
+      const explained = meddling.some(
+        (other) =>
+          offset >= other.offset &&
+          offset < other.offset + other.length &&
+          valuesOf(other, offset).includes(data[at] ?? 0),
+      );
+      if (explained) continue;
+      this.#world.violate(
+        INVARIANTS.guest,
+        `read ${op.id} sees ${data[at]} at ${offset}, where ${this.drive[offset]} was written`,
+      );
+    }
+  }
+
+  stamp(): number {
+    return this.#stamp();
+  }
+
+  /** A guest goes to sleep: is there anything it may wait for? */
+  checkWait(
+    address: number,
+    arena: Arena,
+    op: GuestOp | undefined,
+    diskControl: number,
+    ops: readonly GuestOp[],
+  ): void {
+    if (op === undefined || op.kind === 'read' || op.kind === 'flush') return;
+    const unit = this.#get(Word.Unit);
+    const [low, high] = [
+      Math.floor(op.offset / unit) * unit,
+      Math.ceil((op.offset + op.length) / unit) * unit,
+    ];
+    if (address > diskControl && address < diskControl + 64) {
+      if (this.#get(Word.Draining) === 1) return;
+      const overlaps = ops.some(
+        (other) =>
+          other.id !== op.id &&
+          this.#op(other.id, OpWord.State) === CALLED &&
+          other.offset < high &&
+          low < Math.ceil((other.offset + other.length) / unit) * unit,
+      );
+      if (!overlaps)
+        this.#world.violate(INVARIANTS.waits, `${op.kind} ${op.id} waits for a request it does not overlap`);
+      return;
+    }
+    const control = this.#get(Word.FrameControl);
+    if (control === 0 || address < control || address >= control + 64 || this.#get(Word.Frame) !== 1) return;
+    const size = this.#get(Word.FrameClusterSize);
+    for (let cluster = Math.floor(op.offset / size); cluster * size < op.offset + op.length; cluster++) {
+      const word = arena.u64[(this.#get(Word.FrameStates) >> 3) + (cluster >> 5)] ?? 0n;
+      if (((word >> BigInt(2 * (cluster & 31))) & 3n) === 2n) return;
+    }
+    // Whoever has just ended a claim is on its way to wake those who wait for it.
+    if (this.#world.othersAt(control, control + 128)) return;
+    this.#world.violate(
+      INVARIANTS.waits,
+      `${op.kind} ${op.id} waits although none of its clusters is being copied`,
+    );
+  }
+
+  // ---- After the run ------------------------------------------------------------------------------------------
+
+  /** @returns what is wrong with `data` as the drive at its instant (or, with `now`, as the drive) */
+  difference(data: Uint8Array, now: boolean): string | undefined {
+    const [bytes, unknown] = now ? [this.drive, this.unknown] : [this.frozen, this.frozenUnknown];
+    if (Buffer.compare(data, bytes.subarray(0, data.length)) === 0) return undefined;
+    for (let at = 0; at < data.length; at++) {
+      if (data[at] === bytes[at] || unknown[Math.floor(at / SECTOR)] === 1) continue;
+      return `byte ${at} is ${data[at]}, not ${bytes[at]}`;
+    }
+    return undefined;
+  }
+
+  /** What is wrong with the drive's bytes after a power cut: nothing older than the last flush may have come back. */
+  differenceAfterCut(data: Uint8Array, scenario: Scenario): string | undefined {
+    const ops = scenario.writers.flat();
+    const changes = ops.filter(
+      ({ kind, id }) => kind !== 'read' && kind !== 'flush' && this.#op(id, OpWord.Begun) > 0,
+    );
+    let flushed = 0;
+    for (const { kind, id } of ops) {
+      if (kind === 'flush' && this.#op(id, OpWord.State) === DONE)
+        flushed = Math.max(flushed, this.#op(id, OpWord.Called));
+    }
+    const order = (op: GuestOp): number => this.#op(op.id, OpWord.Applied) || Infinity;
+    for (let sector = 0; sector * SECTOR < data.length; sector++) {
+      const [low, high] = [sector * SECTOR, (sector + 1) * SECTOR];
+      if (Buffer.compare(data.subarray(low, high), this.drive.subarray(low, high)) === 0) continue;
+      const covering = changes
+        .filter((op) => op.offset < high && low < op.offset + op.length)
+        .sort((a, b) => order(b) - order(a));
+      let explained = false;
+      let sure = false;
+      for (const op of covering) {
+        const matches = (bytes: Uint8Array): boolean => Buffer.compare(data.subarray(low, high), bytes) === 0;
+        if (matches(op.kind === 'write' ? dataOf(op.id, low, SECTOR) : new Uint8Array(SECTOR)))
+          explained = true;
+        // A discard may have left the old data; what failed may have done nothing.
+        sure = op.kind !== 'discard' && order(op) < flushed && this.#op(op.id, OpWord.State) !== FAILED;
+        if (explained || sure) break;
+      }
+      if (!explained && !sure) {
+        explained = Buffer.compare(data.subarray(low, high), this.initial.subarray(low, high)) === 0;
+      }
+      if (!explained) return `the sector at ${low} holds neither what was flushed nor anything written since`;
+    }
+    return undefined;
+  }
+
+  #op(id: number, word: number): number {
+    return this.#get(OP_AT + id * OP_WORDS + word);
+  }
+
+  #setOp(id: number, word: number, value: number): void {
+    this.#words[OP_AT + id * OP_WORDS + word] = value;
+  }
+
+  #stamp(): number {
+    const next = this.#get(Word.Stamp) + 1;
+    this.#words[Word.Stamp] = next;
+    return next;
+  }
+
+  #get(word: number): number {
+    return this.#words[word] ?? 0;
+  }
+
+  #text(word: number, slot: number): string {
+    const at = TEXTS_AT + slot * TEXT_BYTES;
+    return new TextDecoder().decode(this.#bytes.slice(at, at + this.#get(word)));
+  }
+
+  #setText(word: number, slot: number, text: string): void {
+    const bytes = new TextEncoder().encode(text);
+    this.#bytes.set(bytes, TEXTS_AT + slot * TEXT_BYTES);
+    this.#words[word] = bytes.length;
+  }
+}
+
+/** What a request may have left at a byte. */
+function valuesOf(op: GuestOp, offset: number): readonly number[] {
+  return op.kind === 'write' ? [dataOf(op.id, offset, 1)[0] ?? 0] : [0];
+}
+
+/** The root of the live disk as a guest's thread sees it: passes everything on and tells the oracle. */
+export class GuestNode implements BlockNode {
+  readonly descriptor: NodeDescriptor;
+  readonly length: number;
+  readonly readOnly: boolean;
+  readonly clusterSize: number | undefined;
+  readonly backing: BlockNode | undefined;
+  /** The request the thread is at. */
+  op: GuestOp | undefined;
+  readonly #inner: BlockNode;
+  readonly #oracle: Oracle;
+  readonly #arena: Arena;
+  /** Where a discarded range is read back to. */
+  readonly #scratch: number;
+
+  constructor(inner: BlockNode, oracle: Oracle, arena: Arena, scratch: number) {
+    this.#inner = inner;
+    this.#oracle = oracle;
+    this.#arena = arena;
+    this.#scratch = scratch;
+    this.descriptor = inner.descriptor;
+    this.length = inner.length;
+    this.readOnly = inner.readOnly;
+    this.clusterSize = inner.clusterSize;
+    this.backing = inner.backing;
+  }
+
+  read(offset: number, pointer: number, length: number): void {
+    this.#inner.read(offset, pointer, length);
+  }
+
+  write(offset: number, pointer: number, length: number): void {
+    this.#mutate(() => {
+      this.#inner.write(offset, pointer, length);
+      return this.#arena.u8.subarray(pointer, pointer + length);
+    });
+  }
+
+  writeUnits(offset: number, pointer: number, length: number, unit: number, skip: number): void {
+    this.#inner.writeUnits(offset, pointer, length, unit, skip);
+  }
+
+  writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
+    this.#mutate(() => {
+      this.#inner.writeZeroes(offset, length, mayUnmap);
+      return new Uint8Array(length);
+    });
+  }
+
+  discard(offset: number, length: number): void {
+    this.#mutate(() => {
+      this.#inner.discard(offset, length);
+      // Old data or zeroes, as the driver likes: what it became is the truth from here on.
+      this.#inner.read(offset, this.#scratch, length);
+      return this.#arena.u8.subarray(this.#scratch, this.#scratch + length);
+    });
+  }
+
+  flush(): void {
+    this.#inner.flush();
+  }
+
+  status(offset: number, length: number): Extent {
+    return this.#inner.status(offset, length);
+  }
+
+  #mutate(body: () => Uint8Array): void {
+    const { op } = this;
+    if (op === undefined) throw new Error('a change that no guest asked for');
+    this.#oracle.announceMutation();
+    this.#oracle.beginMutation(op, this.#arena);
+    let bytes: Uint8Array | undefined;
+    try {
+      bytes = body();
+    } finally {
+      this.#oracle.endMutation(op, bytes);
+    }
+  }
+}

@@ -1,0 +1,230 @@
+import { Random } from '../support/data.js';
+import type { Fault } from './files.js';
+import { PRIORITY, STICKY, UNIFORM } from './world.js';
+
+/** A drive, its writers, a job and what goes wrong: everything a run depends on but the order of its steps. */
+export interface Scenario {
+  readonly source: {
+    readonly format: 'raw' | 'qcow2';
+    /** Virtual size in bytes. */
+    readonly length: number;
+    readonly clusterSize: number;
+    readonly version: 2 | 3;
+    readonly refcountBits: number;
+    /** Virtual sizes in bytes of the images below, the nearest first; the last one is raw. */
+    readonly backing: readonly number[];
+  };
+  /** Ranges that are written before anything else, of the images from the bottom up. */
+  readonly fill: readonly Range[];
+  readonly writers: readonly (readonly GuestOp[])[];
+  readonly job: {
+    readonly sync: 'full' | 'top' | 'none';
+    readonly format: 'raw' | 'qcow2';
+    readonly targetClusterSize: number;
+    readonly target: 'new' | 'existing' | 'replace';
+    /** Threads besides the job's own. */
+    readonly helpers: number;
+    readonly onCbwError: 'break-guest-write' | 'break-snapshot';
+    readonly onSourceError: 'report' | 'ignore' | 'enospc' | 'stop' | 'auto';
+    readonly onTargetError: 'report' | 'ignore' | 'enospc' | 'stop' | 'auto';
+    readonly autoFinalize: boolean;
+    readonly speed: number;
+  };
+  readonly verbs: readonly Verb[];
+  /** `verbs`: the host only gives the verbs; `keeper`: it also sees to it that the job ends; none: there is no host. */
+  readonly host: 'none' | 'verbs' | 'keeper';
+  readonly faults: readonly Fault[];
+  /** The world ends at this step: by a power cut, or by the death of the process. */
+  readonly end: { readonly step: number; readonly by: 'power' | 'kill' } | undefined;
+  readonly strategy: number;
+}
+
+export interface Range {
+  /** The image: 0 is the lowest. */
+  readonly layer: number;
+  readonly offset: number;
+  readonly length: number;
+}
+
+export interface GuestOp {
+  /** Names the data: unique within the scenario. */
+  readonly id: number;
+  readonly kind: 'write' | 'zeroes' | 'unmap' | 'discard' | 'read' | 'flush';
+  readonly offset: number;
+  readonly length: number;
+}
+
+export interface Verb {
+  readonly verb: 'pause' | 'resume' | 'cancel' | 'finalize' | 'set-speed';
+  /** Virtual milliseconds to wait first. */
+  readonly afterMs: number;
+  readonly speed: number;
+}
+
+const KIB = 1024;
+
+/** The scenario of a seed. */
+export function makeScenario(seed: number): Scenario {
+  const random = new Random(seed);
+  const sync = random.pick<Scenario['job']['sync']>(['full', 'full', 'top', 'none']);
+  const sourceFormat = sync === 'top' ? 'qcow2' : random.pick<'raw' | 'qcow2'>(['raw', 'qcow2']);
+  const targetFormat = sync === 'full' ? random.pick<'raw' | 'qcow2'>(['raw', 'qcow2']) : 'qcow2';
+  const length = 512 * random.between(1, random.pick([200, 700, 1400]));
+  const end = random.chance(0.2)
+    ? {
+        step: random.between(20, random.pick([200, 1500])),
+        by: random.pick<'power' | 'kill'>(['power', 'power', 'kill']),
+      }
+    : undefined;
+  const backing: number[] = [];
+  if (sourceFormat === 'qcow2') {
+    const depth = sync === 'top' ? random.between(1, 2) : random.between(0, 2);
+    for (let index = 0; index < depth; index++) {
+      backing.push(random.chance(0.5) ? length : 512 * random.between(1, length / 512));
+    }
+  }
+  const layers = backing.length + 1;
+  const fill: Range[] = [];
+  for (let layer = 0; layer < layers; layer++) {
+    const size = layer === layers - 1 ? length : (backing[backing.length - 1 - layer] ?? length);
+    for (let index = random.between(0, layer === 0 ? 5 : 3); index > 0; index--) {
+      fill.push({ layer, ...range(random, size, 128 * KIB) });
+    }
+  }
+  const writers: GuestOp[][] = [];
+  let id = 1;
+  const heavy = random.chance(0.2);
+  for (let writer = random.between(1, 3); writer > 0; writer--) {
+    const ops: GuestOp[] = [];
+    for (let index = random.between(1, heavy ? 20 : 6); index > 0; index--) {
+      const kind = random.pick<GuestOp['kind']>([
+        'write',
+        'write',
+        'write',
+        'write',
+        'zeroes',
+        'unmap',
+        'discard',
+        'read',
+        'flush',
+      ]);
+      const most = random.pick([512, 4096, 20 * KIB, 100 * KIB]);
+      ops.push({
+        id: id++,
+        kind,
+        ...(kind === 'flush' ? { offset: 0, length: 0 } : range(random, length, most)),
+      });
+    }
+    writers.push(ops);
+  }
+  const wrong = random.next();
+  const faults: Fault[] = [];
+  if (wrong < 0.4) {
+    for (let index = random.between(1, 2); index > 0; index--) {
+      faults.push({
+        on: random.pick<Fault['on']>([
+          'source-read',
+          'source-write',
+          'source-sync',
+          'target-read',
+          'target-write',
+          'target-write',
+          'target-sync',
+          'names',
+        ]),
+        nth: random.between(0, random.pick([2, 12])),
+        count: random.pick([1, 1, 2, 1000]),
+        code: random.pick<Fault['code']>(['EIO', 'ENOSPC', 'short', 'slow']),
+      });
+    }
+  }
+  const autoFinalize = random.chance(0.8);
+  const verbs: Verb[] = [];
+  const wait = (): number => random.pick([0, 0.1, 1, 5, 50, 300]) * random.next();
+  if (random.chance(0.4)) {
+    for (let index = random.between(1, 3); index > 0; index--) {
+      const verb = random.pick<Verb['verb']>(['pause', 'set-speed', 'cancel', 'pause']);
+      verbs.push({ verb, afterMs: wait(), speed: random.pick([0, 1 << 20, 64 << 20]) });
+      if (verb === 'pause') verbs.push({ verb: 'resume', afterMs: wait(), speed: 0 });
+    }
+  }
+  const policy = (): Scenario['job']['onSourceError'] =>
+    random.pick<Scenario['job']['onSourceError']>(['report', 'report', 'ignore', 'stop', 'enospc', 'auto']);
+  return {
+    source: {
+      format: sourceFormat,
+      length,
+      clusterSize: 2 ** random.between(9, 16),
+      version: random.pick<2 | 3>([2, 3, 3]),
+      refcountBits: random.pick([16, 16, 16, 1, 8, 64]),
+      backing,
+    },
+    fill,
+    writers,
+    job: {
+      sync,
+      format: targetFormat,
+      targetClusterSize: 2 ** random.between(9, 17),
+      target:
+        sync !== 'full'
+          ? 'new'
+          : random.pick<'new' | 'existing' | 'replace'>(['new', 'new', 'new', 'existing', 'replace']),
+      helpers: random.between(0, 2),
+      onCbwError: random.pick<'break-guest-write' | 'break-snapshot'>([
+        'break-guest-write',
+        'break-snapshot',
+      ]),
+      onSourceError: policy(),
+      onTargetError: policy(),
+      autoFinalize,
+      speed: random.chance(0.15) ? random.pick([1 << 20, 16 << 20]) : 0,
+    },
+    verbs,
+    host: 'keeper',
+    faults,
+    end,
+    strategy: random.pick([UNIFORM, STICKY, STICKY, PRIORITY]),
+  };
+}
+
+function range(random: Random, size: number, most: number): { offset: number; length: number } {
+  const sectors = size / 512;
+  const offset = 512 * random.between(0, sectors - 1);
+  const length = 512 * random.between(1, Math.max(1, Math.min((size - offset) / 512, most / 512)));
+  return { offset, length };
+}
+
+/** The parts a scenario can do without, for making a failing one smaller. */
+export function partsOf(scenario: Scenario): readonly string[] {
+  const parts: string[] = [];
+  scenario.writers.forEach((ops, writer) => {
+    for (const op of ops) parts.push(`w${writer}.${op.id}`);
+  });
+  scenario.verbs.forEach((_, index) => {
+    parts.push(`v${index}`);
+  });
+  scenario.faults.forEach((_, index) => {
+    parts.push(`f${index}`);
+  });
+  scenario.fill.forEach((_, index) => {
+    parts.push(`d${index}`);
+  });
+  for (let helper = 0; helper < scenario.job.helpers; helper++) parts.push(`h${helper}`);
+  return parts;
+}
+
+/** The scenario without some of its parts. */
+export function without(scenario: Scenario, dropped: ReadonlySet<string>): Scenario {
+  const kept = (name: string): boolean => !dropped.has(name);
+  return {
+    ...scenario,
+    writers: scenario.writers.map((ops, writer) => ops.filter((op) => kept(`w${writer}.${op.id}`))),
+    verbs: scenario.verbs.filter((_, index) => kept(`v${index}`)),
+    faults: scenario.faults.filter((_, index) => kept(`f${index}`)),
+    fill: scenario.fill.filter((_, index) => kept(`d${index}`)),
+    job: {
+      ...scenario.job,
+      helpers: Array.from({ length: scenario.job.helpers }, (_, helper) => `h${helper}`).filter(kept).length,
+    },
+  };
+}
