@@ -7,23 +7,24 @@
  */
 import type { Scenario } from './scenario.js';
 import type { RunResult, Simulator } from './simulator.js';
-import { type Access, dependent, type Step } from './world.js';
+import { type Access, dependent, IO_SUCCEEDS } from './world.js';
 
-/** The steps of one choice: one step, or a critical section. */
-interface Event {
+/** A thread that need not go on from a state, since what follows was explored before: what it would do next. */
+interface Sleeper {
   readonly thread: number;
-  readonly steps: readonly Step[];
-  /** The event that woke the thread: -1 none, -2 all before. */
-  readonly cause: number;
+  readonly accesses: readonly Access[];
 }
 
+/** A choice on the way to where the search is. */
 interface Node {
-  /** The thread whose event was taken from here last. */
   chosen: number;
-  /** Threads that are still to be explored from here, a bit each. */
+  /** What is still to be tried here, a bit each as in {@link Choice.open}. */
   rest: number;
-  /** Events that need not be run from here: what follows from them was explored before. */
-  sleep: Event[];
+  /** Steps before the choice. */
+  readonly trace: number;
+  readonly sleep: Sleeper[];
+  /** What the chosen thread did in ways of going on that were explored before. */
+  done: Access[];
 }
 
 export interface Exploration {
@@ -41,39 +42,12 @@ export interface Exploration {
     | undefined;
 }
 
-function overlap(a: Access, b: Access): boolean {
-  return a.place === b.place && a.low < b.high && b.low < a.high && dependent(a.kind, b.kind);
-}
-
-/** Whether two events of different threads may not be swapped. */
-function disturbs(a: Event, b: Event): boolean {
-  return a.steps.some((left) => b.steps.some((right) => overlap(left.announced, right.announced)));
-}
-
-function eventsOf(trace: readonly Step[]): Event[] {
-  const events: { thread: number; steps: Step[]; cause: number }[] = [];
-  const eventOf: number[] = [];
-  for (const step of trace) {
-    if (!step.continued) {
-      events.push({
-        thread: step.thread,
-        steps: [],
-        cause: step.cause < 0 ? step.cause : (eventOf[step.cause] ?? -1),
-      });
-    }
-    events.at(-1)?.steps.push(step);
-    eventOf.push(events.length - 1);
-  }
-  return events;
-}
+const isThread = ({ chosen }: { readonly chosen: number }): boolean => chosen < IO_SUCCEEDS;
 
 export function explore(
   simulator: Simulator,
   scenario: Scenario,
-  options: {
-    readonly fault?: { readonly thread: number; readonly index: number } | undefined;
-    readonly maxRuns: number;
-  },
+  options: { readonly fault: boolean; readonly maxRuns: number },
 ): Exploration {
   const nodes: Node[] = [];
   const outcomes: Record<string, number> = {};
@@ -91,55 +65,69 @@ export function explore(
   });
   for (;;) {
     const prefix = nodes.map(({ chosen }) => chosen);
-    const sleepers = (nodes.at(-1)?.sleep ?? []).map(({ thread, steps: accesses }) => ({
-      thread,
-      accesses: accesses.map(({ announced }) => announced),
-    }));
+    const sleepers = nodes.at(-1)?.sleep ?? [];
     const result = simulator.run(scenario, {
       schedule: 1,
-      explore: { prefix, sleepers },
-      ...(options.fault === undefined ? {} : { fault: options.fault }),
+      explore: { prefix, sleepers, fault: options.fault },
     });
     runs++;
     steps += result.steps;
-    const events = eventsOf(simulator.trace());
     if (result.redundant) redundant++;
     else outcomes[result.outcome] = (outcomes[result.outcome] ?? 0) + 1;
+    const choices = simulator.choices();
     if (result.violation !== undefined) {
-      return report(false, { what: result.violation, choices: events.map(({ thread }) => thread), result });
+      return report(false, { what: result.violation, choices: choices.map(({ chosen }) => chosen), result });
     }
-    for (let index = nodes.length; index < events.length; index++) {
+    const trace = simulator.trace();
+    const accesses = (from: number, to = trace.length): Access[] =>
+      trace.slice(from, to).map(({ announced }) => announced);
+    for (let index = nodes.length; index < choices.length; index++) {
+      const choice = choices[index];
       const before = nodes[index - 1];
-      const event = events[index];
-      const last = events[index - 1];
-      if (event === undefined) break;
-      const sleeping =
-        before === undefined || last === undefined
-          ? []
-          : before.sleep.filter((sleeper) => !disturbs(last, sleeper));
-      nodes.push({
-        chosen: event.thread,
-        rest: simulator.openAt(index) & ~(1 << event.thread),
-        sleep: sleeping,
-      });
+      if (choice === undefined) break;
+      const between = before === undefined ? [] : accesses(before.trace, choice.trace);
+      const sleep = (before?.sleep ?? []).filter((sleeper) => !disturbs(between, sleeper));
+      const base = isThread(choice) ? 0 : IO_SUCCEEDS;
+      const rest = choice.open & ~(1 << (choice.chosen - base));
+      nodes.push({ chosen: choice.chosen, rest, trace: choice.trace, sleep, done: [] });
     }
-    // Back to the last place with something left to try.
-    let more = false;
-    while (nodes.length > 0) {
-      const index = nodes.length - 1;
-      const node = nodes[index];
-      const event = events[index];
-      if (node === undefined || event === undefined) throw new Error('the trace and the tree do not fit');
-      node.sleep.push(event);
-      if (node.rest !== 0) {
-        node.chosen = 31 - Math.clz32(node.rest & -node.rest);
-        node.rest &= ~(1 << node.chosen);
-        more = true;
-        break;
-      }
-      nodes.pop();
-    }
-    if (!more) return report(true, undefined);
+    if (!backtrack(nodes, accesses)) return report(true, undefined);
     if (runs >= options.maxRuns) return report(false, undefined);
   }
+}
+
+/** Goes back to the last choice with something left to try, and chooses that. @returns false where nothing is left */
+function backtrack(nodes: Node[], accesses: (from: number, to?: number) => Access[]): boolean {
+  // Where what the thread of a node did ends: at the next choice of a thread.
+  let end: number | undefined;
+  for (;;) {
+    const node = nodes.at(-1);
+    if (node === undefined) return false;
+    if (isThread(node)) {
+      // Others may go first from now on; this one need not, until something disturbs what it does.
+      node.sleep.push({ thread: node.chosen, accesses: [...node.done, ...accesses(node.trace, end)] });
+      node.done = [];
+      end = node.trace;
+    }
+    if (node.rest !== 0) {
+      const base = isThread(node) ? 0 : IO_SUCCEEDS;
+      node.chosen = base + 31 - Math.clz32(node.rest & -node.rest);
+      node.rest &= ~(1 << (node.chosen - base));
+      if (base !== 0) {
+        const owner = nodes.findLast(isThread);
+        owner?.done.push(...accesses(owner.trace, end));
+      }
+      return true;
+    }
+    nodes.pop();
+  }
+}
+
+/** Whether something that was done and what a sleeper would do may not be swapped. */
+function disturbs(done: readonly Access[], { accesses }: Sleeper): boolean {
+  return done.some((a) =>
+    accesses.some(
+      (b) => a.place === b.place && a.low < b.high && b.low < a.high && dependent(a.kind, b.kind),
+    ),
+  );
 }

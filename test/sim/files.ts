@@ -70,6 +70,18 @@ export interface Fault {
   readonly code: 'EIO' | 'ENOSPC' | 'short' | 'slow';
 }
 
+export interface SavedFiles {
+  readonly words: Int32Array;
+  readonly names: string;
+  readonly pages: readonly {
+    readonly inode: number;
+    readonly page: number;
+    readonly state: number;
+    readonly content: Uint8Array;
+    readonly durable: Uint8Array;
+  }[];
+}
+
 interface Names {
   /** The folder as it is. */
   now: Record<string, number>;
@@ -301,6 +313,37 @@ export class Files {
     return this.#bytes.subarray(from, from + this.#length(inode));
   }
 
+  save(): SavedFiles {
+    const pages: SavedFiles['pages'][number][] = [];
+    for (let inode = 0; inode < INODES; inode++) {
+      for (let page = 0; page < PAGES; page++) {
+        const state = this.#bytes[PAGES_AT + inode * PAGES + page] ?? 0;
+        if (state === 0) continue;
+        const at = page * PAGE;
+        const piece = (from: number): Uint8Array => this.#bytes.slice(from + at, from + at + PAGE);
+        pages.push({
+          inode,
+          page,
+          state,
+          content: piece(this.#content(inode)),
+          durable: piece(this.#durable(inode)),
+        });
+      }
+    }
+    return { words: this.#words.slice(0, LOG_AT), names: JSON.stringify(this.#names()), pages };
+  }
+
+  restore({ words, names, pages }: SavedFiles): void {
+    this.clear();
+    this.#words.set(words);
+    this.#setNames(JSON.parse(names));
+    for (const { inode, page, state, content, durable } of pages) {
+      this.#bytes[PAGES_AT + inode * PAGES + page] = state;
+      this.#bytes.set(content, this.#content(inode) + page * PAGE);
+      this.#bytes.set(durable, this.#durable(inode) + page * PAGE);
+    }
+  }
+
   /** Calls `look` with the places of all pages with data: of the whole memory, in bytes. */
   forEachPage(look: (inode: number, page: number, at: number, bytes: number) => void): void {
     for (let inode = 0; inode < INODES; inode++) {
@@ -419,7 +462,7 @@ export class Files {
     if (!world.running) return length;
     const target = this.#get(INODE_AT + inode * INODE_WORDS + Inode.Target) === 1;
     world.step(kind, FILE + inode, offset, offset + length);
-    if (world.countIo()) throw systemError(what === 'write' && target ? 'ENOSPC' : 'EIO', what);
+    if (world.chooseFault()) throw systemError(what === 'write' && target ? 'ENOSPC' : 'EIO', what);
     const outcome = this.#fault(`${target ? 'target' : 'source'}-${what}`);
     if (outcome === 'short') return length > SECTOR ? Math.ceil(length / 2 / SECTOR) * SECTOR : length;
     if (outcome === 'slow') {
@@ -456,7 +499,7 @@ export class Files {
     if (!world.running) return;
     world.step(reads ? READ : WRITE, NAMES, 0, 1);
     if (reads) return;
-    if (world.countIo()) throw systemError('EIO', what);
+    if (world.chooseFault()) throw systemError('EIO', what);
     const outcome = this.#fault('names');
     if (outcome === 'slow') world.sleep(-1, 1 + (world.random() % 500));
     else if (outcome !== undefined && outcome !== 'short') throw systemError(outcome, what);

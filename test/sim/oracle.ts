@@ -44,6 +44,7 @@ const Word = {
   EndedText: 10,
   Unit: 11,
   Thawed: 12,
+  Length: 13,
 } as const;
 const OP_AT = 64;
 const OpWord = { Begun: 0, Applied: 1, State: 2, Called: 3 } as const;
@@ -106,6 +107,7 @@ export class Oracle {
     this.#words.fill(0);
     this.unknown.fill(0);
     this.#words[Word.Unit] = unit;
+    this.#words[Word.Length] = length;
     this.initial.set(this.drive.subarray(0, length));
   }
 
@@ -154,7 +156,7 @@ export class Oracle {
         `${this.#get(Word.Mutations)} requests are in flight at the instant`,
       );
     }
-    this.frozen.set(this.drive);
+    this.frozen.set(this.drive.subarray(0, this.#get(Word.Length)));
     this.frozenUnknown.set(this.unknown);
     this.#words[Word.Frozen] = 1;
     this.#words[Word.FrameStates] = states;

@@ -68,7 +68,7 @@ async function work(part: string): Promise<void> {
     const modes = (['full', 'top', 'none'] as const).filter(
       (mode) => values.mode === undefined || values.mode === mode,
     );
-    const tasks = modes.flatMap((mode) => scopeTasks(simulator, mode));
+    const tasks = modes.flatMap((mode) => scopeTasks(mode));
     for (const [number, task] of tasks.entries()) {
       if (number % count !== index) continue;
       const started = performance.now();

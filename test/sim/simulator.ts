@@ -2,12 +2,21 @@ import { readFileSync } from 'node:fs';
 import { Worker } from 'node:worker_threads';
 import { CopyBuffer } from '#src/block/filters/copy-before-write.js';
 import { createRuntime, type SharedRuntime } from '#src/kernels/runtime.js';
+import type { ThreadData } from './context.js';
 import { makeFilesMemory } from './files.js';
 import { instrumentKernels } from './instrument.js';
 import { makeOracleMemory } from './oracle.js';
 import type { Scenario } from './scenario.js';
-import type { ThreadData, Verdict } from './thread.js';
-import { type ExploreOptions, MAX_THREADS, makeWorldMemory, REDUNDANT, type Step, World } from './world.js';
+import type { Verdict } from './thread.js';
+import {
+  type Choice,
+  type ExploreOptions,
+  MAX_THREADS,
+  makeWorldMemory,
+  REDUNDANT,
+  type Step,
+  World,
+} from './world.js';
 
 const ARENA_BYTES = 96 << 20;
 const BUFFER_BYTES = 1 << 20;
@@ -19,7 +28,6 @@ export interface RunOptions {
   /** Draws the order of steps. */
   readonly schedule: number;
   readonly explore?: ExploreOptions;
-  readonly fault?: { readonly thread: number; readonly index: number };
 }
 
 export interface RunResult extends Verdict {
@@ -94,7 +102,6 @@ export class Simulator {
       stepLimit: STEP_LIMIT,
       stopAt: scenario.end?.step ?? -1,
       ...(options.explore === undefined ? {} : { explore: options.explore }),
-      ...(options.fault === undefined ? {} : { fault: options.fault }),
     });
     const text = world.finish(RUN_TIMEOUT_MS);
     if (text === undefined) throw new Error(`a run does not end: ${JSON.stringify({ scenario, options })}`);
@@ -118,18 +125,14 @@ export class Simulator {
     return this.#world.seenStates;
   }
 
-  openAt(index: number): number {
-    return this.#world.openAt(index);
+  /** The choices of the last run. */
+  choices(): Choice[] {
+    return this.#world.choices();
   }
 
   /** The steps of the last run. */
   trace(): Step[] {
     return this.#world.trace();
-  }
-
-  /** I/O calls that a thread made in the last run. */
-  ioCount(thread: number): number {
-    return this.#world.ioCount(thread);
   }
 
   async close(): Promise<void> {

@@ -53,8 +53,9 @@ const Word = {
   Switches: 14,
   StopAt: 15,
   Hash: 16,
-  FaultThread: 17,
-  FaultIndex: 18,
+  /** An I/O call may fail in this run: 1 allowed, 2 done. */
+  Fault: 17,
+  Ios: 18,
   NoteLength: 19,
   Explore: 20,
   Locks: 21,
@@ -98,8 +99,9 @@ const RESULT_AT = TEXT_AT + TEXT_BYTES;
 const RESULT_BYTES = 1 << 20;
 const NOTE_AT = RESULT_AT + RESULT_BYTES;
 const NOTE_BYTES = 1 << 16;
-const OPEN_AT = (NOTE_AT + NOTE_BYTES) / 4;
-const SEEN_AT = NOTE_AT + NOTE_BYTES + PREFIX_CAPACITY * 4;
+const CHOICE_AT = (NOTE_AT + NOTE_BYTES) / 4;
+const CHOICE_WORDS = 3;
+const SEEN_AT = NOTE_AT + NOTE_BYTES + PREFIX_CAPACITY * CHOICE_WORDS * 4;
 const SEEN_CAPACITY = 1 << 23;
 const WORLD_BYTES = SEEN_AT + SEEN_CAPACITY * 8;
 /** Low bits of an entry of the table of seen states: its sleep set. The rest is the state's digest. */
@@ -111,6 +113,10 @@ export const POWER_CUT = 1;
 export const VIOLATED = 2;
 /** Every continuation was explored elsewhere. */
 export const REDUNDANT = 3;
+
+/** Choices that are not a thread's number: how an I/O call ends. */
+export const IO_SUCCEEDS = 64;
+export const IO_FAILS = 65;
 
 /** How the scheduler picks. */
 export const UNIFORM = 0;
@@ -169,7 +175,19 @@ export interface Step {
 /** Choices to repeat, and the threads that need not be run after them until something disturbs them. */
 export interface ExploreOptions {
   readonly prefix: readonly number[];
+  /** One I/O call of a run may fail, any one. */
+  readonly fault: boolean;
   readonly sleepers: readonly { readonly thread: number; readonly accesses: readonly Access[] }[];
+}
+
+/** A place where a run could have gone on in another way. */
+export interface Choice {
+  /** The thread that went on, or how an I/O call ended. */
+  readonly chosen: number;
+  /** What could be chosen, a bit each: threads, or from {@link IO_SUCCEEDS} on. 0 where it was told to. */
+  readonly open: number;
+  /** Steps before it. */
+  readonly trace: number;
 }
 
 export interface Access {
@@ -227,8 +245,6 @@ export class World {
     readonly stopAt: number;
     /** Explores: choices to repeat, then who sleeps. */
     readonly explore?: ExploreOptions;
-    /** The thread and number of its I/O that fails. */
-    readonly fault?: { readonly thread: number; readonly index: number };
   }): void {
     const words = this.#words;
     words[Word.Finished] = 0;
@@ -243,8 +259,7 @@ export class World {
     words[Word.StopAt] = options.stopAt;
     words[Word.Hash] = 0;
     words[Word.NoteLength] = 0;
-    words[Word.FaultThread] = options.fault?.thread ?? -1;
-    words[Word.FaultIndex] = options.fault?.index ?? -1;
+    words[Word.Fault] = options.explore?.fault === true ? 1 : 0;
     words[Word.Explore] = options.explore === undefined ? 0 : 1;
     words[Word.PrefixCount] = options.explore?.prefix.length ?? 0;
     words[Word.Choices] = 0;
@@ -293,9 +308,17 @@ export class World {
     return this.#words[Word.Seen] ?? 0;
   }
 
-  /** Threads that may be explored from the state before choice `index` of the last run, a bit each. */
-  openAt(index: number): number {
-    return this.#words[OPEN_AT + index] ?? 0;
+  /** The choices of the last run. */
+  choices(): Choice[] {
+    const words = this.#words;
+    const choices: Choice[] = [];
+    for (let index = 0; index < (words[Word.Choices] ?? 0); index++) {
+      const at = CHOICE_AT + index * CHOICE_WORDS;
+      const [chosen = 0, open = 0, trace = 0] = words.subarray(at, at + CHOICE_WORDS);
+      if (chosen < 0) break;
+      choices.push({ chosen, open, trace });
+    }
+    return choices;
   }
 
   trace(): Step[] {
@@ -331,11 +354,6 @@ export class World {
   /** A digest of every step of the run. */
   get hash(): number {
     return (this.#words[Word.Hash] ?? 0) >>> 0;
-  }
-
-  /** I/O calls thread `thread` made. */
-  ioCount(thread: number): number {
-    return this.#words[THREADS + thread * THREAD_WORDS + Slot.Io] ?? 0;
   }
 
   // ---- What threads do outside of a run -----------------------------------------------------------------------
@@ -503,23 +521,28 @@ export class World {
     throw this.#ended();
   }
 
-  /** One I/O call of this run fails. */
+  /** An I/O call of this run failed because the explorer wanted it to. */
   get faulty(): boolean {
-    return (this.#words[Word.FaultThread] ?? -1) >= 0;
+    return this.#words[Word.Fault] === 2;
   }
 
   get note(): string {
     return this.#read(Word.NoteLength, NOTE_AT);
   }
 
-  /** Counts an I/O call of this thread. @returns whether it is the one that shall fail */
-  countIo(): boolean {
-    if (!this.running) return false;
+  /** An I/O call is under way. @returns whether the explorer wants it to fail */
+  chooseFault(): boolean {
     const words = this.#words;
-    const slot = this.#slot(Slot.Io);
-    const index = words[slot] ?? 0;
-    words[slot] = index + 1;
-    return words[Word.FaultThread] === this.thread && words[Word.FaultIndex] === index;
+    if (!this.running || words[Word.Fault] !== 1) return false;
+    const count = words[Word.Choices] ?? 0;
+    words[Word.Choices] = count + 1;
+    const repeats = count < (words[Word.PrefixCount] ?? 0);
+    const choice = repeats ? (words[PREFIX_AT + count] ?? 0) : IO_SUCCEEDS;
+    this.#noteChoice(count, choice, repeats ? 0 : 3);
+    if (choice !== IO_FAILS) return false;
+    words[Word.Fault] = 2;
+    this.observe(-6, 1);
+    return true;
   }
 
   /** The world's next random number, uint32. */
@@ -535,9 +558,12 @@ export class World {
   // ---- Scheduling ---------------------------------------------------------------------------------------------
 
   #yield(): void {
-    if (this.exploring) this.#noteLocal();
+    // While choices are repeated nobody asks where a thread is that goes on at once.
+    const repeats = (this.#words[Word.Choices] ?? 0) < (this.#words[Word.PrefixCount] ?? 0);
+    if (this.exploring && !repeats) this.#noteLocal();
     const next = this.#choose();
     if (next !== this.thread) {
+      if (this.exploring && repeats) this.#noteLocal();
       this.#words[Word.Switches] = (this.#words[Word.Switches] ?? 0) + 1;
       if (next >= 0) this.#grant(next);
       if (next >= 0) this.#sleepUntilTurn();
@@ -554,7 +580,7 @@ export class World {
   /** The digest of what every thread is at. */
   localDigests(): number {
     const words = this.#words;
-    let mixed = 0;
+    let mixed = words[Word.Fault] ?? 0;
     for (let thread = 0; thread < MAX_THREADS; thread++) {
       const slot = THREADS + thread * THREAD_WORDS;
       const state = words[slot + Slot.State] ?? 0;
@@ -595,6 +621,22 @@ export class World {
 
   /** Who goes on; -1 where nobody is left. */
   #choose(): number {
+    const count = this.#words[Word.Choices] ?? 0;
+    if (!this.exploring || this.aborted !== RUNNING) return this.#pick();
+    this.#noteChoice(count, -1, 0);
+    const next = this.#pick();
+    if (this.aborted === RUNNING) this.#words[CHOICE_AT + count * CHOICE_WORDS] = next;
+    return next;
+  }
+
+  #noteChoice(index: number, chosen: number, open: number): void {
+    const at = CHOICE_AT + index * CHOICE_WORDS;
+    this.#words[at] = chosen;
+    this.#words[at + 1] = open;
+    this.#words[at + 2] = this.#words[Word.TraceCount] ?? 0;
+  }
+
+  #pick(): number {
     const words = this.#words;
     let ready = 0;
     let only = -1;
@@ -618,11 +660,11 @@ export class World {
     this.#clock[0] = this.now + 0.01;
     if (steps === words[Word.StopAt]) {
       this.abort(POWER_CUT);
-      return this.#choose();
+      return this.#pick();
     }
     if (steps > (words[Word.StepLimit] ?? 0)) {
       this.abort(VIOLATED, `progress: no end after ${steps} steps`);
-      return this.#choose();
+      return this.#pick();
     }
     if (ready === 0) {
       if (blocked < 0) return -1;
@@ -632,7 +674,7 @@ export class World {
           VIOLATED,
           `no lost wakeup: every thread sleeps and nobody is left to wake one (${this.#sleepers()})`,
         );
-        return this.#choose();
+        return this.#pick();
       }
       return this.#expire(sleeper);
     }
@@ -681,18 +723,18 @@ export class World {
           VIOLATED,
           `determinism: thread ${chosen} cannot go on at choice ${count} of a repeated run`,
         );
-        return this.#choose();
+        return this.#pick();
       }
       return chosen;
     }
     let ready = 0;
     for (let thread = 0; thread < MAX_THREADS; thread++) if (isReady(thread)) ready |= 1 << thread;
     const open = (ready & (ready - 1)) === 0 ? ready & ~(words[Word.Sleep] ?? 0) : this.#openThreads(ready);
-    words[OPEN_AT + count] = open;
+    words[CHOICE_AT + count * CHOICE_WORDS + 1] = open;
     if ((open & (1 << this.thread)) !== 0) return this.thread;
     if (open !== 0) return 31 - Math.clz32(open & -open);
     this.abort(REDUNDANT);
-    return this.#choose();
+    return this.#pick();
   }
 
   #earliest(): number {

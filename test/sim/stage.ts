@@ -1,0 +1,166 @@
+/** How the world is before a run: the arena, the files, the drive. */
+import { createImage } from '#src/block/create.js';
+import { DISK_CONTROL_BYTES, type DiskDescriptor } from '#src/block/disk.js';
+import { attachNode, closeNode, openImage } from '#src/block/graph.js';
+import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
+import { ARENA_BASE } from '#src/kernels/arena.js';
+import { arena, buffer, files, oracle, runtime, type Setup, TARGET, world } from './context.js';
+import { FOLDER, type SavedFiles } from './files.js';
+import { dataOf } from './oracle.js';
+import type { Scenario } from './scenario.js';
+
+export const OLD_TARGET = new Uint8Array(1536).fill(0x6f);
+
+/** Bytes of the arena in use when only the threads' buffers are taken from it. */
+export const EMPTY_USED = arena.usedBytes;
+// The arena as it is when only the threads' buffers are taken from it.
+const HEADER = 64;
+const highWaterWord = (ARENA_BASE + 8) >> 2;
+const emptyHighWater = arena.u32[highWaterWord] ?? 0;
+const emptyBase = arena.u8.slice(ARENA_BASE, ARENA_BASE + HEADER);
+const emptyRest = arena.u8.slice(emptyHighWater - HEADER, emptyHighWater);
+
+export function emptyArena(): void {
+  arena.u8.fill(0, emptyHighWater - HEADER, arena.u32[highWaterWord] ?? 0);
+  arena.u8.set(emptyBase, ARENA_BASE);
+  arena.u8.set(emptyRest, emptyHighWater - HEADER);
+}
+
+export function layerPath(scenario: Scenario, layer: number): string {
+  const top = scenario.source.backing.length;
+  if (layer === top) return `${FOLDER}/source`;
+  return `${FOLDER}/layer${layer}`;
+}
+
+function writeFile(path: string, bytes: Uint8Array): void {
+  const fd = files.openSync(path, 0o102);
+  files.writeSync(fd, bytes, 0, bytes.length, 0);
+  files.closeSync(fd);
+}
+
+function makeSource(scenario: Scenario): void {
+  const { source } = scenario;
+  const top = source.backing.length;
+  for (let layer = 0; layer <= top; layer++) {
+    const path = layerPath(scenario, layer);
+    const format = layer === top ? source.format : layer === 0 ? 'raw' : 'qcow2';
+    const length = layer === top ? source.length : (source.backing[top - 1 - layer] ?? 0);
+    createImage(runtime, path, {
+      format,
+      length,
+      ...(format === 'raw'
+        ? {}
+        : {
+            clusterSize: source.clusterSize,
+            version: source.version,
+            refcountBits: source.version === 2 ? 16 : source.refcountBits,
+            ...(layer === 0
+              ? {}
+              : {
+                  backingFile: layerPath(scenario, layer - 1),
+                  backingFormat: layer === 1 ? 'raw' : 'qcow2',
+                }),
+          }),
+    });
+    const ranges = scenario.fill.filter((range) => range.layer === layer);
+    if (ranges.length === 0) continue;
+    const descriptor = openImage(runtime, path, { format, readOnly: false });
+    const node = attachNode(runtime, descriptor);
+    ranges.forEach(({ offset, length: bytes }, index) => {
+      arena.u8.set(dataOf(1000 + layer * 20 + index, offset, bytes), buffer);
+      if (index % 5 === 4) node.writeZeroes(offset, bytes, true);
+      else node.write(offset, buffer, bytes);
+    });
+    closeNode(runtime, descriptor);
+  }
+}
+
+export function readImage(path: string, format: 'raw' | 'qcow2'): Uint8Array {
+  const descriptor = openImage(runtime, path, { format, readOnly: true, lock: 'none' });
+  try {
+    const node = attachNode(runtime, descriptor);
+    node.read(0, buffer, node.length);
+    return arena.copyOut(buffer, node.length);
+  } finally {
+    closeNode(runtime, descriptor);
+  }
+}
+
+/** The world as it was when a scenario had been set up, for the next run of the same one. */
+interface Still {
+  readonly scenario: string;
+  readonly setup: Setup;
+  readonly files: SavedFiles;
+  readonly drive: Uint8Array;
+  readonly unit: number;
+  readonly base: Uint8Array;
+  /** Pieces of the arena that are not zero. */
+  readonly pieces: readonly { readonly at: number; readonly bytes: Uint8Array }[];
+}
+
+const PIECE = 1024;
+let still: Still | undefined;
+
+/** Sets the world up for a run of the scenario. */
+export function setUp(scenario: Scenario): Setup {
+  const text = JSON.stringify(scenario);
+  if (still?.scenario === text) return restore(still);
+  emptyArena();
+  files.clear();
+  makeSource(scenario);
+  const { format, length } = scenario.source;
+  const path = layerPath(scenario, scenario.source.backing.length);
+  const drive = readImage(path, format);
+  oracle.drive.set(drive);
+  makeTarget(scenario);
+  // What follows gets memory that nobody had before.
+  emptyArena();
+  const node = openImage(runtime, path, { format, readOnly: false });
+  if (node.driver === 'file') throw new Error('a file is no image');
+  const unit = node.driver === 'qcow2' ? 2 ** node.clusterBits : 1;
+  oracle.begin(length, unit);
+  const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
+  const jobControl = arena.alloc(JOB_CONTROL_BYTES, 'job');
+  const job = new JobControl(arena, jobControl);
+  job.transition('created');
+  job.speed = scenario.job.speed;
+  files.settle();
+  const disk: DiskDescriptor = { id: 1, control, node, length, readOnly: false, discard: 'unmap' };
+  const setup: Setup = { disk, control: jobControl, words: arena.alloc(64, 'simulator') };
+  oracle.diskText = JSON.stringify(setup);
+  if (world.exploring) still = save(text, setup, drive, unit);
+  return setup;
+}
+
+function makeTarget({ source: { length }, job }: Scenario): void {
+  if (job.target === 'replace') writeFile(TARGET, OLD_TARGET);
+  if (job.target !== 'existing') return;
+  const { format, targetClusterSize: clusterSize } = job;
+  createImage(runtime, TARGET, { format, length, ...(format === 'qcow2' ? { clusterSize } : {}) });
+  const descriptor = openImage(runtime, TARGET, { format, readOnly: false });
+  arena.u8.fill(0x65, buffer, buffer + length);
+  attachNode(runtime, descriptor).write(0, buffer, length);
+  closeNode(runtime, descriptor);
+}
+
+function save(scenario: string, setup: Setup, drive: Uint8Array, unit: number): Still {
+  const pieces: Still['pieces'][number][] = [];
+  const end = arena.u32[highWaterWord] ?? 0;
+  for (let at = emptyHighWater - HEADER; at < end; at += PIECE) {
+    const bytes = arena.u8.slice(at, Math.min(end, at + PIECE));
+    if (bytes.some((byte) => byte !== 0)) pieces.push({ at, bytes });
+  }
+  const base = arena.u8.slice(ARENA_BASE, ARENA_BASE + HEADER);
+  return { scenario, setup, files: files.save(), drive, unit, base, pieces };
+}
+
+function restore({ setup, files: saved, drive, unit, base, pieces }: Still): Setup {
+  emptyArena();
+  for (const { at, bytes } of pieces) arena.u8.set(bytes, at);
+  arena.u8.set(base, ARENA_BASE);
+  files.restore(saved);
+  oracle.drive.set(drive);
+  oracle.begin(drive.length, unit);
+  oracle.diskText = JSON.stringify(setup);
+  return setup;
+}
