@@ -1,11 +1,14 @@
-/** One deliberate mistake: a text that occurs once in a file, what it becomes, and the tests that must notice. */
+/**
+ * One deliberate mistake: a text that occurs once in a file, what it becomes, and the tests that must notice where the
+ * simulator does not.
+ */
 export interface Mutant {
   readonly name: string;
   readonly what: string;
   readonly file: string;
   readonly find: string;
   readonly replace: string;
-  readonly tests: readonly string[];
+  readonly tests?: readonly string[];
 }
 
 const FRAME = 'src/block/filters/copy-before-write.ts';
@@ -14,6 +17,11 @@ const NODE = 'src/block/qcow2/node.ts';
 const METADATA = 'src/block/qcow2/metadata.ts';
 const TARGET = 'src/backup/target.ts';
 const JOB = 'src/backup/backup-job.ts';
+const TRACKER = 'src/block/tracked-requests.ts';
+const FUTEX = 'src/kernels/futex.ts';
+const CONTROL = 'src/job/control.ts';
+const CACHE = 'src/block/qcow2/slice-cache.ts';
+const FILE = 'src/block/raw/file.ts';
 
 const threads = ['test/block/disk.test.ts'];
 const modes = ['test/backup/modes.test.ts'];
@@ -61,7 +69,7 @@ export const mutants: readonly Mutant[] = [
   {
     name: 'overlap-let-in',
     what: 'overlapping requests run side by side',
-    file: 'src/block/tracked-requests.ts',
+    file: TRACKER,
     find: 'start < otherEnd && (slots[slot * 2] ?? 0) < end',
     replace: 'start < otherEnd && (slots[slot * 2] ?? 0) === start && end < 0',
     tests: threads,
@@ -69,7 +77,7 @@ export const mutants: readonly Mutant[] = [
   {
     name: 'adjacent-refused',
     what: 'a request waits for one that only touches it',
-    file: 'src/block/tracked-requests.ts',
+    file: TRACKER,
     find: 'start < otherEnd && (slots',
     replace: 'start <= otherEnd + 4096 && (slots',
     tests: threads,
@@ -160,7 +168,7 @@ export const mutants: readonly Mutant[] = [
     name: 'partial-kept',
     what: 'a job that failed leaves its unfinished target',
     file: TARGET,
-    find: 'rmSync(target.partialPath, { force: true });\n    // Nobody',
+    find: 'rmSync(target.partialPath, { force: true });\n      // Nobody',
     replace: '// Nobody',
     tests: ['test/backup/job.test.ts'],
   },
@@ -268,5 +276,254 @@ export const mutants: readonly Mutant[] = [
     find: 'if (syscalls.isLocked(fd, UNSHARED + permission, 1))',
     replace: 'if (fd < 0)',
     tests: ['test/os/image-lock.test.ts'],
+  },
+  {
+    name: 'wake-before-state',
+    what: 'those who wait for a cluster are woken before it is done',
+    file: FRAME,
+    find: `    this.#runtime.kernels.clustersTransition(this.descriptor.states, cluster, count, CLUSTER_BUSY, state);
+    if (state === CLUSTER_NONE) this.#count('skipped', count);
+    Atomics.sub(this.#runtime.arena.i32, (this.descriptor.control + REMAINING) >> 2, count);
+    this.#wake();
+`,
+    replace: `    this.#wake();
+    this.#runtime.kernels.clustersTransition(this.descriptor.states, cluster, count, CLUSTER_BUSY, state);
+    if (state === CLUSTER_NONE) this.#count('skipped', count);
+    Atomics.sub(this.#runtime.arena.i32, (this.descriptor.control + REMAINING) >> 2, count);
+`,
+  },
+  {
+    name: 'sequence-read-late',
+    what: 'a guest looks at the sequence it sleeps on after it saw the cluster busy',
+    file: FRAME,
+    find: `      const sequence = load(arena, control + SEQUENCE);
+      if (kernels.clusterState(states, cluster) !== CLUSTER_BUSY) break;
+`,
+    replace: `      if (kernels.clusterState(states, cluster) !== CLUSTER_BUSY) break;
+      const sequence = load(arena, control + SEQUENCE);
+`,
+  },
+  {
+    name: 'failed-claim-kept',
+    what: 'a claim whose copy failed is never given back',
+    file: FRAME,
+    find: `      this.#release(cluster, end - cluster);
+      throw error;
+    }
+    return { end, bytes };`,
+    replace: `      throw error;
+    }
+    return { end, bytes };`,
+  },
+  {
+    name: 'skipped-remain',
+    what: 'clusters that are passed over still count as left to do',
+    file: FRAME,
+    find: `    if (state === CLUSTER_NONE) this.#count('skipped', count);`,
+    replace: `    if (state === CLUSTER_NONE) {
+      this.#count('skipped', count);
+      this.#wake();
+      return;
+    }`,
+  },
+  {
+    name: 'hole-swallows-data',
+    what: 'data behind a hole is passed over with it',
+    file: FRAME,
+    find: 'const claimed = beyond.kind === run.kind ? kernels.clustersClaimAt(states, end, end + whole) : 0;',
+    replace: 'const claimed = kernels.clustersClaimAt(states, end, end + Math.max(1, whole));',
+  },
+  {
+    name: 'drain-unheard',
+    what: 'requests kept out by a drain are not woken at its end',
+    file: TRACKER,
+    find: `      withLock(this.#arena, this.#control, () => store(this.#arena, this.#control + DRAINED, 0));
+      this.#wake();`,
+    replace:
+      '      withLock(this.#arena, this.#control, () => store(this.#arena, this.#control + DRAINED, 0));',
+  },
+  {
+    name: 'leave-unheard',
+    what: 'a request that ends does not wake those that wait for it',
+    file: TRACKER,
+    find: `load(this.#arena, this.#control + IN_FLIGHT) - 1);
+    });
+    this.#wake();`,
+    replace: `load(this.#arena, this.#control + IN_FLIGHT) - 1);
+    });`,
+  },
+  {
+    name: 'second-look-left-out',
+    what: 'a request does not look again once it has announced that it waits',
+    file: TRACKER,
+    find: `      if (withLock(this.#arena, this.#control, attempt)) {
+        Atomics.sub(this.#arena.i32, waiters, 1);
+        return;
+      }
+`,
+    replace: '',
+  },
+  {
+    name: 'drain-one-short',
+    what: 'the instant does not wait for the last request in flight',
+    file: TRACKER,
+    find: 'this.#waitUntil(() => load(this.#arena, this.#control + IN_FLIGHT) === 0);',
+    replace: 'this.#waitUntil(() => load(this.#arena, this.#control + IN_FLIGHT) <= 1);',
+  },
+  {
+    name: 'unlock-unheard',
+    what: 'a lock is given back without waking who waits for it',
+    file: FUTEX,
+    find: 'if (Atomics.exchange(words, index, 0) === 2) Atomics.notify(words, index, 1);',
+    replace: 'Atomics.exchange(words, index, 0);',
+  },
+  {
+    name: 'notify-before-change',
+    what: 'sleepers are woken before the word they sleep on changes',
+    file: FUTEX,
+    find: `  Atomics.add(arena.i32, pointer >> 2, 1);
+  Atomics.notify(arena.i32, pointer >> 2);`,
+    replace: `  Atomics.notify(arena.i32, pointer >> 2);
+  Atomics.add(arena.i32, pointer >> 2, 1);`,
+  },
+  {
+    name: 'pass-unchecked',
+    what: 'a thread copies in a pass that is over',
+    file: CONTROL,
+    find: '      if (this.pass === pass) body();',
+    replace: '      body();',
+  },
+  {
+    name: 'copiers-left-behind',
+    what: 'the target is closed while threads still copy into it',
+    file: JOB,
+    find: `    this.#control.pass = -1;
+    this.#control.waitUntil(() => this.#control.activeThreads === 0);`,
+    replace: '    this.#control.pass = -1;',
+  },
+  {
+    name: 'frame-left-on-disk',
+    what: 'the frame stays on the disk when the job is over',
+    file: JOB,
+    find: `    this.#disk.removeFrame(this.#frame.descriptor.id);
+`,
+    replace: '',
+  },
+  {
+    name: 'cancel-commits',
+    what: `a cancelled job's target gets its name`,
+    file: JOB,
+    find: `(outcome === 'cancelled' && this.#sync === 'none');`,
+    replace: `outcome === 'cancelled';`,
+  },
+  {
+    name: 'broken-at-the-end',
+    what: 'whether the frame broke is not looked at once it is off the disk',
+    file: JOB,
+    find: `    if (failure === undefined && this.#frame.broken) failure = brokenFrameError('the backup has failed');
+`,
+    replace: '',
+  },
+  {
+    name: 'commit-unflushed',
+    what: 'the target gets its name before it is on the disk',
+    file: TARGET,
+    find: `    attachNode(runtime, target.descriptor).flush();
+`,
+    replace: '',
+  },
+  {
+    name: 'l1-too-early',
+    what: 'L1 entries are written before the tables they refer to are durable',
+    file: METADATA,
+    find: `if (state.get('l1DirtyTo') > 0 && state.get('l1Needed') <= state.get('durable')) this.#writeL1();`,
+    replace: `if (state.get('l1DirtyTo') > 0) this.#writeL1();`,
+  },
+  {
+    name: 'slice-too-early',
+    what: 'L2 entries are written before what they refer to is durable',
+    file: CACHE,
+    find: 'if ((this.#needed[slot] ?? 0) <= durable) this.#write(slot);',
+    replace: 'if ((this.#needed[slot] ?? 0) <= durable + 1e9) this.#write(slot);',
+  },
+  {
+    name: 'table-before-block',
+    what: 'the refcount table is written before the blocks it refers to are durable',
+    file: METADATA,
+    find: `      this.#refcounts.writeDirty();
+      state.syncFile(this.#file, true);
+      const from`,
+    replace: `      this.#refcounts.writeDirty();
+      const from`,
+  },
+  {
+    name: 'flush-without-sync',
+    what: 'a flush ends before the metadata it wrote is on the disk',
+    file: METADATA,
+    find: `    state.syncFile(this.#file, hold);
+    const { f64 }`,
+    replace: '    const { f64 }',
+  },
+  {
+    name: 'refcount-forgotten',
+    what: 'the refcounts of allocated clusters are not written',
+    file: METADATA,
+    find: `      fillRefcounts(this.#runtime.arena, this.#refcounts.pointer(slot), within, n, this.#order);
+      this.#refcounts.markDirty(slot, this.state.get('sequence'), 0);`,
+    replace:
+      '      fillRefcounts(this.#runtime.arena, this.#refcounts.pointer(slot), within, n, this.#order);',
+  },
+  {
+    name: 'cluster-not-filled-up',
+    what: 'a write of a part of a cluster forgets what is around it',
+    file: NODE,
+    find: `          this.#read(begin, scratch + (begin - start), visible - begin, input);
+`,
+    replace: '',
+  },
+  {
+    name: 'discard-uncovers',
+    what: `a discard lets the backing file's old data come to light`,
+    file: NODE,
+    find: `return this.#hasZeroFlag ? 'zero' : 'clear';`,
+    replace: `return 'clear';`,
+  },
+  {
+    name: 'scratch-shared',
+    what: 'two threads get the same scratch buffer',
+    file: 'src/block/qcow2/scratch.ts',
+    find: 'const index = 31 - Math.clz32(~used & (used + 1));',
+    replace: 'const index = 0;',
+  },
+  {
+    name: 'short-write-lost',
+    what: 'a write of which the system took a part counts as whole',
+    file: FILE,
+    find: '      done += put;',
+    replace: '      done += Math.max(put, wanted);',
+  },
+  {
+    name: 'short-read-lost',
+    what: 'a read of which the system gave a part counts as whole',
+    file: FILE,
+    find: '      done += got;',
+    replace: '      done += Math.max(got, wanted);',
+  },
+  {
+    name: 'status-beyond-backing',
+    what: 'the status of a range beyond the end of a shorter backing file is asked of it',
+    file: 'src/block/status.ts',
+    find: `if (backing === undefined || offset >= backing.length) return zero(stop, depth);
+    stop = Math.min(stop, backing.length - offset);`,
+    replace: `if (backing === undefined) return zero(stop, depth);
+    stop = Math.max(1, Math.min(stop, backing.length - offset));`,
+  },
+  {
+    name: 'last-flush-forgotten',
+    what: 'a target whose last flush failed stays open',
+    file: TARGET,
+    find: `    abandonTarget(runtime, target);
+    throw error;`,
+    replace: '    throw error;',
   },
 ];

@@ -1,6 +1,7 @@
 /**
- * Deliberate mistakes, put into the real code one at a time; the suite must catch each:
- * `npm run mutants [-- --only NAME]`. Prints a table of what caught what; exit status 1 when one survives.
+ * Deliberate mistakes, put into the real code one at a time; each must be caught, by the simulator or by a test:
+ * `npm run mutants [-- --only NAME] [-- --write]`. Prints a table of what caught what, and with `--write` writes it to
+ * docs/mutants.md; exit status 1 when one survives.
  */
 import { spawnSync } from 'node:child_process';
 import { cpSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
@@ -10,7 +11,13 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { type Mutant, mutants } from './list.js';
 
-const { values } = parseArgs({ options: { only: { type: 'string' } } });
+const { values } = parseArgs({
+  options: {
+    only: { type: 'string' },
+    write: { type: 'boolean', default: false },
+    seeds: { type: 'string', default: '2000' },
+  },
+});
 const root = fileURLToPath(new URL('../../../..', import.meta.url));
 const folder = mkdtempSync(join(tmpdir(), 'stillframe-mutants-'));
 
@@ -18,7 +25,7 @@ function run(command: string, args: readonly string[]): { status: number | null;
   const { status, stdout, stderr } = spawnSync(command, args, {
     cwd: folder,
     encoding: 'utf8',
-    timeout: 300_000,
+    timeout: 900_000,
     maxBuffer: 1 << 28,
   });
   return { status, output: stdout + stderr };
@@ -32,6 +39,17 @@ function build(): void {
   }
 }
 
+/** What the simulator saw first, or undefined. */
+function simulated(): string | undefined {
+  const { status, output } = run('node', ['bench/dist/test/sim/sim.js', '--seeds', values.seeds]);
+  if (status === 0) return undefined;
+  const [, seed, invariant] = output.match(/^seed (\d+) violates: ([^:\n]*)/m) ?? [];
+  if (invariant !== undefined) return `simulator: ${invariant} (seed ${seed})`;
+  return status === null || output.includes('does not end')
+    ? 'simulator: a run that never ended'
+    : 'simulator: a thread that broke';
+}
+
 /** The test that failed first, or undefined. */
 function failure(tests: readonly string[]): string | undefined {
   const { status, output } = run('npx', ['vitest', 'run', '--bail', '1', '--reporter', 'json', ...tests]);
@@ -39,54 +57,75 @@ function failure(tests: readonly string[]): string | undefined {
   const names = [...output.matchAll(/"fullName":"((?:[^"\\]|\\.)*)","status":"failed"/g)].map(
     ([, name]) => name,
   );
-  return names[0] ?? (status === null ? 'a test that never ended' : 'the process ended');
+  return `test: ${names[0] ?? (status === null ? 'one that never ended' : 'the process ended')}`;
 }
 
 function attempt({ file, find, replace, tests }: Mutant): string | undefined {
   const path = join(folder, file);
   const original = readFileSync(path, 'utf8');
-  const places = original.split(find).length - 1;
-  if (places !== 1)
-    throw new Error(`${file}: the text to replace is there ${places} times, not once:\n${find}`);
   writeFileSync(
     path,
     original.replace(find, () => replace),
   );
   try {
     build();
-    return failure(tests);
+    return simulated() ?? (tests === undefined ? undefined : failure(tests));
   } finally {
     writeFileSync(path, original);
   }
 }
 
+function checkPlaces(): void {
+  for (const { name, file, find } of mutants) {
+    const places = readFileSync(join(root, file), 'utf8').split(find).length - 1;
+    if (places === 1) continue;
+    throw new Error(
+      `mutant '${name}': the text to replace is in ${file} ${places} times, not once:\n${find}`,
+    );
+  }
+}
+
 let survivors = 0;
+const lines = ['| mistake | what it does | caught by |', '| --- | --- | --- |'];
 try {
-  for (const name of [
+  checkPlaces();
+  const copied = [
     'src',
     'assembly',
     'test',
+    'bench',
     'package.json',
     'tsconfig.json',
     'asconfig.json',
     'vitest.config.ts',
-  ]) {
-    cpSync(join(root, name), join(folder, name), { recursive: true });
-  }
+  ];
+  for (const name of copied) cpSync(join(root, name), join(folder, name), { recursive: true });
   symlinkSync(join(root, 'node_modules'), join(folder, 'node_modules'));
   const chosen = mutants.filter(({ name }) => values.only === undefined || name === values.only);
   if (chosen.length === 0) throw new Error(`there is no mutant '${values.only}'`);
   build();
-  const broken = failure([...new Set(chosen.flatMap(({ tests }) => tests))]);
-  if (broken !== undefined) throw new Error(`the suite fails without any mistake: ${broken}`);
-  console.log('| mistake | what it does | caught by |\n| --- | --- | --- |');
+  const broken = simulated() ?? failure([...new Set(chosen.flatMap(({ tests }) => tests ?? []))]);
+  if (broken !== undefined) throw new Error(`the checks fail without any mistake: ${broken}`);
+  console.log(lines.join('\n'));
   for (const mutant of chosen) {
     const caught = attempt(mutant);
     if (caught === undefined) survivors++;
-    console.log(`| ${mutant.name} | ${mutant.what} | ${caught ?? '**nothing**'} |`);
+    const line = `| ${mutant.name} | ${mutant.what} | ${caught ?? '**nothing**'} |`;
+    lines.push(line);
+    console.log(line);
   }
 } finally {
   rmSync(folder, { recursive: true, force: true });
 }
 console.log(`\n${survivors} survived`);
+if (values.write) {
+  const intro = [
+    '# Deliberate mistakes, and what catches them',
+    '',
+    '`npm run mutants -- --write` puts each of these mistakes into the real code, one at a time, and writes this table. The',
+    `simulator comes first (${values.seeds} seeds, see [simulation.md](simulation.md)); what it cannot see, a test must.`,
+    '',
+  ];
+  writeFileSync(join(root, 'docs/mutants.md'), `${[...intro, ...lines].join('\n')}\n`);
+}
 process.exitCode = survivors === 0 ? 0 : 1;

@@ -1,6 +1,6 @@
 /** What is wrong with a run that is over. */
 import { Disk } from '#src/block/disk.js';
-import { freeFrame } from '#src/block/filters/copy-before-write.js';
+import { type FrameDescriptor, freeFrame } from '#src/block/filters/copy-before-write.js';
 import { closeNode } from '#src/block/graph.js';
 import { arena, buffer, copyBuffer, files, oracle, runtime, type Setup, TARGET, world } from './context.js';
 import { INVARIANTS } from './oracle.js';
@@ -23,7 +23,14 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   const faulty = world.faulty || scenario.faults.some(({ code }) => code === 'EIO' || code === 'ENOSPC');
   const ended = endedJob();
   const disk = new Disk(runtime, setup.disk, () => copyBuffer);
-  if (ended !== undefined) freeFrame(runtime, JSON.parse(oracle.frameText));
+  if (ended !== undefined) {
+    const frame: FrameDescriptor = JSON.parse(oracle.frameText);
+    const broken = arena.i32[frame.control >> 2] !== 0;
+    freeFrame(runtime, frame);
+    if (broken && ended.outcome !== 'failed') {
+      return `${INVARIANTS.brokenNeverCompletes}: the job's outcome is '${ended.outcome}'`;
+    }
+  }
   arena.free(setup.control);
   arena.free(setup.words);
   const live = readNode(disk);
