@@ -52,7 +52,17 @@ function simulated(): string | undefined {
 
 /** The test that failed first, or undefined. */
 function failure(tests: readonly string[]): string | undefined {
-  const { status, output } = run('npx', ['vitest', 'run', '--bail', '1', '--reporter', 'json', ...tests]);
+  const { status, output } = run('npx', [
+    'vitest',
+    'run',
+    '--bail',
+    '1',
+    '--testTimeout',
+    '600000',
+    '--reporter',
+    'json',
+    ...tests,
+  ]);
   if (status === 0) return undefined;
   const names = [...output.matchAll(/"fullName":"((?:[^"\\]|\\.)*)","status":"failed"/g)].map(
     ([, name]) => name,

@@ -41,8 +41,17 @@ export const copyBuffer: CopyBuffer = found;
 /** What thread 0 hands to the others when the world is set up. */
 export interface Setup {
   readonly disk: DiskDescriptor;
-  readonly control: number;
+  /** Pointers to the control blocks of the jobs. */
+  readonly controls: readonly number[];
   readonly words: number;
 }
 
-export const TARGET = `${FOLDER}/target`;
+/** Where the jobs write to. */
+export const TARGETS = [`${FOLDER}/target`, `${FOLDER}/target2`] as const;
+
+/** Pointer to the control block of the first job, or of the second. */
+export function controlOf({ controls }: Setup, which = 0): number {
+  const found = controls[which];
+  if (found === undefined) throw new Error(`there is no job ${which + 1}`);
+  return found;
+}

@@ -1,17 +1,54 @@
 /** What is wrong with a run that is over. */
-import { Disk } from '#src/block/disk.js';
+import { BackupJob, type JobMessage } from '#src/backup/backup-job.js';
+import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
 import { type FrameDescriptor, freeFrame } from '#src/block/filters/copy-before-write.js';
-import { closeNode } from '#src/block/graph.js';
-import { arena, buffer, copyBuffer, files, oracle, runtime, type Setup, TARGET, world } from './context.js';
+import { closeNode, openImage } from '#src/block/graph.js';
+import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
+import { arena, buffer, copyBuffer, files, oracle, runtime, type Setup, TARGETS, world } from './context.js';
+import type { JobRecord } from './job-record.js';
 import { INVARIANTS } from './oracle.js';
 import { checkQcow2 } from './qcow2-check.js';
-import type { Scenario } from './scenario.js';
+import { type Job, jobsOf, type Scenario } from './scenario.js';
 import { EMPTY_USED, emptyArena, layerPath, OLD_TARGET, readImage } from './stage.js';
 import { POWER_CUT, REDUNDANT, VIOLATED } from './world.js';
 
-export interface Ended {
+interface Ended {
   readonly outcome: 'completed' | 'cancelled' | 'failed';
   readonly error: { readonly code: string; readonly message: string } | undefined;
+}
+
+/** A job with what the oracle knows of it. */
+interface Case {
+  readonly scenario: Scenario;
+  readonly job: Job;
+  readonly record: JobRecord;
+  readonly target: string;
+  readonly ended: Ended | undefined;
+  /** The host, or the explorer, may have cancelled it. */
+  readonly mayBeCancelled: boolean;
+  /** It may have failed through no fault of its own. */
+  readonly faulty: boolean;
+}
+
+function casesOf(scenario: Scenario): Case[] {
+  const hopeless = scenario.faults.some(({ count }) => count > 100);
+  const faulty = world.faulty || scenario.faults.some(({ code }) => code === 'EIO' || code === 'ENOSPC');
+  const cancels = scenario.verbs.some(({ verb }) => verb === 'cancel');
+  return jobsOf(scenario).flatMap((job, which) => {
+    const [record, target] = [oracle.jobs[which], TARGETS[which]];
+    if (record === undefined || target === undefined) return [];
+    const mayBeCancelled = hopeless || faulty || (which === 0 && cancels);
+    return [{ scenario, job, record, target, ended: endedOf(record), mayBeCancelled, faulty }];
+  });
+}
+
+/** The first flaw that `look` finds in a job. */
+function firstFlaw(cases: readonly Case[], look: (one: Case) => string | undefined): string | undefined {
+  for (const one of cases) {
+    const flaw = look(one);
+    if (flaw !== undefined) return cases.length === 1 ? flaw : `${flaw} (job ${cases.indexOf(one) + 1})`;
+  }
+  return undefined;
 }
 
 /** The world has come to its end: what is wrong with it? */
@@ -20,21 +57,22 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   if (world.aborted === REDUNDANT) return undefined;
   if (world.aborted === POWER_CUT) return judgeAfterCut(scenario);
   const path = layerPath(scenario, scenario.source.backing.length);
-  const faulty = world.faulty || scenario.faults.some(({ code }) => code === 'EIO' || code === 'ENOSPC');
-  const ended = endedJob();
+  const cases = casesOf(scenario);
+  const faulty = cases.some((one) => one.faulty);
   const disk = new Disk(runtime, setup.disk, () => copyBuffer);
-  if (ended !== undefined) {
-    const frame: FrameDescriptor = JSON.parse(oracle.frameText);
+  const unnoticed = firstFlaw(cases, ({ record, ended }) => {
+    if (ended === undefined) return undefined;
+    const frame: FrameDescriptor = JSON.parse(record.frameText);
     const broken = arena.i32[frame.control >> 2] !== 0;
     freeFrame(runtime, frame);
-    if (broken && ended.outcome !== 'failed') {
-      return `${INVARIANTS.brokenNeverCompletes}: the job's outcome is '${ended.outcome}'`;
-    }
-  }
-  arena.free(setup.control);
+    if (!broken || ended.outcome === 'failed') return undefined;
+    return `${INVARIANTS.brokenNeverCompletes}: the job's outcome is '${ended.outcome}'`;
+  });
+  if (unnoticed !== undefined) return unnoticed;
+  for (const control of setup.controls) arena.free(control);
   arena.free(setup.words);
   const live = readNode(disk);
-  const wrong = live === undefined ? undefined : oracle.difference(live, true);
+  const wrong = live === undefined ? undefined : oracle.difference(live);
   if (wrong !== undefined) return `${INVARIANTS.source}: ${wrong}`;
   arena.free(setup.disk.control);
   let closed = true;
@@ -53,7 +91,7 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   if (arena.usedBytes !== EMPTY_USED)
     return `${INVARIANTS.memory}: ${arena.usedBytes - EMPTY_USED} bytes are not given back`;
   if (closed) {
-    const stored = oracle.difference(readImage(path, scenario.source.format), true);
+    const stored = oracle.difference(readImage(path, scenario.source.format));
     if (stored !== undefined) return `${INVARIANTS.source}: once closed, ${stored}`;
   }
   const image = scenario.source.format === 'qcow2' ? checkQcow2(files.content(path)) : undefined;
@@ -61,7 +99,7 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
     return `${INVARIANTS.format}: source: ${image.errors[0]}`;
   if (image !== undefined && image.leaks > 0 && !faulty)
     return `${INVARIANTS.format}: source: ${image.leaks} clusters leak`;
-  return judgeTarget(scenario, ended, faulty);
+  return firstFlaw(cases, judgeTarget);
 }
 
 function readNode(disk: Disk): Uint8Array | undefined {
@@ -73,47 +111,44 @@ function readNode(disk: Disk): Uint8Array | undefined {
   return arena.copyOut(buffer, disk.descriptor.length);
 }
 
-function judgeTarget(scenario: Scenario, ended: Ended | undefined, faulty: boolean): string | undefined {
-  const { job } = scenario;
+function judgeTarget(one: Case): string | undefined {
+  const { scenario, job, record, target, ended, mayBeCancelled, faulty } = one;
   const names = files.names();
   const kept = ended?.outcome === 'completed' || (ended?.outcome === 'cancelled' && job.sync === 'none');
-  const cancelled =
-    scenario.verbs.some(({ verb }) => verb === 'cancel') || scenario.faults.some(({ count }) => count > 100);
-  if (ended === undefined && oracle.hasInstant)
+  if (ended === undefined && record.hasInstant)
     return `${INVARIANTS.errors}: the job took its instant and never ended`;
   if (ended?.outcome === 'failed') {
     if (!faulty) return `${INVARIANTS.errors}: the job failed: ${ended.error?.code}: ${ended.error?.message}`;
     if (ended.error === undefined) return `${INVARIANTS.errors}: the job failed without an error`;
   }
-  if (ended?.outcome === 'cancelled' && job.sync !== 'none' && !cancelled && !faulty) {
+  if (ended?.outcome === 'cancelled' && job.sync !== 'none' && !mayBeCancelled) {
     return `${INVARIANTS.errors}: the job says it was cancelled, but nobody did`;
   }
   const namesFail = faulty && (world.faulty || scenario.faults.some(({ on }) => on === 'names'));
-  if (names.includes(`${TARGET}.partial`) && !namesFail)
+  if (names.includes(`${target}.partial`) && !namesFail)
     return `${INVARIANTS.unfinished}: the partial file is left`;
   if (!kept) {
-    if (job.target === 'new' && names.includes(TARGET) && !namesFail)
+    if (job.target === 'new' && names.includes(target) && !namesFail)
       return `${INVARIANTS.unfinished}: there is a target of a job that ${ended?.outcome ?? 'was refused'}`;
-    if (job.target === 'replace' && Buffer.compare(files.content(TARGET), OLD_TARGET) !== 0 && !namesFail) {
+    if (job.target === 'replace' && Buffer.compare(files.content(target), OLD_TARGET) !== 0 && !namesFail) {
       return `${INVARIANTS.unfinished}: the old target was replaced by one that ${ended?.outcome ?? 'was refused'}`;
     }
     return undefined;
   }
-  if (!files.isDurable(TARGET)) return `${INVARIANTS.durable}: the target is not on the disk`;
-  return judgeBackup(scenario);
+  if (!files.isDurable(target)) return `${INVARIANTS.durable}: the target is not on the disk`;
+  return judgeBackup(one);
 }
 
 /** The finished backup: the drive at its instant, in an image without a flaw. */
-function judgeBackup(scenario: Scenario): string | undefined {
-  const { job } = scenario;
-  const copy = readImage(TARGET, job.format);
+function judgeBackup({ scenario, job, record, target }: Case): string | undefined {
+  const copy = readImage(target, job.format);
   if (copy.length !== scenario.source.length) return `${INVARIANTS.instant}: it has ${copy.length} bytes`;
   // A target of sync mode none is the instant for as long as it is on its source.
-  const stale = job.sync === 'none' && oracle.changedSinceThaw(scenario);
-  const wrong = stale ? undefined : oracle.difference(copy, false);
+  const stale = job.sync === 'none' && oracle.changedSinceThaw(scenario, record);
+  const wrong = stale ? undefined : oracle.difference(copy, record);
   if (wrong !== undefined) return `${INVARIANTS.instant}: ${wrong}`;
   if (job.format !== 'qcow2') return undefined;
-  const { errors, leaks } = checkQcow2(files.content(TARGET));
+  const { errors, leaks } = checkQcow2(files.content(target));
   if (errors.length > 0) return `${INVARIANTS.format}: target: ${errors[0]}`;
   if (leaks > 0 && scenario.faults.length === 0 && !world.faulty)
     return `${INVARIANTS.format}: target: ${leaks} clusters leak`;
@@ -133,28 +168,87 @@ function judgeAfterCut(scenario: Scenario): string | undefined {
   const drive = readImage(path, format);
   const wrong = oracle.differenceAfterCut(drive, scenario);
   if (wrong !== undefined) return `${INVARIANTS.source}: after the cut ${wrong}`;
-  const ended = endedJob();
-  const finished =
-    ended?.outcome === 'completed' || (ended?.outcome === 'cancelled' && scenario.job.sync === 'none');
-  const there = files.names().includes(TARGET);
+  return firstFlaw(casesOf(scenario), judgeTargetAfterCut) ?? backupAgain(scenario, drive);
+}
+
+function judgeTargetAfterCut(one: Case): string | undefined {
+  const { job, target, ended } = one;
+  const finished = ended?.outcome === 'completed' || (ended?.outcome === 'cancelled' && job.sync === 'none');
+  const there = files.names().includes(target);
   if (finished && !there) return `${INVARIANTS.durable}: the finished target is gone after the cut`;
-  if (!there || scenario.job.target === 'existing') {
-    return finished && scenario.job.sync !== 'none' ? judgeBackup(scenario) : undefined;
+  if (!there || job.target === 'existing') {
+    return finished && job.sync !== 'none' ? judgeBackup(one) : undefined;
   }
-  const old = scenario.job.target === 'replace' && Buffer.compare(files.content(TARGET), OLD_TARGET) === 0;
+  const old = job.target === 'replace' && Buffer.compare(files.content(target), OLD_TARGET) === 0;
   if (old) return finished ? `${INVARIANTS.durable}: the old target is back after the cut` : undefined;
   // What a target of sync mode none does not hold itself is in the source, which guests went on to change.
-  if (scenario.job.sync === 'none') {
-    const { errors } = checkQcow2(files.content(TARGET));
+  if (job.sync === 'none') {
+    const { errors } = checkQcow2(files.content(target));
     return errors.length > 0 ? `${INVARIANTS.unfinished}: after the cut: ${errors[0]}` : undefined;
   }
-  const flaw = judgeBackup(scenario);
+  const flaw = judgeBackup(one);
   return flaw === undefined
     ? undefined
     : `${INVARIANTS.unfinished}: after the cut the target is there, but ${flaw}`;
 }
 
-/** What the job said at its end; undefined where it has not come to it. */
-export function endedJob(): Ended | undefined {
-  return oracle.endedText === '' ? undefined : JSON.parse(oracle.endedText);
+/** Whatever the cut has left: the next backup to the same place works. */
+function backupAgain({ source, job }: Scenario, drive: Uint8Array): string | undefined {
+  emptyArena();
+  files.closeAll();
+  files.faults = [];
+  const path = layerPath({ source }, source.backing.length);
+  const node = openImage(runtime, path, { format: source.format, readOnly: true });
+  if (node.driver === 'file') throw new Error('a file is no image');
+  const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
+  const disk = new Disk(
+    runtime,
+    { id: 2, control, node, length: source.length, readOnly: true, discard: 'unmap' },
+    () => copyBuffer,
+  );
+  const jobControl = new JobControl(arena, arena.alloc(JOB_CONTROL_BYTES, 'job'));
+  jobControl.transition('created');
+  let outcome = '';
+  const port = {
+    postMessage(message: JobMessage): void {
+      if (message.type === 'ended') outcome = message.outcome;
+    },
+  };
+  BackupJob.run(
+    runtime,
+    disk,
+    jobControl,
+    port as unknown as Parameters<typeof BackupJob.run>[3],
+    {
+      target: TARGETS[0],
+      sync: 'full',
+      format: job.format,
+      force: true,
+      targetClusterSize: job.targetClusterSize,
+      onSourceError: 'report',
+      onTargetError: 'report',
+      onCbwError: 'break-guest-write',
+      autoFinalize: true,
+    },
+    3,
+  );
+  closeNode(runtime, node);
+  if (outcome !== 'completed') return `${INVARIANTS.errors}: the backup after the cut is '${outcome}'`;
+  const copy = readImage(TARGETS[0], job.format);
+  if (Buffer.compare(copy, drive) !== 0)
+    return `${INVARIANTS.instant}: the backup after the cut is not the drive`;
+  return undefined;
+}
+
+/** What a job said at its end; undefined where it has not come to it. */
+function endedOf({ endedText }: JobRecord): Ended | undefined {
+  return endedText === '' ? undefined : JSON.parse(endedText);
+}
+
+/** How the jobs of a run ended, in a word or two. */
+export function outcomeOf(scenario: Scenario): string {
+  if (world.aborted === POWER_CUT) return 'cut';
+  return casesOf(scenario)
+    .map(({ ended }) => ended?.outcome ?? 'refused')
+    .join('+');
 }

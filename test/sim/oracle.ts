@@ -5,6 +5,7 @@
 import type { BlockNode, Extent, NodeDescriptor } from '#src/block/node.js';
 import type { Arena } from '#src/kernels/arena.js';
 import { Random } from '../support/data.js';
+import { JobRecord, jobRecordBytes } from './job-record.js';
 import type { GuestOp, Scenario } from './scenario.js';
 import { CHANGE, LOCAL, type World } from './world.js';
 
@@ -31,31 +32,29 @@ const OP_WORDS = 4;
 const TEXT_BYTES = 65536;
 
 const Word = {
-  Frame: 0,
-  FrameStates: 1,
-  FrameClusterSize: 2,
-  FrameControl: 3,
-  Mutations: 4,
-  Frozen: 5,
-  Stamp: 6,
-  Draining: 7,
-  DiskText: 8,
-  FrameText: 9,
-  EndedText: 10,
-  Unit: 11,
-  Thawed: 12,
-  Length: 13,
+  Mutations: 0,
+  Stamp: 1,
+  Draining: 2,
+  DiskText: 3,
+  Unit: 4,
+  Length: 5,
 } as const;
 const OP_AT = 64;
 const OpWord = { Begun: 0, Applied: 1, State: 2, Called: 3 } as const;
 const WORDS = OP_AT + MAX_OPS * OP_WORDS;
 const TEXTS_AT = WORDS * 4;
-const DRIVE_AT = TEXTS_AT + 3 * TEXT_BYTES;
-const FROZEN_AT = DRIVE_AT + DRIVE_BYTES;
-const UNKNOWN_AT = FROZEN_AT + DRIVE_BYTES;
-const FROZEN_UNKNOWN_AT = UNKNOWN_AT + SECTORS;
-const INITIAL_AT = FROZEN_UNKNOWN_AT + SECTORS;
-const ORACLE_BYTES = INITIAL_AT + DRIVE_BYTES;
+const DRIVE_AT = TEXTS_AT + TEXT_BYTES;
+const UNKNOWN_AT = DRIVE_AT + DRIVE_BYTES;
+const INITIAL_AT = UNKNOWN_AT + SECTORS;
+const JOBS_AT = INITIAL_AT + DRIVE_BYTES;
+/** Jobs of a scenario at most. */
+export const JOBS = 2;
+const JOB_BYTES = jobRecordBytes(DRIVE_BYTES, SECTORS);
+const ORACLE_BYTES = JOBS_AT + JOBS * JOB_BYTES;
+
+/** States of a cluster of a frame. */
+const TODO = 1;
+const BUSY = 2;
 
 /** State of a guest's request. */
 const CALLED = 1;
@@ -82,11 +81,10 @@ export function dataOf(id: number, offset: number, length: number): Uint8Array {
 /** One thread's view of the oracle. */
 export class Oracle {
   readonly drive: Uint8Array;
-  readonly frozen: Uint8Array;
   readonly initial: Uint8Array;
   /** Sectors whose content is not known, since a request on them failed. */
   readonly unknown: Uint8Array;
-  readonly frozenUnknown: Uint8Array;
+  readonly jobs: readonly JobRecord[];
   readonly #world: World;
   readonly #words: Int32Array;
   readonly #bytes: Uint8Array;
@@ -96,15 +94,18 @@ export class Oracle {
     this.#words = new Int32Array(memory, 0, WORDS);
     this.#bytes = new Uint8Array(memory);
     this.drive = this.#bytes.subarray(DRIVE_AT, DRIVE_AT + DRIVE_BYTES);
-    this.frozen = this.#bytes.subarray(FROZEN_AT, FROZEN_AT + DRIVE_BYTES);
     this.initial = this.#bytes.subarray(INITIAL_AT, INITIAL_AT + DRIVE_BYTES);
     this.unknown = this.#bytes.subarray(UNKNOWN_AT, UNKNOWN_AT + SECTORS);
-    this.frozenUnknown = this.#bytes.subarray(FROZEN_UNKNOWN_AT, FROZEN_UNKNOWN_AT + SECTORS);
+    this.jobs = Array.from(
+      { length: JOBS },
+      (_, job) => new JobRecord(memory, JOBS_AT + job * JOB_BYTES, DRIVE_BYTES, SECTORS),
+    );
   }
 
   /** @param unit bytes to which requests are rounded out before they are kept apart */
   begin(length: number, unit: number): void {
     this.#words.fill(0);
+    for (const job of this.jobs) job.begin();
     this.unknown.fill(0);
     this.#words[Word.Unit] = unit;
     this.#words[Word.Length] = length;
@@ -121,67 +122,33 @@ export class Oracle {
     this.#setText(Word.DiskText, 0, text);
   }
 
-  get frameText(): string {
-    return this.#text(Word.FrameText, 1);
-  }
-
-  set frameText(text: string) {
-    this.#setText(Word.FrameText, 1, text);
-  }
-
-  /** What the job said at its end; empty until then. */
-  get endedText(): string {
-    return this.#text(Word.EndedText, 2);
-  }
-
-  set endedText(text: string) {
-    this.#setText(Word.EndedText, 2, text);
-  }
-
   // ---- The instant --------------------------------------------------------------------------------------------
 
-  get frameControl(): number {
-    return this.#get(Word.FrameControl);
-  }
-
-  get hasInstant(): boolean {
-    return this.#get(Word.Frozen) === 1;
-  }
-
-  /** The frame is being armed: this is the instant. */
-  freeze(states: number, clusterSize: number, control: number): void {
+  /** The frame of a job is being armed: this is its instant. */
+  freeze(job: JobRecord, states: number, clusterSize: number, control: number): void {
     if (this.#get(Word.Mutations) !== 0) {
       this.#world.violate(
         INVARIANTS.instant,
         `${this.#get(Word.Mutations)} requests are in flight at the instant`,
       );
     }
-    this.frozen.set(this.drive.subarray(0, this.#get(Word.Length)));
-    this.frozenUnknown.set(this.unknown);
-    this.#words[Word.Frozen] = 1;
-    this.#words[Word.FrameStates] = states;
-    this.#words[Word.FrameClusterSize] = clusterSize;
-    this.#words[Word.FrameControl] = control;
-    this.#words[Word.Frame] = 1;
+    const drive = this.drive.subarray(0, this.#get(Word.Length));
+    job.freeze(drive, this.unknown, states, clusterSize, control);
   }
 
-  /** The frame is about to be taken off the disk. */
-  thaw(): void {
-    this.#words[Word.Frame] = 0;
-    this.#words[Word.Thawed] = this.#stamp();
-  }
-
-  /** Whether a guest changed the drive after the frame was taken off it. */
-  changedSinceThaw(scenario: Scenario): boolean {
-    const thawed = this.#get(Word.Thawed);
+  /** Whether a guest changed the drive after the job's frame was taken off it. */
+  changedSinceThaw(scenario: Scenario, job: JobRecord): boolean {
     return scenario.writers.flat().some(({ id }) => {
       const state = this.#op(id, OpWord.State);
-      return this.#op(id, OpWord.Applied) > thawed || (state === FAILED && this.#op(id, OpWord.Called) > 0);
+      return (
+        this.#op(id, OpWord.Applied) > job.thawed || (state === FAILED && this.#op(id, OpWord.Called) > 0)
+      );
     });
   }
 
-  set draining(value: boolean) {
-    this.#words[Word.Draining] = value ? 1 : 0;
+  /** A job begins, or ends, to drain the requests of the disk. */
+  drain(begins: boolean): void {
+    this.#words[Word.Draining] = this.#get(Word.Draining) + (begins ? 1 : -1);
   }
 
   // ---- Requests of guests -------------------------------------------------------------------------------------
@@ -206,16 +173,16 @@ export class Oracle {
     const { offset, length } = op;
     this.#setOp(op.id, OpWord.Begun, this.#stamp());
     this.#words[Word.Mutations] = this.#get(Word.Mutations) + 1;
-    if (this.#get(Word.Frame) !== 1 || length === 0) return;
-    const broken = arena.i32[this.#get(Word.FrameControl) >> 2] !== 0;
-    if (broken) return;
-    const size = this.#get(Word.FrameClusterSize);
-    for (let cluster = Math.floor(offset / size); cluster * size < offset + length; cluster++) {
-      const word = arena.u64[(this.#get(Word.FrameStates) >> 3) + (cluster >> 5)] ?? 0n;
-      const state = Number((word >> BigInt(2 * (cluster & 31))) & 3n);
-      if (state === 1 || state === 2) {
+    if (length === 0) return;
+    for (const job of this.jobs) {
+      if (!job.active || arena.i32[job.control >> 2] !== 0) continue;
+      const size = job.clusterSize;
+      for (let cluster = Math.floor(offset / size); cluster * size < offset + length; cluster++) {
+        const state = job.state(arena.u64, cluster);
+        if (state !== TODO && state !== BUSY) continue;
         const what = `${op.kind} ${op.id} of ${length} bytes at ${offset} reaches cluster ${cluster}`;
-        this.#world.violate(INVARIANTS.copyBeforeWrite, `${what}, which is ${state === 1 ? 'todo' : 'busy'}`);
+        const which = `which is ${state === TODO ? 'todo' : 'busy'} in the frame of job ${this.jobs.indexOf(job) + 1}`;
+        this.#world.violate(INVARIANTS.copyBeforeWrite, `${what}, ${which}`);
       }
     }
   }
@@ -287,7 +254,7 @@ export class Oracle {
       Math.ceil((op.offset + op.length) / unit) * unit,
     ];
     if (address > diskControl && address < diskControl + 64) {
-      if (this.#get(Word.Draining) === 1) return;
+      if (this.#get(Word.Draining) > 0) return;
       const overlaps = ops.some(
         (other) =>
           other.id !== op.id &&
@@ -299,15 +266,16 @@ export class Oracle {
         this.#world.violate(INVARIANTS.waits, `${op.kind} ${op.id} waits for a request it does not overlap`);
       return;
     }
-    const control = this.#get(Word.FrameControl);
-    if (control === 0 || address < control || address >= control + 64 || this.#get(Word.Frame) !== 1) return;
-    const size = this.#get(Word.FrameClusterSize);
+    const job = this.jobs.find(
+      ({ active, control }) => active && address >= control && address < control + 64,
+    );
+    if (job === undefined) return;
+    const size = job.clusterSize;
     for (let cluster = Math.floor(op.offset / size); cluster * size < op.offset + op.length; cluster++) {
-      const word = arena.u64[(this.#get(Word.FrameStates) >> 3) + (cluster >> 5)] ?? 0n;
-      if (((word >> BigInt(2 * (cluster & 31))) & 3n) === 2n) return;
+      if (job.state(arena.u64, cluster) === BUSY) return;
     }
     // Whoever has just ended a claim is on its way to wake those who wait for it.
-    if (this.#world.othersAt(control, control + 128)) return;
+    if (this.#world.othersAt(job.control, job.control + 128)) return;
     this.#world.violate(
       INVARIANTS.waits,
       `${op.kind} ${op.id} waits although none of its clusters is being copied`,
@@ -316,9 +284,9 @@ export class Oracle {
 
   // ---- After the run ------------------------------------------------------------------------------------------
 
-  /** @returns what is wrong with `data` as the drive at its instant (or, with `now`, as the drive) */
-  difference(data: Uint8Array, now: boolean): string | undefined {
-    const [bytes, unknown] = now ? [this.drive, this.unknown] : [this.frozen, this.frozenUnknown];
+  /** @returns what is wrong with `data` as the drive at the instant of a job, or as the drive now */
+  difference(data: Uint8Array, job?: JobRecord): string | undefined {
+    const [bytes, unknown] = job === undefined ? [this.drive, this.unknown] : [job.frozen, job.unknown];
     if (Buffer.compare(data, bytes.subarray(0, data.length)) === 0) return undefined;
     for (let at = 0; at < data.length; at++) {
       if (data[at] === bytes[at] || unknown[Math.floor(at / SECTOR)] === 1) continue;

@@ -17,19 +17,9 @@ export interface Scenario {
   /** Ranges that are written before anything else, of the images from the bottom up. */
   readonly fill: readonly Range[];
   readonly writers: readonly (readonly GuestOp[])[];
-  readonly job: {
-    readonly sync: 'full' | 'top' | 'none';
-    readonly format: 'raw' | 'qcow2';
-    readonly targetClusterSize: number;
-    readonly target: 'new' | 'existing' | 'replace';
-    /** Threads besides the job's own. */
-    readonly helpers: number;
-    readonly onCbwError: 'break-guest-write' | 'break-snapshot';
-    readonly onSourceError: 'report' | 'ignore' | 'enospc' | 'stop' | 'auto';
-    readonly onTargetError: 'report' | 'ignore' | 'enospc' | 'stop' | 'auto';
-    readonly autoFinalize: boolean;
-    readonly speed: number;
-  };
+  readonly job: Job;
+  /** A second job, with an instant of its own. */
+  readonly second?: Job | undefined;
   readonly verbs: readonly Verb[];
   /** `verbs`: the host only gives the verbs; `keeper`: it also sees to it that the job ends; none: there is no host. */
   readonly host: 'none' | 'verbs' | 'keeper';
@@ -37,6 +27,20 @@ export interface Scenario {
   /** The world ends at this step: by a power cut, or by the death of the process. */
   readonly end: { readonly step: number; readonly by: 'power' | 'kill' } | undefined;
   readonly strategy: number;
+}
+
+export interface Job {
+  readonly sync: 'full' | 'top' | 'none';
+  readonly format: 'raw' | 'qcow2';
+  readonly targetClusterSize: number;
+  readonly target: 'new' | 'existing' | 'replace';
+  /** Threads besides the job's own. */
+  readonly helpers: number;
+  readonly onCbwError: 'break-guest-write' | 'break-snapshot';
+  readonly onSourceError: 'report' | 'ignore' | 'enospc' | 'stop' | 'auto';
+  readonly onTargetError: 'report' | 'ignore' | 'enospc' | 'stop' | 'auto';
+  readonly autoFinalize: boolean;
+  readonly speed: number;
 }
 
 export interface Range {
@@ -66,9 +70,11 @@ const KIB = 1024;
 /** The scenario of a seed. */
 export function makeScenario(seed: number): Scenario {
   const random = new Random(seed);
-  const sync = random.pick<Scenario['job']['sync']>(['full', 'full', 'top', 'none']);
+  const sync = random.pick<Job['sync']>(['full', 'full', 'top', 'none']);
   const sourceFormat = sync === 'top' ? 'qcow2' : random.pick<'raw' | 'qcow2'>(['raw', 'qcow2']);
-  const targetFormat = sync === 'full' ? random.pick<'raw' | 'qcow2'>(['raw', 'qcow2']) : 'qcow2';
+  const second = random.pick<Job['sync']>(
+    sourceFormat === 'qcow2' ? ['full', 'top', 'none'] : ['full', 'none'],
+  );
   const length = 512 * random.between(1, random.pick([200, 700, 1400]));
   const end = random.chance(0.2)
     ? {
@@ -138,7 +144,6 @@ export function makeScenario(seed: number): Scenario {
       });
     }
   }
-  const autoFinalize = random.chance(0.8);
   const verbs: Verb[] = [];
   const wait = (): number => random.pick([0, 0.1, 1, 5, 50, 300]) * random.next();
   if (random.chance(0.4)) {
@@ -148,8 +153,6 @@ export function makeScenario(seed: number): Scenario {
       if (verb === 'pause') verbs.push({ verb: 'resume', afterMs: wait(), speed: 0 });
     }
   }
-  const policy = (): Scenario['job']['onSourceError'] =>
-    random.pick<Scenario['job']['onSourceError']>(['report', 'report', 'ignore', 'stop', 'enospc', 'auto']);
   return {
     source: {
       format: sourceFormat,
@@ -161,24 +164,10 @@ export function makeScenario(seed: number): Scenario {
     },
     fill,
     writers,
-    job: {
-      sync,
-      format: targetFormat,
-      targetClusterSize: 2 ** random.between(9, 17),
-      target:
-        sync !== 'full'
-          ? 'new'
-          : random.pick<'new' | 'existing' | 'replace'>(['new', 'new', 'new', 'existing', 'replace']),
-      helpers: random.between(0, 2),
-      onCbwError: random.pick<'break-guest-write' | 'break-snapshot'>([
-        'break-guest-write',
-        'break-snapshot',
-      ]),
-      onSourceError: policy(),
-      onTargetError: policy(),
-      autoFinalize,
-      speed: random.chance(0.15) ? random.pick([1 << 20, 16 << 20]) : 0,
-    },
+    job: makeJob(random, sync),
+    ...(random.chance(0.25)
+      ? { second: { ...makeJob(random, second), target: 'new' as const, helpers: 0 } }
+      : {}),
     verbs,
     host: 'keeper',
     faults,
@@ -187,11 +176,34 @@ export function makeScenario(seed: number): Scenario {
   };
 }
 
+function makeJob(random: Random, sync: Job['sync']): Job {
+  const policy = (): Job['onSourceError'] =>
+    random.pick<Job['onSourceError']>(['report', 'report', 'ignore', 'stop', 'enospc', 'auto']);
+  return {
+    sync,
+    format: sync === 'full' ? random.pick<'raw' | 'qcow2'>(['raw', 'qcow2']) : 'qcow2',
+    targetClusterSize: 2 ** random.between(9, 17),
+    target:
+      sync === 'full' ? random.pick<Job['target']>(['new', 'new', 'new', 'existing', 'replace']) : 'new',
+    helpers: random.between(0, 2),
+    onCbwError: random.pick<Job['onCbwError']>(['break-guest-write', 'break-snapshot']),
+    onSourceError: policy(),
+    onTargetError: policy(),
+    autoFinalize: random.chance(0.8),
+    speed: random.chance(0.15) ? random.pick([1 << 20, 16 << 20]) : 0,
+  };
+}
+
 function range(random: Random, size: number, most: number): { offset: number; length: number } {
   const sectors = size / 512;
   const offset = 512 * random.between(0, sectors - 1);
   const length = 512 * random.between(1, Math.max(1, Math.min((size - offset) / 512, most / 512)));
   return { offset, length };
+}
+
+/** The jobs of a scenario. */
+export function jobsOf({ job, second }: Scenario): readonly Job[] {
+  return second === undefined ? [job] : [job, second];
 }
 
 /** The parts a scenario can do without, for making a failing one smaller. */
@@ -210,6 +222,7 @@ export function partsOf(scenario: Scenario): readonly string[] {
     parts.push(`d${index}`);
   });
   for (let helper = 0; helper < scenario.job.helpers; helper++) parts.push(`h${helper}`);
+  if (scenario.second !== undefined) parts.push('s');
   return parts;
 }
 
@@ -222,6 +235,7 @@ export function without(scenario: Scenario, dropped: ReadonlySet<string>): Scena
     verbs: scenario.verbs.filter((_, index) => kept(`v${index}`)),
     faults: scenario.faults.filter((_, index) => kept(`f${index}`)),
     fill: scenario.fill.filter((_, index) => kept(`d${index}`)),
+    second: kept('s') ? scenario.second : undefined,
     job: {
       ...scenario.job,
       helpers: Array.from({ length: scenario.job.helpers }, (_, helper) => `h${helper}`).filter(kept).length,

@@ -6,7 +6,7 @@ import type { ThreadData } from './context.js';
 import { makeFilesMemory } from './files.js';
 import { instrumentKernels } from './instrument.js';
 import { makeOracleMemory } from './oracle.js';
-import type { Scenario } from './scenario.js';
+import { jobsOf, type Scenario } from './scenario.js';
 import type { Verdict } from './thread.js';
 import {
   type Choice,
@@ -37,16 +37,23 @@ export interface RunResult extends Verdict {
   readonly redundant: boolean;
 }
 
-/** Threads of a scenario: the job, the guests, those that copy along, the host. */
+/** Threads of a scenario: the job, the guests, those that copy along, the host, the second job. */
 export function threadsOf(scenario: Scenario): number {
-  return 1 + scenario.writers.length + scenario.job.helpers + (scenario.host === 'none' ? 0 : 1);
+  return (
+    jobsOf(scenario).length +
+    scenario.writers.length +
+    scenario.job.helpers +
+    (scenario.host === 'none' ? 0 : 1)
+  );
 }
 
 export function threadName(scenario: Scenario, thread: number): string {
   const writers = scenario.writers.length;
   if (thread === 0) return 'job';
   if (thread <= writers) return `guest ${thread}`;
-  return thread <= writers + scenario.job.helpers ? `copier ${thread - writers + 1}` : 'host';
+  const { helpers } = scenario.job;
+  if (thread <= writers + helpers) return `copier ${thread - writers + 1}`;
+  return thread === writers + helpers + 1 && scenario.host !== 'none' ? 'host' : 'job 2';
 }
 
 /** A simulated world and its threads, for one run after the other. */

@@ -4,10 +4,10 @@ import { DISK_CONTROL_BYTES, type DiskDescriptor } from '#src/block/disk.js';
 import { attachNode, closeNode, openImage } from '#src/block/graph.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
 import { ARENA_BASE } from '#src/kernels/arena.js';
-import { arena, buffer, files, oracle, runtime, type Setup, TARGET, world } from './context.js';
+import { arena, buffer, files, oracle, runtime, type Setup, TARGETS, world } from './context.js';
 import { FOLDER, type SavedFiles } from './files.js';
 import { dataOf } from './oracle.js';
-import type { Scenario } from './scenario.js';
+import { jobsOf, type Scenario } from './scenario.js';
 
 export const OLD_TARGET = new Uint8Array(1536).fill(0x6f);
 
@@ -26,7 +26,7 @@ export function emptyArena(): void {
   arena.u8.set(emptyRest, emptyHighWater - HEADER);
 }
 
-export function layerPath(scenario: Scenario, layer: number): string {
+export function layerPath(scenario: Pick<Scenario, 'source'>, layer: number): string {
   const top = scenario.source.backing.length;
   if (layer === top) return `${FOLDER}/source`;
   return `${FOLDER}/layer${layer}`;
@@ -98,6 +98,7 @@ interface Still {
   readonly pieces: readonly { readonly at: number; readonly bytes: Uint8Array }[];
 }
 
+const [TARGET] = TARGETS;
 const PIECE = 1024;
 let still: Still | undefined;
 
@@ -120,13 +121,15 @@ export function setUp(scenario: Scenario): Setup {
   const unit = node.driver === 'qcow2' ? 2 ** node.clusterBits : 1;
   oracle.begin(length, unit);
   const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
-  const jobControl = arena.alloc(JOB_CONTROL_BYTES, 'job');
-  const job = new JobControl(arena, jobControl);
-  job.transition('created');
-  job.speed = scenario.job.speed;
+  const controls = jobsOf(scenario).map(({ speed }) => {
+    const job = new JobControl(arena, arena.alloc(JOB_CONTROL_BYTES, 'job'));
+    job.transition('created');
+    job.speed = speed;
+    return job.pointer;
+  });
   files.settle();
   const disk: DiskDescriptor = { id: 1, control, node, length, readOnly: false, discard: 'unmap' };
-  const setup: Setup = { disk, control: jobControl, words: arena.alloc(64, 'simulator') };
+  const setup: Setup = { disk, controls, words: arena.alloc(64, 'simulator') };
   oracle.diskText = JSON.stringify(setup);
   if (world.exploring) still = save(text, setup, drive, unit);
   return setup;

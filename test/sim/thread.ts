@@ -17,21 +17,23 @@ import { advance, load, store, waitWhile } from '#src/kernels/futex.js';
 import {
   arena,
   buffer,
+  controlOf,
   copyBuffer,
   files,
   oracle,
   runtime,
   type Setup,
-  TARGET,
+  TARGETS,
   thread,
   world,
 } from './context.js';
-import { endedJob, judge } from './judge.js';
+import type { JobRecord } from './job-record.js';
+import { judge, outcomeOf } from './judge.js';
 import { dataOf, GuestNode, INVARIANTS } from './oracle.js';
-import type { GuestOp, Scenario, Verb } from './scenario.js';
+import { type GuestOp, type Job, jobsOf, type Scenario, type Verb } from './scenario.js';
 import { setUp } from './stage.js';
 import { beginExploring } from './visible.js';
-import { POWER_CUT, VIOLATED, WorldEnded } from './world.js';
+import { VIOLATED, WorldEnded } from './world.js';
 
 /** What thread 0 says of a run. */
 export interface Verdict {
@@ -50,12 +52,15 @@ const CHANGED = 12;
 
 const arm = Frame.arm;
 Frame.arm = (of, frame) => {
-  oracle.freeze(frame.states, frame.clusterSize, frame.control);
+  // Frames are numbered as the jobs are, from 1 on.
+  const record = oracle.jobs[frame.id - 1];
+  if (record !== undefined && world.running)
+    oracle.freeze(record, frame.states, frame.clusterSize, frame.control);
   arm.call(Frame, of, frame);
 };
 
 files.onRename = (from, to) => {
-  if (from !== `${TARGET}.partial` || to !== TARGET || !world.running) return;
+  if (!world.running || !TARGETS.some((target) => from === `${target}.partial` && to === target)) return;
   if (!files.isDurable(from))
     world.violate(INVARIANTS.durable, 'the target gets its name before all of it is on the disk');
 };
@@ -103,7 +108,7 @@ function runGuest(scenario: Scenario, ops: readonly GuestOp[], setup: Setup): vo
   }
   // Sync mode none ends when somebody ends it.
   if (load(arena, setup.words + GUESTS_DONE) < scenario.writers.length) return;
-  if (hasStarted(setup)) new JobControl(arena, setup.control).cancel();
+  if (hasStarted(setup)) new JobControl(arena, controlOf(setup)).cancel();
 }
 
 function runRequest(disk: Disk, op: GuestOp, changes: readonly GuestOp[]): void {
@@ -143,24 +148,26 @@ function expectCause(scenario: Scenario, what: string, error: unknown): void {
   world.violate(INVARIANTS.errors, `${what} failed: ${wrapped.code}: ${wrapped.message} ${wrapped.stack}`);
 }
 
-function runJob(scenario: Scenario, setup: Setup): void {
+function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void {
+  const record = recordOf(which);
   const { disk } = attachDisk(setup);
   const add = disk.addFrame.bind(disk);
   const remove = disk.removeFrame.bind(disk);
   disk.addFrame = (frame) => {
-    oracle.frameText = JSON.stringify(frame);
-    oracle.draining = true;
+    record.frameText = JSON.stringify(frame);
+    oracle.drain(true);
     add(frame);
-    oracle.draining = false;
+    oracle.drain(false);
   };
   disk.removeFrame = (id) => {
-    oracle.thaw();
-    oracle.draining = true;
+    record.thaw(oracle.stamp());
+    oracle.drain(true);
     remove(id);
-    oracle.draining = false;
+    oracle.drain(false);
   };
-  const { job } = scenario;
   const announceStart = (how: 1 | 2): void => {
+    // Only the first job has helpers and a host that wait for it.
+    if (which !== 0) return;
     store(arena, setup.words + STARTED, how);
     Atomics.notify(arena.i32, (setup.words + STARTED) >> 2);
   };
@@ -169,7 +176,7 @@ function runJob(scenario: Scenario, setup: Setup): void {
       if (message.type === 'started') {
         announceStart(1);
       } else if (message.type === 'ended') {
-        oracle.endedText = JSON.stringify(message, (_, value) =>
+        record.endedText = JSON.stringify(message, (_, value) =>
           typeof value === 'bigint' ? String(value) : value,
         );
       }
@@ -179,10 +186,10 @@ function runJob(scenario: Scenario, setup: Setup): void {
     BackupJob.run(
       runtime,
       disk,
-      new JobControl(arena, setup.control),
+      new JobControl(arena, controlOf(setup, which)),
       port as unknown as Parameters<typeof BackupJob.run>[3],
       {
-        target: TARGET,
+        target: TARGETS[which] ?? '',
         sync: job.sync,
         format: job.format,
         existing: job.target === 'existing',
@@ -193,29 +200,35 @@ function runJob(scenario: Scenario, setup: Setup): void {
         onCbwError: job.onCbwError,
         autoFinalize: job.autoFinalize,
       },
-      1,
+      which + 1,
     );
   } catch (error) {
     if (error instanceof WorldEnded) throw error;
     expectCause(scenario, 'the start of the job', error);
-    if (oracle.endedText !== '') world.violate(INVARIANTS.errors, 'the job threw after it had ended');
+    if (record.endedText !== '') world.violate(INVARIANTS.errors, 'the job threw after it had ended');
     announceStart(2);
   }
   if (scenario.host !== 'keeper') return;
-  store(arena, setup.words + ENDED, 1);
+  Atomics.add(arena.i32, (setup.words + ENDED) >> 2, 1);
   advance(arena, setup.words + CHANGED);
 }
 
 function runHelper(setup: Setup): void {
   if (!hasStarted(setup)) return;
-  const frame: FrameDescriptor = JSON.parse(oracle.frameText);
-  helpCopying(attachDisk(setup).disk, frame, new JobControl(arena, setup.control));
+  const frame: FrameDescriptor = JSON.parse(recordOf(0).frameText);
+  helpCopying(attachDisk(setup).disk, frame, new JobControl(arena, controlOf(setup)));
 }
 
 /** Blocks until the job has taken its instant or was refused. */
 function hasStarted(setup: Setup): boolean {
   waitWhile(arena, setup.words + STARTED, 0);
   return load(arena, setup.words + STARTED) === 1;
+}
+
+function recordOf(which: number): JobRecord {
+  const record = oracle.jobs[which];
+  if (record === undefined) throw new Error(`there is no job ${which + 1}`);
+  return record;
 }
 
 function waitUntil(setup: Setup, condition: () => boolean, timeoutMs = Infinity): boolean {
@@ -230,29 +243,42 @@ function waitUntil(setup: Setup, condition: () => boolean, timeoutMs = Infinity)
 
 /** The host: gives the verbs of the scenario, then sees to it that the job comes to an end. */
 function runHost(scenario: Scenario, setup: Setup): void {
-  const control = new JobControl(arena, setup.control);
-  const over = (): boolean => load(arena, setup.words + ENDED) === 1;
-  if (!hasStarted(setup)) return;
-  for (const verb of scenario.verbs) {
-    if (verb.afterMs > 0 && waitUntil(setup, over, verb.afterMs)) return;
-    give(control, verb);
+  const jobs = jobsOf(scenario);
+  const controls = setup.controls.map((pointer) => new JobControl(arena, pointer));
+  const [first] = controls;
+  const over = (): boolean => load(arena, setup.words + ENDED) === jobs.length;
+  if (hasStarted(setup) && first !== undefined) {
+    for (const verb of scenario.verbs) {
+      if (verb.afterMs > 0 && waitUntil(setup, over, verb.afterMs)) return;
+      give(first, verb);
+    }
   }
   if (scenario.host === 'verbs') return;
-  const writers = scenario.writers.length;
   // An error that never ends, under a policy that never gives up.
   const hopeless = scenario.faults.some(({ count }) => count > 100);
   for (let round = 0; !over(); round++) {
-    if (round > 40 && hopeless) give(control, { verb: 'cancel', afterMs: 0, speed: 0 });
-    if (control.speed > 0 && round > 2) give(control, { verb: 'set-speed', afterMs: 0, speed: 0 });
-    if (control.paused) give(control, { verb: 'resume', afterMs: 0, speed: 0 });
-    if (control.status === 'pending' && !scenario.job.autoFinalize)
-      give(control, { verb: 'finalize', afterMs: 0, speed: 0 });
-    // Sync mode none ends when somebody ends it.
-    const done = load(arena, setup.words + GUESTS_DONE) === writers;
-    if (scenario.job.sync === 'none' && done) give(control, { verb: 'cancel', afterMs: 0, speed: 0 });
-    if (round > 10_000) world.violate('progress', `the job does not end, it is '${control.status}'`);
+    const done = load(arena, setup.words + GUESTS_DONE) === scenario.writers.length;
+    jobs.forEach((job, which) => {
+      const control = controls[which];
+      if (control !== undefined) keepGoing(control, job, { round, cancel: hopeless && round > 40, done });
+    });
+    if (round > 10_000) world.violate('progress', 'the jobs do not end');
     waitUntil(setup, over, 100);
   }
+}
+
+/** Takes away whatever keeps a job from its end. */
+function keepGoing(
+  control: JobControl,
+  job: Job,
+  { round, cancel, done }: { readonly round: number; readonly cancel: boolean; readonly done: boolean },
+): void {
+  const command = (verb: Verb['verb']): void => give(control, { verb, afterMs: 0, speed: 0 });
+  // Sync mode none ends when somebody ends it.
+  if (cancel || (job.sync === 'none' && done)) command('cancel');
+  if (control.speed > 0 && round > 2) command('set-speed');
+  if (control.paused) command('resume');
+  if (control.status === 'pending' && !job.autoFinalize) command('finalize');
 }
 
 function give(control: JobControl, { verb, speed }: Verb): void {
@@ -271,12 +297,15 @@ function give(control: JobControl, { verb, speed }: Verb): void {
 }
 
 function partOf(scenario: Scenario, setup: Setup): () => void {
+  const { job, second } = scenario;
   const writers = scenario.writers.length;
-  if (thread === 0) return () => runJob(scenario, setup);
+  if (thread === 0) return () => runJob(scenario, setup, job, 0);
   const ops = scenario.writers[thread - 1];
   if (ops !== undefined) return () => runGuest(scenario, ops, setup);
-  if (thread <= writers + scenario.job.helpers) return () => runHelper(setup);
-  return () => runHost(scenario, setup);
+  if (thread <= writers + job.helpers) return () => runHelper(setup);
+  const isHost = scenario.host !== 'none' && thread === writers + job.helpers + 1;
+  if (isHost || second === undefined) return () => runHost(scenario, setup);
+  return () => runJob(scenario, setup, second, 1);
 }
 
 for (;;) {
@@ -304,10 +333,9 @@ for (;;) {
   } catch (error) {
     violation = `judging: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}`;
   }
-  const ended = endedJob();
   const verdict: Verdict = {
     violation,
-    outcome: world.aborted === POWER_CUT ? 'cut' : (ended?.outcome ?? 'refused'),
+    outcome: setup === undefined ? 'broken' : outcomeOf(scenario),
     places: placesOf(setup),
   };
   world.report(JSON.stringify(verdict));
@@ -317,18 +345,24 @@ function placesOf(setup: Setup | undefined): Verdict['places'] {
   if (setup === undefined) return [];
   const places = [
     { name: 'disk', from: setup.disk.control, bytes: DISK_CONTROL_BYTES },
-    { name: 'job', from: setup.control, bytes: JOB_CONTROL_BYTES },
+    ...setup.controls.map((from, which) => ({
+      name: which === 0 ? 'job' : 'job2',
+      from,
+      bytes: JOB_CONTROL_BYTES,
+    })),
     { name: 'simulator', from: setup.words, bytes: 64 },
     { name: 'arena', from: ARENA_BASE, bytes: 64 },
   ];
   if (setup.disk.node.driver === 'qcow2')
     places.push({ name: 'source', from: setup.disk.node.control, bytes: 1024 });
-  if (oracle.frameText !== '') {
-    const frame: FrameDescriptor = JSON.parse(oracle.frameText);
-    places.push({ name: 'frame', from: frame.control, bytes: 128 });
-    places.push({ name: 'states', from: frame.states, bytes: Math.ceil(frame.clusters / 32) * 8 });
+  oracle.jobs.forEach(({ frameText }, which) => {
+    if (frameText === '') return;
+    const number = which === 0 ? '' : '2';
+    const frame: FrameDescriptor = JSON.parse(frameText);
+    places.push({ name: `frame${number}`, from: frame.control, bytes: 128 });
+    places.push({ name: `states${number}`, from: frame.states, bytes: Math.ceil(frame.clusters / 32) * 8 });
     if (frame.target.driver === 'qcow2')
-      places.push({ name: 'target', from: frame.target.control, bytes: 1024 });
-  }
+      places.push({ name: `target${number}`, from: frame.target.control, bytes: 1024 });
+  });
   return places;
 }

@@ -1,10 +1,21 @@
-/** For the explorer: where others may come in between, and what makes two states the same. */
+/** For the explorer, whose scenarios have one job: where others may come in between, and what makes two states the same. */
 import { DISK_CONTROL_BYTES } from '#src/block/disk.js';
 import type { FrameDescriptor } from '#src/block/filters/copy-before-write.js';
 import type { NodeDescriptor } from '#src/block/node.js';
 import { State } from '#src/block/qcow2/state.js';
 import { JOB_CONTROL_BYTES } from '#src/job/control.js';
-import { arena, buffer, data, files, oracle, runtime, type Setup, thread, world } from './context.js';
+import {
+  arena,
+  buffer,
+  controlOf,
+  data,
+  files,
+  oracle,
+  runtime,
+  type Setup,
+  thread,
+  world,
+} from './context.js';
 import { Digest, type Region } from './digest.js';
 import type { Scenario } from './scenario.js';
 import { ARENA, CHANGE, READ, STATES, type World, WRITE } from './world.js';
@@ -30,16 +41,18 @@ let target: { readonly text: string; readonly frame: FrameDescriptor } | undefin
 
 /** The frame, once it is part of the disk. */
 function frameOf(): FrameDescriptor | undefined {
-  if (!oracle.hasInstant) return undefined;
-  const text = oracle.frameText;
+  const [job] = oracle.jobs;
+  if (job?.hasInstant !== true) return undefined;
+  const text = job.frameText;
   if (target?.text !== text) target = { text, frame: JSON.parse(text) };
   return target.frame;
 }
 
 function isSequence(address: number): boolean {
   if (current === undefined || address < 0) return false;
-  if (address === current.disk.control + 4 || address === current.control + 24) return true;
-  return oracle.hasInstant && address === oracle.frameControl + 8;
+  if (address === current.disk.control + 4 || address === controlOf(current) + 24) return true;
+  const [job] = oracle.jobs;
+  return job?.hasInstant === true && address === job.control + 8;
 }
 
 interface Regions {
@@ -53,7 +66,8 @@ interface Regions {
 function regionsOf(): Regions {
   const found: Regions = { regions: [], left: [], ticks: [] };
   if (current === undefined) return found;
-  const { disk, control, words } = current;
+  const { disk, words } = current;
+  const control = controlOf(current);
   const { regions, left } = found;
   regions.push(
     { from: disk.control, bytes: DISK_CONTROL_BYTES },
@@ -72,7 +86,7 @@ function regionsOf(): Regions {
   regions.push({ from: frame.states, bytes: Math.ceil(frame.clusters / 32) * 8 });
   left.push({ from: frame.control + 8, bytes: 4 });
   // Once the job is over its target is closed, and the memory somebody else's.
-  if (oracle.endedText === '') addImage(frame.target, found);
+  if (oracle.jobs[0]?.endedText === '') addImage(frame.target, found);
   return found;
 }
 
@@ -96,7 +110,9 @@ function addImage(node: NodeDescriptor, { regions, left, ticks }: Regions): void
  * the tracked requests, where a guest's change reaches the drive, and at words of the job's control block that another
  * thread may be at: a word that only one thread writes needs no look at its own reads.
  */
-function visibleTo(scenario: Scenario, { disk, control }: Setup): World['isVisible'] {
+function visibleTo(scenario: Scenario, setup: Setup): World['isVisible'] {
+  const { disk } = setup;
+  const control = controlOf(setup);
   const [pause, cancel, finalize, pass = 0, active, error] = [4, 8, 12, 16, 20, 28].map(
     (offset) => control + offset,
   );
