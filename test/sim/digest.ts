@@ -16,6 +16,8 @@ export interface Region {
 }
 
 const PAIRS = 12;
+/** Numbers that make up a state at most. */
+const PARTS = 400;
 
 export class Digest {
   readonly #world: World;
@@ -25,16 +27,19 @@ export class Digest {
   readonly #buffer: number;
   /** Sequence words that threads saw: per thread pairs of address and value, address 0 ends them. */
   readonly #pairs: Int32Array;
+  /** Memory for the parts of a state. */
+  readonly #parts: number;
   #isSequence: (address: number) => boolean = () => false;
   readonly #seen = new Map<number, number>();
 
-  /** @param shared of the arena: 64 words for each thread */
+  /** @param shared arena pointer to 4 KiB that all threads have in common */
   constructor(world: World, runtime: Runtime, files: Files, buffer: number, shared: number) {
     this.#world = world;
     this.#runtime = runtime;
     this.#arena = runtime.arena;
     this.#files = files;
     this.#buffer = buffer;
+    this.#parts = shared + MAX_THREADS * PAIRS * 8;
     this.#pairs = runtime.arena.i32.subarray(shared >> 2, (shared >> 2) + MAX_THREADS * PAIRS * 2);
   }
 
@@ -89,19 +94,19 @@ export class Digest {
   }
 
   /** @param regions what counts of the arena; `left`: what does not of them */
-  whole(regions: readonly Region[], left: readonly Region[]): number {
+  whole(regions: readonly Region[], left: readonly Region[]): readonly [number, number] {
     const { u8, i32 } = this.#arena;
     const kept = left.map(({ from, bytes }) => u8.slice(from, from + bytes));
     for (const { from, bytes } of left) u8.fill(0, from, from + bytes);
-    let mixed = this.#world.localDigests();
-    for (const { from, bytes } of regions) mixed = mix(mixed, this.#hash(from, bytes));
+    const parts = this.#world.localParts();
+    for (const { from, bytes } of regions) parts.push(from, this.#hash(from, bytes));
     left.forEach(({ from }, index) => {
       const bytes = kept[index];
       if (bytes !== undefined) u8.set(bytes, from);
     });
     for (let at = 0; at < this.#pairs.length; at += 2) {
       const address = this.#pairs[at] ?? 0;
-      if (address !== 0) mixed = mix(mixed, this.#pairs[at + 1] === i32[address >> 2] ? 1 : 2);
+      parts.push(address === 0 ? 0 : this.#pairs[at + 1] === i32[address >> 2] ? 1 : 2);
     }
     const { bytes: content } = this.#files;
     let files = 0;
@@ -109,9 +114,16 @@ export class Digest {
       u8.set(content.subarray(at, at + bytes), this.#buffer);
       files = (files + mix(mix(inode + 1, page), this.#hash(this.#buffer, bytes))) % 9007199254740881;
     });
-    mixed = mix(mixed, files);
-    for (const word of this.#files.describe()) mixed = mix(mixed, word.charCodeAt(0));
-    return mixed;
+    let described = 0;
+    const description = this.#files.describe();
+    for (let at = 0; at < description.length; at++) described = mix(described, description.charCodeAt(at));
+    parts.push(files, described);
+    if (parts.length > PARTS) throw new Error('a state has too many parts');
+    const { f64 } = this.#arena;
+    f64.set(parts, this.#parts / 8);
+    const first = this.#hash(this.#parts, parts.length * 8);
+    f64[this.#parts / 8] = 97;
+    return [first, this.#hash(this.#parts, parts.length * 8)];
   }
 
   #hash(pointer: number, bytes: number): number {

@@ -121,7 +121,10 @@ function visibleTo(scenario: Scenario, setup: Setup): World['isVisible'] {
     if (place === CHANGE) return true;
     if (place === STATES) return kind === WRITE;
     if (place !== ARENA) return false;
-    if (low === disk.control) return true;
+    if (low === disk.control) {
+      world.forgetSeen(disk.control + 4);
+      return true;
+    }
     if (low === pause || low === cancel || low === finalize) return commands;
     // Heads of loops: what a thread saw before is of no use to it any more, but for the sequence it will sleep on.
     if (low === pass && kind === WRITE) world.forgetSeen();

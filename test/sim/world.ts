@@ -103,8 +103,9 @@ const CHOICE_AT = (NOTE_AT + NOTE_BYTES) / 4;
 const CHOICE_WORDS = 3;
 const SEEN_AT = NOTE_AT + NOTE_BYTES + PREFIX_CAPACITY * CHOICE_WORDS * 4;
 const SEEN_CAPACITY = 1 << 23;
-const WORLD_BYTES = SEEN_AT + SEEN_CAPACITY * 8;
-/** Low bits of an entry of the table of seen states: its sleep set. The rest is the state's digest. */
+/** Of an entry of the table of seen states: the first digest, and the second with the sleep set in its low bits. */
+const SEEN_WORDS = 2;
+const WORLD_BYTES = SEEN_AT + SEEN_CAPACITY * SEEN_WORDS * 8;
 const SEEN_SLEEP = 2 ** MAX_THREADS;
 
 /** Why a world stopped before its threads ended by themselves. */
@@ -211,8 +212,8 @@ export class World {
   readonly #clock: Float64Array;
   readonly #bytes: Uint8Array;
   readonly #seen: Float64Array;
-  /** What an explorer takes the state of the world for: equal for equal states. */
-  digest: () => number = () => 0;
+  /** What an explorer takes the state of the world for: two numbers of 53 bits, equal for equal states. */
+  digest: () => readonly [number, number] = () => [0, 0];
   /** What this thread's own state is taken for: two numbers of 32 bits. */
   localDigest: () => readonly [number, number] = () => [0, 0];
   /** Told of what this thread has seen of the shared state. */
@@ -230,7 +231,7 @@ export class World {
     this.#words = new Int32Array(memory);
     this.#clock = new Float64Array(memory, CLOCK_AT, 1 + MAX_THREADS);
     this.#bytes = new Uint8Array(memory);
-    this.#seen = new Float64Array(memory, SEEN_AT, SEEN_CAPACITY);
+    this.#seen = new Float64Array(memory, SEEN_AT, SEEN_CAPACITY * SEEN_WORDS);
   }
 
   // ---- What the controller does -------------------------------------------------------------------------------
@@ -299,8 +300,8 @@ export class World {
   /** Another scenario begins: its locks are found out anew, no state was seen. */
   forget(): void {
     this.#words[Word.Locks] = 0;
+    if (this.#words[Word.Seen] !== 0) this.#seen.fill(0);
     this.#words[Word.Seen] = 0;
-    this.#seen.fill(0);
   }
 
   /** Different states that explored runs came to. */
@@ -577,18 +578,17 @@ export class World {
     this.#words[this.#slot(Slot.LocalB)] = b;
   }
 
-  /** The digest of what every thread is at. */
-  localDigests(): number {
+  /** What every thread is at, as numbers, for the digest of the state. */
+  localParts(): number[] {
     const words = this.#words;
-    let mixed = words[Word.Fault] ?? 0;
+    const parts = [words[Word.Fault] ?? 0];
     for (let thread = 0; thread < MAX_THREADS; thread++) {
       const slot = THREADS + thread * THREAD_WORDS;
       const state = words[slot + Slot.State] ?? 0;
-      const parts = [state, words[slot + Slot.LocalA] ?? 0, words[slot + Slot.LocalB] ?? 0];
-      if (state === BLOCKED) parts.push(words[slot + Slot.Address] ?? 0);
-      for (const part of parts) mixed = mix(mixed, part);
+      parts.push(state, words[slot + Slot.LocalA] ?? 0, words[slot + Slot.LocalB] ?? 0);
+      parts.push(state === BLOCKED ? (words[slot + Slot.Address] ?? 0) : 0);
     }
-    return mixed;
+    return parts;
   }
 
   /**
@@ -599,23 +599,23 @@ export class World {
   #openThreads(ready: number): number {
     const words = this.#words;
     const sleep = (words[Word.Sleep] ?? 0) & ready;
-    const digest = this.digest();
-    const key = digest - (digest % SEEN_SLEEP);
-    let at = ((digest / SEEN_SLEEP) % SEEN_CAPACITY) | 0;
-    for (;;) {
-      const entry = this.#seen[at] ?? 0;
-      if (entry === 0) {
+    const [first, second] = this.digest();
+    const key = second - (second % SEEN_SLEEP);
+    for (let slot = first % SEEN_CAPACITY; ; slot = (slot + 1) % SEEN_CAPACITY) {
+      const at = slot * SEEN_WORDS;
+      const entry = this.#seen[at + 1] ?? 0;
+      if (this.#seen[at] === 0 && entry === 0) {
         if ((words[Word.Seen] ?? 0) > SEEN_CAPACITY * 0.9) throw new Error('too many states for the table');
         words[Word.Seen] = (words[Word.Seen] ?? 0) + 1;
-        this.#seen[at] = key + sleep;
+        this.#seen[at] = first;
+        this.#seen[at + 1] = key + sleep;
         return ready & ~sleep;
       }
-      if (entry - (entry % SEEN_SLEEP) === key) {
+      if (this.#seen[at] === first && entry - (entry % SEEN_SLEEP) === key) {
         const before = entry % SEEN_SLEEP;
-        this.#seen[at] = key + (before & sleep);
+        this.#seen[at + 1] = key + (before & sleep);
         return before & ~sleep;
       }
-      at = (at + 1) % SEEN_CAPACITY;
     }
   }
 
