@@ -38,7 +38,7 @@ export function runSeeds(
     const scenario = makeScenario(seed);
     const result = simulator.run(scenario, { schedule: seed });
     steps += result.steps;
-    outcomes[result.outcome] = (outcomes[result.outcome] ?? 0) + 1;
+    for (const outcome of result.outcome.split('+')) outcomes[outcome] = (outcomes[outcome] ?? 0) + 1;
     const violation =
       result.violation ?? (seed % REPEAT === 0 ? repeated(simulator, scenario, seed, result) : undefined);
     if (violation !== undefined) {

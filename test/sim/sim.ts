@@ -154,7 +154,7 @@ async function seeds(): Promise<boolean> {
   const seconds = ((performance.now() - started) / 1000).toFixed(0);
   const first = numberOf('seed', 1);
   console.log(
-    `${done} seeds from ${first} on, ${steps} steps in ${seconds} s: ${kinds}; ${failures.length} violations`,
+    `${done} seeds from ${first} on, ${steps} steps in ${seconds} s; jobs: ${kinds}; ${failures.length} violations`,
   );
   return failures.length === 0;
 }

@@ -5,9 +5,9 @@
  */
 import { existsSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Disk, Engine } from '#src/index.js';
+import type { BackupJob, Disk, Engine } from '#src/index.js';
 import { dataOf } from '../sim/oracle.js';
-import { type GuestOp, makeScenario, type Scenario } from '../sim/scenario.js';
+import { type GuestOp, type Job, jobsOf, makeScenario, type Scenario, type Verb } from '../sim/scenario.js';
 import { hasPeer, run } from '../support/peers.js';
 
 const SECTOR = 512;
@@ -76,8 +76,17 @@ async function request(disk: Disk, op: GuestOp): Promise<void> {
   else await disk.flush();
 }
 
+/** A job under way, and when its instant can have been. */
+interface Taken {
+  readonly job: Job;
+  readonly target: string;
+  readonly backup: BackupJob;
+  readonly asked: number;
+  readonly started: number;
+}
+
 async function round(engine: Engine, work: string, scenario: Scenario): Promise<string> {
-  const { job, source } = scenario;
+  const { source } = scenario;
   const path = await makeSource(engine, work, scenario);
   const disk = await engine.openDisk(path, { format: source.format });
   const initial = await disk.read(0, source.length);
@@ -91,30 +100,64 @@ async function round(engine: Engine, work: string, scenario: Scenario): Promise<
       span.returned = ++clock;
     }
   });
-  const target = join(work, 'target');
-  if (job.target === 'existing') {
-    const { format, targetClusterSize: clusterSize } = job;
-    await engine.createImage(target, {
-      format,
-      length: source.length,
-      ...(format === 'qcow2' ? { clusterSize } : {}),
+  const taken: Taken[] = [];
+  for (const [which, job] of jobsOf(scenario).entries()) {
+    const target = join(work, `target${which}`);
+    await makeTarget(engine, target, job, source.length);
+    const asked = ++clock;
+    const backup = await disk.backup({
+      target,
+      sync: job.sync,
+      format: job.format,
+      existing: job.target === 'existing',
+      force: job.target === 'replace',
+      targetClusterSize: job.targetClusterSize,
+      workers: job.helpers + 1,
+      onCbwError: job.onCbwError,
+      speed: job.speed,
     });
-  } else if (job.target === 'replace') writeFileSync(target, 'old');
-  const asked = ++clock;
-  const backup = await disk.backup({
-    target,
-    sync: job.sync,
-    format: job.format,
-    existing: job.target === 'existing',
-    force: job.target === 'replace',
-    targetClusterSize: job.targetClusterSize,
-    workers: job.helpers + 1,
-    onCbwError: job.onCbwError,
-    speed: job.speed,
-  });
-  const started = ++clock;
+    taken.push({ job, target, backup, asked, started: ++clock });
+  }
+  const cancelled = await giveVerbs(scenario, taken[0]);
+  await Promise.all(writers);
+  for (const { job, backup } of taken) if (job.sync === 'none') backup.cancel();
+  const finished: Taken[] = [];
+  for (const one of taken) {
+    const result = await one.backup.result().catch((error: unknown) => {
+      if (!cancelled || one !== taken[0]) throw error;
+      return undefined;
+    });
+    if (existsSync(`${one.target}.partial`)) throw new Error('the partial file is left');
+    if (result !== undefined) finished.push(one);
+    else if (one.job.target === 'new' && existsSync(one.target))
+      throw new Error('a cancelled job left its target');
+  }
+  check(await disk.read(0, source.length), initial, spans, Infinity, Infinity, 'the source');
+  for (const { job, target, asked, started } of finished) {
+    const copy = await engine.openDisk(target, { format: job.format, readOnly: true, forceShare: true });
+    check(await copy.read(0, source.length), initial, spans, asked, started, `the backup '${target}'`);
+    await copy.close();
+    if (job.format === 'qcow2' && hasPeer('qemu-img')) run('qemu-img', ['check', '-q', '-U', target]);
+  }
+  await disk.close();
+  if (source.format === 'qcow2' && hasPeer('qemu-img')) run('qemu-img', ['check', '-q', path]);
+  return scenario.job.sync;
+}
+
+async function makeTarget(engine: Engine, target: string, job: Job, length: number): Promise<void> {
+  if (job.target === 'replace') writeFileSync(target, 'old');
+  if (job.target !== 'existing') return;
+  const { format, targetClusterSize: clusterSize } = job;
+  await engine.createImage(target, { format, length, ...(format === 'qcow2' ? { clusterSize } : {}) });
+}
+
+/** @returns whether the job was cancelled */
+async function giveVerbs(scenario: Scenario, taken: Taken | undefined): Promise<boolean> {
+  if (taken === undefined) return false;
+  const { job, backup } = taken;
   let cancelled = false;
-  for (const { verb, afterMs, speed } of scenario.verbs) {
+  const verbs: readonly Verb[] = [...scenario.verbs, { verb: 'set-speed', afterMs: 0, speed: 0 }];
+  for (const { verb, afterMs, speed } of verbs) {
     await new Promise((resolve) => setTimeout(resolve, afterMs / 20));
     try {
       if (verb === 'pause') backup.pause();
@@ -128,31 +171,7 @@ async function round(engine: Engine, work: string, scenario: Scenario): Promise<
       // The job is over, or not in a state for it.
     }
   }
-  try {
-    backup.setSpeed(0);
-  } catch {
-    // Likewise.
-  }
-  await Promise.all(writers);
-  if (job.sync === 'none') backup.cancel();
-  const result = await backup.result().catch((error: unknown) => {
-    if (!cancelled) throw error;
-    return undefined;
-  });
-  check(await disk.read(0, source.length), initial, spans, Infinity, Infinity, 'the source');
-  const finished = result !== undefined;
-  if (existsSync(`${target}.partial`)) throw new Error('the partial file is left');
-  if (!finished && job.target === 'new' && existsSync(target))
-    throw new Error('a cancelled job left its target');
-  if (finished) {
-    const copy = await engine.openDisk(target, { format: job.format, readOnly: true, forceShare: true });
-    check(await copy.read(0, source.length), initial, spans, asked, started, 'the backup');
-    await copy.close();
-    if (job.format === 'qcow2' && hasPeer('qemu-img')) run('qemu-img', ['check', '-q', '-U', target]);
-  }
-  await disk.close();
-  if (source.format === 'qcow2' && hasPeer('qemu-img')) run('qemu-img', ['check', '-q', path]);
-  return job.sync;
+  return cancelled;
 }
 
 /**
