@@ -29,6 +29,7 @@ const FD_AT = 0;
 const LOG_COUNT = FDS * 2;
 const LOG_USED = LOG_COUNT + 1;
 const NAMES_LENGTH = LOG_COUNT + 2;
+const SYNCS = LOG_COUNT + 3;
 const COUNTS = LOG_COUNT + 4;
 const INODE_AT = 256;
 const INODE_WORDS = 8;
@@ -101,6 +102,8 @@ export function makeFilesMemory(): SharedArrayBuffer {
 
 export class Files {
   faults: readonly Fault[] = [];
+  /** The world ends before this sync is done, counted from 1; 0: it does not. */
+  endAtSync = 0;
   readonly #world: World;
   readonly #words: Int32Array;
   readonly #bytes: Uint8Array;
@@ -386,6 +389,7 @@ export class Files {
     this.#setNames({ now: names.now, history: [names.now] });
     this.#words[LOG_COUNT] = 0;
     this.#words[LOG_USED] = 0;
+    this.#words[SYNCS] = 0;
     this.#words.fill(0, COUNTS, COUNTS + CLASSES.length);
   }
 
@@ -402,7 +406,8 @@ export class Files {
    * of the writes in order, or each sector on its own.
    */
   cutPower(random: () => number): void {
-    const kind = random() % 4;
+    // 0: nothing of it, 1: all, 2: the first so many writes, 3: any sectors.
+    const kind = [0, 1, 2, 2, 3, 3, 3, 3][random() % 8] ?? 3;
     const entries = this.#get(LOG_COUNT);
     const reached = random() % (entries + 1);
     const lengths = new Map<number, number>();
@@ -462,6 +467,10 @@ export class Files {
     if (!world.running) return length;
     const target = this.#get(INODE_AT + inode * INODE_WORDS + Inode.Target) === 1;
     world.step(kind, FILE + inode, offset, offset + length);
+    if (what === 'sync' && this.endAtSync !== 0) {
+      this.#words[SYNCS] = this.#get(SYNCS) + 1;
+      if (this.#get(SYNCS) === this.endAtSync) world.cutPower();
+    }
     if (world.chooseFault()) throw systemError(what === 'write' && target ? 'ENOSPC' : 'EIO', what);
     const outcome = this.#fault(`${target ? 'target' : 'source'}-${what}`);
     if (outcome === 'short') return length > SECTOR ? Math.ceil(length / 2 / SECTOR) * SECTOR : length;

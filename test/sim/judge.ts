@@ -197,6 +197,7 @@ function backupAgain({ source, job }: Scenario, drive: Uint8Array): string | und
   emptyArena();
   files.closeAll();
   files.faults = [];
+  files.endAtSync = 0;
   const path = layerPath({ source }, source.backing.length);
   const node = openImage(runtime, path, { format: source.format, readOnly: true });
   if (node.driver === 'file') throw new Error('a file is no image');

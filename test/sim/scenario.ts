@@ -24,8 +24,8 @@ export interface Scenario {
   /** `verbs`: the host only gives the verbs; `keeper`: it also sees to it that the job ends; none: there is no host. */
   readonly host: 'none' | 'verbs' | 'keeper';
   readonly faults: readonly Fault[];
-  /** The world ends at this step: by a power cut, or by the death of the process. */
-  readonly end: { readonly step: number; readonly by: 'power' | 'kill' } | undefined;
+  /** The world ends at this step, or before this sync of a file is done: by a power cut, or by the death of the process. */
+  readonly end: { readonly step?: number; readonly sync?: number; readonly by: 'power' | 'kill' } | undefined;
   readonly strategy: number;
 }
 
@@ -76,12 +76,7 @@ export function makeScenario(seed: number): Scenario {
     sourceFormat === 'qcow2' ? ['full', 'top', 'none'] : ['full', 'none'],
   );
   const length = 512 * random.between(1, random.pick([200, 700, 1400]));
-  const end = random.chance(0.2)
-    ? {
-        step: random.between(20, random.pick([200, 1500])),
-        by: random.pick<'power' | 'kill'>(['power', 'power', 'kill']),
-      }
-    : undefined;
+  const end = random.chance(0.2) ? makeEnd(random, seed) : undefined;
   const backing: number[] = [];
   if (sourceFormat === 'qcow2') {
     const depth = sync === 'top' ? random.between(1, 2) : random.between(0, 2);
@@ -174,6 +169,13 @@ export function makeScenario(seed: number): Scenario {
     end,
     strategy: random.pick([UNIFORM, STICKY, STICKY, PRIORITY]),
   };
+}
+
+function makeEnd(random: Random, seed: number): Scenario['end'] {
+  const step = random.between(20, random.pick([200, 1500]));
+  const by = random.pick<'power' | 'kill'>(['power', 'power', 'kill']);
+  // Never is more at risk than before a sync.
+  return seed % 2 === 0 ? { sync: 1 + (step % 14), by: 'power' } : { step, by };
 }
 
 function makeJob(random: Random, sync: Job['sync']): Job {

@@ -311,6 +311,7 @@ function partOf(scenario: Scenario, setup: Setup): () => void {
 for (;;) {
   const scenario: Scenario = JSON.parse(world.awaitTurn());
   files.faults = scenario.faults;
+  files.endAtSync = scenario.end?.sync ?? 0;
   let setup: Setup | undefined;
   try {
     setup = thread === 0 ? setUp(scenario) : (JSON.parse(oracle.diskText) as Setup);

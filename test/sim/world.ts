@@ -516,6 +516,12 @@ export class World {
     this.#write(Word.NoteLength, NOTE_AT, NOTE_BYTES, note);
   }
 
+  /** Ends the world here and now. */
+  cutPower(): never {
+    this.abort(POWER_CUT);
+    throw this.#ended();
+  }
+
   /** Ends the world because something that must hold does not. */
   violate(invariant: string, what: string): never {
     this.abort(VIOLATED, `${invariant}: ${what}`);
