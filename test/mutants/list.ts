@@ -387,19 +387,20 @@ export const mutants: readonly Mutant[] = [
   Atomics.add(arena.i32, pointer >> 2, 1);`,
   },
   {
-    name: 'pass-unchecked',
-    what: 'a thread copies in a pass that is over',
+    name: 'finalize-unheard',
+    what: 'a job that waits to be finalized is not woken by it',
     file: CONTROL,
-    find: '      if (this.pass === pass) body();',
-    replace: '      body();',
+    find: `this.#store(FINALIZE, 1);
+    this.wake();`,
+    replace: 'this.#store(FINALIZE, 1);',
   },
   {
-    name: 'copiers-left-behind',
-    what: 'the target is closed while threads still copy into it',
-    file: JOB,
-    find: `    this.#control.pass = -1;
-    this.#control.waitUntil(() => this.#control.activeThreads === 0);`,
-    replace: '    this.#control.pass = -1;',
+    name: 'resume-unheard',
+    what: 'a paused job is not woken when it may go on',
+    file: CONTROL,
+    find: `this.#store(PAUSE, value ? 1 : 0);
+    this.wake();`,
+    replace: 'this.#store(PAUSE, value ? 1 : 0);',
   },
   {
     name: 'frame-left-on-disk',

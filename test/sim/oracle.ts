@@ -24,7 +24,8 @@ export const INVARIANTS = {
   format: 'an image is consistent at every moment',
 } as const;
 
-const DRIVE_BYTES = 1 << 20;
+/** Bytes of a drive at most. */
+export const DRIVE_BYTES = 4 << 20;
 const SECTOR = 512;
 const SECTORS = DRIVE_BYTES / SECTOR;
 const MAX_OPS = 512;

@@ -82,28 +82,36 @@ export interface ScopeTask {
 }
 
 /**
- * The small scope of a sync mode: with at most one I/O call that fails, and with each verb of the host. In sync mode
- * `top` a run is several times as long, so there only the exploration without failures has both guests.
+ * The small scope of a sync mode: with any one I/O call that fails or none, and with each verb of the host. With two
+ * guests and two copiers that takes many hours (`wide`), so otherwise one of the four stays away where something goes
+ * wrong; in sync mode `none` nobody copies ahead, and all of it is explored.
  */
-export function scopeTasks(sync: 'full' | 'top' | 'none'): ScopeTask[] {
-  const guests = sync === 'top' ? 1 : 2;
-  const who = `${guests} guest${guests === 1 ? '' : 's'}`;
-  const tasks: ScopeTask[] = [
-    { name: `${sync}, ${who}, any one I/O call may fail`, scenario: smallScope(sync, guests), fault: true },
-    {
-      name: `${sync}, ${who}, cancelled at any moment`,
-      scenario: smallScope(sync, guests, 'cancel'),
-      fault: false,
-    },
-    {
-      name: `${sync}, ${who}, paused at any moment`,
-      scenario: smallScope(sync, guests, 'pause'),
-      fault: false,
-    },
+export function scopeTasks(sync: 'full' | 'top' | 'none', wide: boolean): ScopeTask[] {
+  const task = (guests: 1 | 2, copiers: 1 | 2, how: 'fault' | 'cancel' | 'pause' | undefined): ScopeTask => {
+    const scenario = smallScope(sync, guests, how === 'fault' ? undefined : how);
+    const helpers = Math.min(scenario.job.helpers, copiers - 1);
+    const who = `${guests} guest${guests === 1 ? '' : 's'}${sync === 'none' ? '' : `, ${copiers} copier${copiers === 1 ? '' : 's'}`}`;
+    return {
+      name: `${sync}, ${who}${how === undefined ? '' : `, ${WHAT[how]}`}`,
+      scenario: { ...scenario, job: { ...scenario.job, helpers } },
+      fault: how === 'fault',
+    };
+  };
+  if (wide || sync === 'none') return [task(2, 2, 'fault'), task(2, 2, 'cancel'), task(2, 2, 'pause')];
+  return [
+    task(1, 2, 'fault'),
+    task(2, 1, 'fault'),
+    task(1, 2, 'cancel'),
+    task(1, 2, 'pause'),
+    task(2, 2, undefined),
   ];
-  if (guests === 1) tasks.push({ name: `${sync}, 2 guests`, scenario: smallScope(sync), fault: false });
-  return tasks;
 }
+
+const WHAT = {
+  fault: 'any one I/O call may fail',
+  cancel: 'cancelled at any moment',
+  pause: 'paused at any moment',
+} as const;
 
 /** Runs that are not explored, by which the explorer knows the locks of a scenario. */
 const WARM_UP = 50;

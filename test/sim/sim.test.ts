@@ -23,7 +23,7 @@ describe('the production code in a simulated world', { timeout: 600_000 }, () =>
 
   it('violates nothing in the small scope, as far as a bounded search goes', () => {
     const { status, output } = simulate('--scope', '--runs', '250');
-    expect(output).toMatch(/^none, 2 guests, cancelled at any moment: \d+ states/m);
+    expect(output).toMatch(/^full, 2 guests, 2 copiers: \d+ states/m);
     expect(output).toMatch(/ 0 violations$/m);
     expect(status).toBe(0);
   });

@@ -3,7 +3,8 @@
  *
  *     npm run sim -- --seeds N [--seed S]     N seeds from S on (default 1)
  *     npm run sim -- --seed S                 one seed, with what happened
- *     npm run sim -- --scope [--mode MODE]    every interleaving of the small scope; --runs N stops each part after N
+ *     npm run sim -- --scope [--mode MODE]    every interleaving of the small scope; --runs N stops each part after N,
+ *                                             --wide also has two guests and two copiers where something fails
  *
  * A seed that fails is made smaller; the command that repeats what is left is printed. Exit status 1 on a violation.
  */
@@ -25,6 +26,7 @@ const { values } = parseArgs({
     drop: { type: 'string' },
     scope: { type: 'boolean', default: false },
     mode: { type: 'string' },
+    wide: { type: 'boolean', default: false },
     runs: { type: 'string' },
     regressions: { type: 'boolean', default: false },
     // Which part of the work this process does: `index/count`.
@@ -68,7 +70,7 @@ async function work(part: string): Promise<void> {
     const modes = (['full', 'top', 'none'] as const).filter(
       (mode) => values.mode === undefined || values.mode === mode,
     );
-    const tasks = modes.flatMap((mode) => scopeTasks(mode));
+    const tasks = modes.flatMap((mode) => scopeTasks(mode, values.wide));
     for (const [number, task] of tasks.entries()) {
       if (number % count !== index) continue;
       const started = performance.now();

@@ -5,7 +5,7 @@ import { createRuntime, type SharedRuntime } from '#src/kernels/runtime.js';
 import type { ThreadData } from './context.js';
 import { makeFilesMemory } from './files.js';
 import { instrumentKernels } from './instrument.js';
-import { makeOracleMemory } from './oracle.js';
+import { DRIVE_BYTES, makeOracleMemory } from './oracle.js';
 import { jobsOf, type Scenario } from './scenario.js';
 import type { Verdict } from './thread.js';
 import {
@@ -18,8 +18,7 @@ import {
   World,
 } from './world.js';
 
-const ARENA_BYTES = 96 << 20;
-const BUFFER_BYTES = 1 << 20;
+const ARENA_BYTES = 192 << 20;
 /** True time a run may take; one of some thousand steps takes a few milliseconds. */
 const RUN_TIMEOUT_MS = 120_000;
 const STEP_LIMIT = 300_000;
@@ -83,7 +82,7 @@ export class Simulator {
       oracle: makeOracleMemory(),
       runtime: { memory: runtime.shared.memory, module: new Module(instrumented) },
       shared: runtime.arena.alloc(4096, 'digests'),
-      buffers: Array.from({ length: MAX_THREADS }, () => runtime.arena.alloc(BUFFER_BYTES, 'buffer')),
+      buffers: Array.from({ length: MAX_THREADS }, () => runtime.arena.alloc(DRIVE_BYTES, 'buffer')),
       copyBuffers: Array.from({ length: MAX_THREADS }, () => ({ ...new CopyBuffer(runtime) })),
     };
     const workers = Array.from({ length: MAX_THREADS }, (_, thread) => {
