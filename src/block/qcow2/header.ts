@@ -20,6 +20,8 @@ export const EXTENSION_END = 0;
 export const EXTENSION_BACKING_FORMAT = 0xe2792aca;
 export const EXTENSION_FEATURE_TABLE = 0x6803f857;
 export const EXTENSION_BITMAPS = 0x23852875;
+/** `DATA` */
+export const EXTENSION_DATA_FILE = 0x44415441;
 
 /** Offsets of the header's fields in bytes. All are big-endian. */
 export const FIELD = {
@@ -57,11 +59,15 @@ export const FEATURES: readonly { readonly type: 0 | 1 | 2; readonly bit: number
 
 export const INCOMPATIBLE_DIRTY = 1n << 0n;
 export const INCOMPATIBLE_CORRUPT = 1n << 1n;
-const INCOMPATIBLE_DATA_FILE = 1n << 2n;
+export const INCOMPATIBLE_DATA_FILE = 1n << 2n;
 export const INCOMPATIBLE_COMPRESSION = 1n << 3n;
-const INCOMPATIBLE_EXTENDED_L2 = 1n << 4n;
+export const INCOMPATIBLE_EXTENDED_L2 = 1n << 4n;
 const INCOMPATIBLE_KNOWN = 0x1fn;
 export const COMPATIBLE_LAZY_REFCOUNTS = 1n << 0n;
+export const AUTOCLEAR_BITMAPS = 1n << 0n;
+export const AUTOCLEAR_DATA_FILE_RAW = 1n << 1n;
+/** Subclusters in a cluster of an image with extended L2 entries. */
+export const SUBCLUSTERS = 32;
 
 /** A header extension as it is in the file. */
 export interface HeaderExtension {
@@ -100,6 +106,14 @@ export interface Qcow2Header {
   readonly corrupt: boolean;
   readonly lazyRefcounts: boolean;
   readonly hasBitmaps: boolean;
+  /** L2 entries have 128 bits and tell {@link SUBCLUSTERS} subclusters apart. */
+  readonly extendedL2: boolean;
+  /** The guest's data is in an external data file, at the guest's own offsets. */
+  readonly hasDataFile: boolean;
+  /** Name of the external data file as the header has it; undefined where it does not say one. */
+  readonly dataFile: string | undefined;
+  /** The external data file alone is a valid raw image of the drive. */
+  readonly dataFileRaw: boolean;
   readonly extensions: readonly HeaderExtension[];
 }
 
@@ -251,10 +265,21 @@ function parseHeader(header: HeaderReader, clusterBits: number, fileLength: numb
 
   const compressionType = readCompressionType(header, headerLength, incompatibleFeatures);
   const length = header.bytesAt('size', FIELD.size);
-  const tables = readTables(header, clusterBits, length, fileLength);
+  const extendedL2 = (incompatibleFeatures & INCOMPATIBLE_EXTENDED_L2) !== 0n;
+  if (extendedL2 && clusterSize / SUBCLUSTERS < 512) {
+    throw header.corrupt(
+      'cluster_bits',
+      FIELD.clusterBits,
+      `is ${clusterBits}; subclusters (extended L2 entries) need at least 14, clusters of 16384 bytes`,
+    );
+  }
+  const tables = readTables(header, clusterBits, extendedL2, length, fileLength);
   const snapshots = readSnapshots(header, clusterSize, fileLength);
   const compatibleFeatures = v3 ? header.u64(FIELD.compatibleFeatures) : 0n;
+  const autoclearFeatures = v3 ? header.u64(FIELD.autoclearFeatures) : 0n;
+  const hasDataFile = (incompatibleFeatures & INCOMPATIBLE_DATA_FILE) !== 0n;
   const format = extensions.find((extension) => extension.type === EXTENSION_BACKING_FORMAT);
+  const dataFile = extensions.find((extension) => extension.type === EXTENSION_DATA_FILE);
   return {
     version,
     backingFile: backing?.name,
@@ -266,7 +291,7 @@ function parseHeader(header: HeaderReader, clusterBits: number, fileLength: numb
     ...snapshots,
     incompatibleFeatures,
     compatibleFeatures,
-    autoclearFeatures: v3 ? header.u64(FIELD.autoclearFeatures) : 0n,
+    autoclearFeatures,
     refcountOrder,
     refcountBits: 2 ** refcountOrder,
     headerLength,
@@ -275,6 +300,10 @@ function parseHeader(header: HeaderReader, clusterBits: number, fileLength: numb
     corrupt: (incompatibleFeatures & INCOMPATIBLE_CORRUPT) !== 0n,
     lazyRefcounts: (compatibleFeatures & COMPATIBLE_LAZY_REFCOUNTS) !== 0n,
     hasBitmaps: extensions.some((extension) => extension.type === EXTENSION_BITMAPS),
+    extendedL2,
+    hasDataFile,
+    dataFile: dataFile && dataFileName(header, dataFile),
+    dataFileRaw: hasDataFile && (autoclearFeatures & AUTOCLEAR_DATA_FILE_RAW) !== 0n,
     extensions,
   };
 }
@@ -342,18 +371,12 @@ function checkIncompatible(header: HeaderReader, bits: bigint, extensions: reado
     }
     throw header.unsupported(`needs: ${names.join(', ')}`, 'a newer program may open it');
   }
-  if ((bits & INCOMPATIBLE_DATA_FILE) !== 0n) {
-    throw header.unsupported(
-      'keeps its data in an external data file',
-      "make one image of it with 'qemu-img convert -O qcow2'",
-    );
-  }
-  if ((bits & INCOMPATIBLE_EXTENDED_L2) !== 0n) {
-    throw header.unsupported(
-      'has extended L2 entries (subclusters)',
-      "convert it with 'qemu-img convert -O qcow2 -o extended_l2=off'",
-    );
-  }
+}
+
+function dataFileName(header: HeaderReader, extension: HeaderExtension): string | undefined {
+  const name = header.text(extension.offset, extension.length);
+  if (name.includes('\0')) throw header.corrupt('data file name', extension.offset, 'contains a zero byte');
+  return name === '' ? undefined : name;
 }
 
 /** The image's own name for an incompatible feature bit. Table entries: type, bit, 46 bytes of name. */
@@ -390,7 +413,13 @@ function readCompressionType(header: HeaderReader, headerLength: number, incompa
   return type;
 }
 
-function readTables(header: HeaderReader, clusterBits: number, length: number, fileLength: number) {
+function readTables(
+  header: HeaderReader,
+  clusterBits: number,
+  extendedL2: boolean,
+  length: number,
+  fileLength: number,
+) {
   const clusterSize = 2 ** clusterBits;
   const l1Size = header.u32(FIELD.l1Size);
   if (l1Size * 8 > MAX_L1_BYTES) {
@@ -400,7 +429,7 @@ function readTables(header: HeaderReader, clusterBits: number, length: number, f
       `is ${l1Size} entries, a table larger than ${MAX_L1_BYTES} bytes`,
     );
   }
-  const needed = Math.ceil(length / clusterSize / (clusterSize / 8));
+  const needed = Math.ceil(length / clusterSize / (clusterSize / (extendedL2 ? 16 : 8)));
   if (l1Size < needed) {
     throw header.corrupt(
       'l1_size',

@@ -1,7 +1,7 @@
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { FileNode } from '../raw/file.js';
-import { EXTENSION_BITMAPS, type Qcow2Header } from './header.js';
+import { AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, type Qcow2Header } from './header.js';
 
 /** An internal snapshot, with the field names of QAPI `SnapshotInfo`. */
 export interface SnapshotInfo {
@@ -31,7 +31,6 @@ const MAX_BITMAPS = 65535;
 const SNAPSHOT_BYTES = 40;
 const MAX_SNAPSHOT_EXTRA_BYTES = 1024;
 const BITMAP_BYTES = 24;
-const AUTOCLEAR_BITMAPS = 1n;
 const NO_ICOUNT = 2n ** 64n - 1n;
 
 /** Reads a table of entries of different lengths one after the other. */

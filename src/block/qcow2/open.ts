@@ -28,6 +28,13 @@ export function openQcow2(
   const { readOnly } = options;
   const node = attachFile(runtime, file);
   const header = readHeader(runtime, node);
+  if (header.hasDataFile || header.extendedL2) {
+    const what = header.hasDataFile ? 'an external data file' : 'extended L2 entries (subclusters)';
+    throw new StillframeError(
+      'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+      `'${file.path}' has ${what}, which is not supported; make another image of it with 'qemu-img convert -O qcow2'`,
+    );
+  }
   if (!readOnly) checkWritable(file.path, header);
   const control = allocateState(runtime, file.path, header, node.length, readOnly);
   const descriptor: Qcow2Descriptor = {
