@@ -109,8 +109,8 @@ const cases: readonly Case[] = [
     name: 'l2Extent, 64 KiB of entries in a row',
     bytes: 65536,
     before: () => put(small, slice),
-    wasm: () => kernels.l2Extent(small, 0, 8192, 16, true),
-    scalar: () => reference.l2Extent(small, 0, 8192, 16, true),
+    wasm: () => kernels.l2Extent(small, 0, 8192, 16, 1),
+    scalar: () => reference.l2Extent(small, 0, 8192, 16, 1),
   },
   {
     name: 'refcountFreeRun, 64 KiB of free 16-bit entries',

@@ -5,7 +5,7 @@ import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import type { BlockNode, FileDescriptor, NodeDescriptor } from './node.js';
 import { attachQcow2, closeQcow2, openQcow2, probeQcow2, readHeader } from './qcow2/index.js';
-import { attachFile, closeFile, identityOf, openFile } from './raw/file.js';
+import { attachFile, closeFile, identityOf, type OpenFileOptions, openFile } from './raw/file.js';
 import { attachRaw, openRaw } from './raw/raw.js';
 
 /** Formats of images, as `-f` names them. */
@@ -23,8 +23,9 @@ export interface OpenImageOptions {
   /** Image lock to take; default `read` or `write` as `readOnly` says. Backing files take `read` or none. */
   readonly lock?: LockMode | undefined;
   /**
-   * Folders from which image headers may open backing files. Default: the folder of the image itself.
-   * `false`: no backing file is opened at all and unallocated ranges read as zeroes (for `info`).
+   * Folders from which image headers may open backing files and external data files. Default: the folder of the
+   * image itself. `false`: neither is opened; unallocated ranges read as zeroes, and data in a data file cannot be
+   * read (for `info`).
    */
   readonly backing?: readonly string[] | false | undefined;
 }
@@ -60,6 +61,7 @@ function openLayer(
   const { readOnly, writeBehind } = options;
   const file = openFile(runtime, path, { readOnly, lock, writeBehind });
   let backing: NodeDescriptor | undefined;
+  let dataFile: FileDescriptor | undefined;
   try {
     chain.push(file);
     const node = attachFile(runtime, file);
@@ -74,9 +76,16 @@ function openLayer(
       return openRaw(runtime, file);
     }
     const header = readHeader(runtime, node);
+    const folders = options.backing === false ? [] : (allowed ?? allowedFolders(path, options.backing));
+    if (header.hasDataFile && options.backing !== false) {
+      dataFile = openDataFile(runtime, path, header.dataFile, folders, chain, {
+        readOnly,
+        lock,
+        writeBehind,
+      });
+    }
     if (header.backingFile !== undefined && options.backing !== false) {
-      const folders = allowed ?? allowedFolders(path, options.backing);
-      const backingPath = backingPathOf(path, header.backingFile, folders);
+      const backingPath = pathFromHeader(path, 'backing file', header.backingFile, folders);
       if (chain.length >= MAX_CHAIN_DEPTH) {
         throw new StillframeError(
           'ERR_STILLFRAME_BACKING_DEPTH',
@@ -95,12 +104,41 @@ function openLayer(
         chain,
       );
     }
-    return openQcow2(runtime, file, backing, { readOnly: options.readOnly });
+    return openQcow2(runtime, file, backing, { readOnly, dataFile });
   } catch (error) {
     if (backing !== undefined) closeNode(runtime, backing);
+    if (dataFile !== undefined) closeFile(runtime, dataFile);
     closeFile(runtime, file);
     throw error;
   }
+}
+
+/** Opens the external data file that a header names, under the rules for backing files. */
+function openDataFile(
+  runtime: Runtime,
+  imagePath: string,
+  name: string | undefined,
+  folders: readonly string[],
+  chain: FileDescriptor[],
+  options: OpenFileOptions,
+): FileDescriptor {
+  if (name === undefined) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_MISSING',
+      `'${imagePath}' keeps its data in an external data file, but its header does not say in which; make an image that names it with 'qemu-img amend -o data_file=NAME'`,
+    );
+  }
+  const path = pathFromHeader(imagePath, 'data file', name, folders);
+  const identity = fileIdentity(path);
+  if (chain.some((other) => other.identity === identity)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_CYCLE',
+      `'${imagePath}' names '${path}', an image of its own chain, as its external data file`,
+    );
+  }
+  const file = openFile(runtime, path, options);
+  chain.push(file);
+  return file;
 }
 
 /** Identity of the file a path leads to, links followed; undefined where there is none. */
@@ -152,22 +190,23 @@ export function combineNames(overlay: string, name: string): string {
   return isAbsolute(name) ? name : overlay.slice(0, overlay.lastIndexOf('/') + 1) + name;
 }
 
-function backingPathOf(overlayPath: string, name: string, folders: readonly string[]): string {
+/** @param what the kind of file, for errors */
+function pathFromHeader(imagePath: string, what: string, name: string, folders: readonly string[]): string {
   // A colon before any slash is QEMU's syntax for a protocol or `json:` name.
   if (/^[^/]*:/.test(name)) {
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_FORBIDDEN',
-      `'${overlayPath}' names the backing file '${name}'; protocol and json: names in image headers are never opened`,
+      `'${imagePath}' names the ${what} '${name}'; protocol and json: names in image headers are never opened`,
     );
   }
-  const path = resolveBackingName(overlayPath, name);
+  const path = resolveBackingName(imagePath, name);
   let real: string;
   try {
     real = realpathSync(path);
   } catch (error) {
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_MISSING',
-      `the backing file '${path}' of '${overlayPath}' cannot be reached; bring it back or correct the name with 'qemu-img rebase -u'`,
+      `the ${what} '${path}' of '${imagePath}' cannot be reached; bring it back or correct the name with 'qemu-img rebase -u'`,
       { cause: error },
     );
   }
@@ -177,7 +216,7 @@ function backingPathOf(overlayPath: string, name: string, folders: readonly stri
   if (!inside) {
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_FORBIDDEN',
-      `the header of '${overlayPath}' names the backing file '${path}' outside of the allowed folders ` +
+      `the header of '${imagePath}' names the ${what} '${path}' outside of the allowed folders ` +
         `(${folders.join(', ')}); if you trust the image, allow the folder with --allow-backing ${dirname(real)}`,
     );
   }
@@ -210,19 +249,34 @@ export function closeNode(runtime: Runtime, descriptor: NodeDescriptor): void {
   try {
     if (descriptor.driver === 'qcow2') closeQcow2(runtime, descriptor, attachFile(runtime, descriptor.file));
   } finally {
-    try {
-      closeFile(runtime, descriptor.file);
-    } finally {
-      if (descriptor.driver === 'qcow2' && descriptor.backing !== undefined) {
-        closeNode(runtime, descriptor.backing);
-      }
-    }
+    closeAll([
+      ...ownFilesOf(descriptor).map((file) => () => closeFile(runtime, file)),
+      ...(descriptor.driver === 'qcow2' && descriptor.backing !== undefined
+        ? [closeNode.bind(undefined, runtime, descriptor.backing)]
+        : []),
+    ]);
   }
+}
+
+/** Runs all of them; the first error is thrown then. */
+function closeAll(closings: readonly (() => void)[]): void {
+  const [first, ...rest] = closings;
+  try {
+    first?.();
+  } finally {
+    if (rest.length > 0) closeAll(rest);
+  }
+}
+
+/** The files of one layer: the image's own one first. */
+function ownFilesOf(descriptor: Exclude<NodeDescriptor, FileDescriptor>): FileDescriptor[] {
+  const dataFile = descriptor.driver === 'qcow2' ? descriptor.dataFile : undefined;
+  return dataFile === undefined ? [descriptor.file] : [descriptor.file, dataFile];
 }
 
 /** The files of a node's chain, top first. */
 export function filesOf(descriptor: NodeDescriptor): FileDescriptor[] {
   if (descriptor.driver === 'file') return [descriptor];
   const rest = descriptor.driver === 'qcow2' && descriptor.backing ? filesOf(descriptor.backing) : [];
-  return [descriptor.file, ...rest];
+  return [...ownFilesOf(descriptor), ...rest];
 }

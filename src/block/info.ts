@@ -67,7 +67,9 @@ export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename
         ...(descriptor.version === 2 ? {} : { 'lazy-refcounts': descriptor.lazyRefcounts }),
         ...(bitmaps.length === 0 ? {} : { bitmaps }),
         'refcount-bits': descriptor.refcountBits,
-        ...(descriptor.version === 2 ? {} : { corrupt: descriptor.corrupt, 'extended-l2': false }),
+        ...(descriptor.version === 2
+          ? {}
+          : { corrupt: descriptor.corrupt, 'extended-l2': descriptor.extendedL2 }),
       },
     },
   };

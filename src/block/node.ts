@@ -119,6 +119,16 @@ export interface Qcow2Descriptor extends DescriptorBase {
   readonly backingFile: string | undefined;
   /** Format name from the backing format header extension. */
   readonly backingFormat: string | undefined;
+  /** The external data file, open; undefined where the image has none, or it was not to be opened. */
+  readonly dataFile: FileDescriptor | undefined;
+  /** The image keeps its data in an external data file, open or not. */
+  readonly hasDataFile: boolean;
+  /** Name of the data file as the header has it. */
+  readonly dataFileName: string | undefined;
+  /** The data file alone is to be a valid raw image. */
+  readonly dataFileRaw: boolean;
+  /** Extended L2 entries: clusters have 32 subclusters. */
+  readonly extendedL2: boolean;
   readonly lazyRefcounts: boolean;
   readonly dirty: boolean;
   readonly corrupt: boolean;

@@ -8,7 +8,7 @@ export interface ChainExtent {
   readonly flags: number;
   /** How far down the chain the answer comes from; 0 is the top image. Of what no layer has: the last one asked. */
   readonly depth: number;
-  /** Where the data starts in the file of the answering layer, in bytes; -1 when there is no such place. */
+  /** The range's place in the file of the layer at `depth`, with or without data there, in bytes; -1 where it has none. */
   readonly hostOffset: number;
   /** The layer that answers, undefined where none has the range. */
   readonly node: BlockNode | undefined;
@@ -28,13 +28,11 @@ export function chainStatus(top: BlockNode, offset: number, length: number): Cha
     if (flags & STATUS_ALLOCATED) return { length: bytes, flags, depth, hostOffset, node };
     stop = bytes;
     const { backing } = node;
-    if (backing === undefined || offset >= backing.length) return zero(stop, depth);
+    if (backing === undefined || offset >= backing.length) {
+      return { length: stop, flags: STATUS_ZERO, depth, hostOffset, node: undefined };
+    }
     stop = Math.min(stop, backing.length - offset);
     node = backing;
     depth++;
   }
-}
-
-function zero(length: number, depth: number): ChainExtent {
-  return { length, flags: STATUS_ZERO, depth, hostOffset: -1, node: undefined };
 }

@@ -30,7 +30,7 @@ interface Exports {
   clustersCount(states: number, start: number, count: number, state: number): number;
   compactUnits(pointer: number, length: number, unit: number, skip: number): number;
   firstDifference(a: number, b: number, length: number): number;
-  l2Extent(slice: number, index: number, count: number, clusterBits: number, hasZeroFlag: number): number;
+  l2Extent(slice: number, index: number, count: number, clusterBits: number, features: number): number;
   l2Kind(): number;
   l2HostOffset(): number;
   l2CompressedLength(): number;
@@ -46,6 +46,15 @@ export const L2_ZERO_ALLOCATED = 2;
 export const L2_DATA = 3;
 export const L2_COMPRESSED = 4;
 export const L2_INVALID = 5;
+/** A subcluster without data in a cluster that has a place in the file. */
+export const L2_UNALLOCATED_PLACE = 6;
+
+/** What entries may say, for {@link Kernels.l2Extent}: the zero flag (version 3). */
+export const L2_FEATURE_ZERO_FLAG = 1;
+/** Entries are extended: 128 bits, 32 subclusters. */
+export const L2_FEATURE_SUBCLUSTERS = 2;
+/** The data is in an external file, at the guest's offsets. */
+export const L2_FEATURE_DATA_FILE = 4;
 
 /**
  * The WebAssembly kernels on the memory of an arena. Pointers are byte offsets into it, lengths are bytes, cluster
@@ -199,13 +208,15 @@ export class Kernels {
   }
 
   /**
-   * The extent that starts at entry `index` of a slice of qcow2 L2 entries (64 bits, big-endian), at most `count`
-   * entries long. Its kind and place are in the `l2…` getters.
+   * The extent that starts at subcluster `index` of a slice of qcow2 L2 entries (big-endian; standard entries are
+   * one subcluster each), at most `count` subclusters long. Its kind is in {@link l2Kind}, the place of its first
+   * cluster in {@link l2HostOffset}.
    *
-   * @returns how many entries it has
+   * @param features `L2_FEATURE_*` bits
+   * @returns how many subclusters it has
    */
-  l2Extent(slice: number, index: number, count: number, clusterBits: number, hasZeroFlag: boolean): number {
-    return this.#exports.l2Extent(slice, index, count, clusterBits, hasZeroFlag ? 1 : 0);
+  l2Extent(slice: number, index: number, count: number, clusterBits: number, features: number): number {
+    return this.#exports.l2Extent(slice, index, count, clusterBits, features);
   }
 
   /** One of the `L2_*` kinds. */
@@ -213,7 +224,7 @@ export class Kernels {
     return this.#exports.l2Kind();
   }
 
-  /** Host offset in bytes of the extent's data. */
+  /** Place in the file of the extent's first cluster (compressed: of its data), bytes. */
   get l2HostOffset(): number {
     return this.#exports.l2HostOffset();
   }

@@ -354,12 +354,12 @@ describe('qcow2 tables', () => {
         view.setBigUint64(index * 8, entry);
       }
       put(HEAP, slice);
-      const zeroFlag = random.chance(0.8);
+      const features = random.pick([0, 1, 1, 5]);
       for (let index = 0; index < count; ) {
         const most = random.between(1, count - index);
-        const found = reference.l2Extent(HEAP, index, most, clusterBits, zeroFlag);
+        const found = reference.l2Extent(HEAP, index, most, clusterBits, features);
         kinds.add(found.kind);
-        const n = kernels.l2Extent(HEAP, index, most, clusterBits, zeroFlag);
+        const n = kernels.l2Extent(HEAP, index, most, clusterBits, features);
         expect(n).toBe(found.count);
         expect(kernels.l2Kind).toBe(found.kind);
         if (found.kind !== 5) {
@@ -371,6 +371,61 @@ describe('qcow2 tables', () => {
       }
     });
     expect([...kinds].sort()).toEqual([0, 1, 2, 3, 4, 5]);
+  });
+
+  it('l2Extent decodes every kind of subcluster', () => {
+    const kinds = new Set<number>();
+    const lengths = new Set<number>();
+    rounds(3000, (random) => {
+      const clusterBits = random.between(14, 21);
+      const entries = 8;
+      const slice = new Uint8Array(entries * 16);
+      const view = new DataView(slice.buffer);
+      let entry = 0n;
+      let bitmap: [zero: number, allocated: number] = [0, 0];
+      const word = () => random.between(0, 2 ** 32 - 1);
+      for (let index = 0; index < entries; index++) {
+        const cluster = BigInt(random.between(0, 1000)) << BigInt(clusterBits);
+        const copied = 1n << 63n;
+        if (random.chance(0.6)) entry = entry === 0n ? 0n : entry + (1n << BigInt(clusterBits));
+        else entry = random.pick([0n, 1n, copied, cluster | copied, cluster, (1n << 62n) | BigInt(word())]);
+        const low = random.between(0, 32);
+        const mask = (2 ** low - 1) >>> 0;
+        const empty = entry === 0n;
+        bitmap = random.pick<[number, number]>([
+          bitmap,
+          [0, empty ? 0 : 0xffffffff],
+          [0, 0],
+          [0xffffffff, 0],
+          [mask, empty ? 0 : ~mask >>> 0],
+          [~mask >>> 0, empty ? 0 : mask],
+          [word(), word()],
+        ]);
+        view.setBigUint64(index * 16, entry & ((1n << 64n) - 1n));
+        view.setUint32(index * 16 + 8, bitmap[0]);
+        view.setUint32(index * 16 + 12, bitmap[1]);
+      }
+      put(HEAP, slice);
+      const features = random.pick([3, 3, 7]);
+      const count = entries * 32;
+      for (let index = random.between(0, 31); index < count; ) {
+        const most = random.between(1, count - index);
+        const found = reference.l2Extent(HEAP, index, most, clusterBits, features);
+        kinds.add(found.kind);
+        lengths.add(found.count);
+        const n = kernels.l2Extent(HEAP, index, most, clusterBits, features);
+        expect(kernels.l2Kind).toBe(found.kind);
+        expect(n).toBe(found.count);
+        if (found.kind !== 5) {
+          expect(kernels.l2HostOffset).toBe(found.hostOffset);
+          expect(kernels.l2Copied).toBe(found.copied);
+          if (found.kind === 4) expect(kernels.l2CompressedLength).toBe(found.compressedLength);
+        }
+        index += n;
+      }
+    });
+    expect([...kinds].sort()).toEqual([0, 1, 2, 3, 4, 5, 6]);
+    expect(Math.max(...lengths)).toBeGreaterThan(64);
   });
 
   it('refcountFindFree and refcountFreeRun, all widths', () => {

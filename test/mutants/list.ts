@@ -224,7 +224,7 @@ export const mutants: readonly Mutant[] = [
     name: 'metadata-before-data',
     what: 'metadata is written before what it refers to is durable',
     file: METADATA,
-    find: "const reached = state.get('sequence');\n    state.syncFile(this.#file, hold);",
+    find: "const reached = state.get('sequence');\n    this.#sync(hold);",
     replace: "const reached = state.get('sequence');",
     tests: power,
   },
@@ -426,12 +426,13 @@ export const mutants: readonly Mutant[] = [
     replace: '',
   },
   {
-    name: 'commit-unflushed',
-    what: 'the target gets its name before it is on the disk',
-    file: TARGET,
-    find: `    attachNode(runtime, target.descriptor).flush();
-`,
-    replace: '',
+    name: 'target-unsynced',
+    what: 'the flush of a target does not reach the disk',
+    file: FILE,
+    find: `    if (this.readOnly) return;
+    this.#attempt('flush'`,
+    replace: `    if (this.readOnly || this.descriptor.writeBehind) return;
+    this.#attempt('flush'`,
   },
   {
     name: 'l1-too-early',
@@ -452,7 +453,7 @@ export const mutants: readonly Mutant[] = [
     what: 'the refcount table is written before the blocks it refers to are durable',
     file: METADATA,
     find: `      this.#refcounts.writeDirty();
-      state.syncFile(this.#file, true);
+      this.#sync(true);
       const from`,
     replace: `      this.#refcounts.writeDirty();
       const from`,
@@ -461,7 +462,7 @@ export const mutants: readonly Mutant[] = [
     name: 'flush-without-sync',
     what: 'a flush ends before the metadata it wrote is on the disk',
     file: METADATA,
-    find: `    state.syncFile(this.#file, hold);
+    find: `    this.#sync(hold);
     const { f64 }`,
     replace: '    const { f64 }',
   },
@@ -514,9 +515,13 @@ export const mutants: readonly Mutant[] = [
     name: 'status-beyond-backing',
     what: 'the status of a range beyond the end of a shorter backing file is asked of it',
     file: 'src/block/status.ts',
-    find: `if (backing === undefined || offset >= backing.length) return zero(stop, depth);
+    find: `    if (backing === undefined || offset >= backing.length) {
+      return { length: stop, flags: STATUS_ZERO, depth, hostOffset, node: undefined };
+    }
     stop = Math.min(stop, backing.length - offset);`,
-    replace: `if (backing === undefined) return zero(stop, depth);
+    replace: `    if (backing === undefined) {
+      return { length: stop, flags: STATUS_ZERO, depth, hostOffset, node: undefined };
+    }
     stop = Math.max(1, Math.min(stop, backing.length - offset));`,
   },
   {

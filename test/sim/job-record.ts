@@ -61,6 +61,11 @@ export class JobRecord {
     return Number((word >> BigInt(2 * (cluster & 31))) & 3n);
   }
 
+  /** Pointer to the word with the state of a cluster. */
+  stateWord(cluster: number): number {
+    return (this.#words[Word.States] ?? 0) + (cluster >> 5) * 8;
+  }
+
   freeze(drive: Uint8Array, unknown: Uint8Array, states: number, clusterSize: number, control: number): void {
     this.frozen.set(drive);
     this.unknown.set(unknown);

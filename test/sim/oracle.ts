@@ -277,6 +277,10 @@ export class Oracle {
     }
     // Whoever has just ended a claim is on its way to wake those who wait for it.
     if (this.#world.othersAt(job.control, job.control + 128)) return;
+    // So is who ends a claim that goes on in the next words of the states: each word is a step of its own.
+    const last = Math.floor((op.offset + op.length - 1) / size);
+    const end = Math.ceil(this.#get(Word.Length) / size);
+    if (this.#world.othersAt(job.stateWord(last) + 8, job.stateWord(end) + 8)) return;
     this.#world.violate(
       INVARIANTS.waits,
       `${op.kind} ${op.id} waits although none of its clusters is being copied`,

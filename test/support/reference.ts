@@ -364,8 +364,11 @@ export class ReferenceKernels {
     index: number,
     count: number,
     clusterBits: number,
-    hasZeroFlag: boolean,
+    features: number,
   ): ReferenceExtent {
+    if ((features & 2) !== 0) return this.#extendedExtent(slice, index, count, clusterBits, features);
+    const hasZeroFlag = (features & 1) !== 0;
+    const dataFile = (features & 4) !== 0;
     const entryAt = (at: number): bigint => this.#view.getBigUint64(slice + at * 8);
     const first = entryAt(index);
     const bit = (at: number): boolean => ((first >> BigInt(at)) & 1n) === 1n;
@@ -379,7 +382,7 @@ export class ReferenceKernels {
       copied,
     });
     if (bit(62)) {
-      if (copied) return of(5, 1);
+      if (copied || dataFile) return of(5, 1);
       const x = BigInt(62 - (clusterBits - 8));
       const host = first & ((1n << x) - 1n);
       const sectors = Number((first & ((1n << 62n) - 1n)) >> x) + 1;
@@ -388,12 +391,47 @@ export class ReferenceKernels {
     const reserved = (first & 0x3f000000000001fen) !== 0n;
     const unaligned = offset % (1n << BigInt(clusterBits)) !== 0n;
     if (reserved || unaligned || (bit(0) && !hasZeroFlag)) return of(5, 1);
-    if (!bit(0) && offset === 0n && copied) return of(5, 1);
-    const kind = bit(0) ? (offset === 0n ? 1 : 2) : offset === 0n ? 0 : 3;
+    if (!bit(0) && offset === 0n && copied && !dataFile) return of(5, 1);
+    const placed = offset !== 0n || copied;
+    const kind = bit(0) ? (offset === 0n ? 1 : 2) : placed ? 3 : 0;
     const step = kind >= 2 ? 1n << BigInt(clusterBits) : 0n;
     let n = 1;
     while (n < count && entryAt(index + n) === ((first + BigInt(n) * step) & MASK64)) n++;
     return of(kind, n);
+  }
+
+  /** One subcluster at a time, by the words of the specification. */
+  #extendedExtent(slice: number, index: number, count: number, clusterBits: number, features: number) {
+    const first = this.#subcluster(slice, index, clusterBits, features);
+    let n = 1;
+    for (; n < count && first.kind !== 5; n++) {
+      const next = this.#subcluster(slice, index + n, clusterBits, features);
+      const clusters = Math.floor((index + n) / 32) - Math.floor(index / 32);
+      const step = first.kind === 2 || first.kind === 3 || first.kind === 6 ? clusters * 2 ** clusterBits : 0;
+      if (next.kind !== first.kind || next.copied !== first.copied) break;
+      if (first.kind === 4 ? clusters > 0 : next.hostOffset !== first.hostOffset + step) break;
+    }
+    return { ...first, count: n };
+  }
+
+  #subcluster(slice: number, index: number, clusterBits: number, features: number): ReferenceExtent {
+    const at = slice + Math.floor(index / 32) * 16;
+    const entry = this.#view.getBigUint64(at);
+    const copied = entry >> 63n === 1n;
+    const zero = ((this.#view.getUint32(at + 8) >>> (index % 32)) & 1) === 1;
+    const allocated = ((this.#view.getUint32(at + 12) >>> (index % 32)) & 1) === 1;
+    const hostOffset = Number(entry & 0x00fffffffffffe00n);
+    const of = (kind: number) => ({ count: 1, kind, hostOffset, compressedLength: 0, copied });
+    if (((entry >> 62n) & 1n) === 1n) {
+      // Compressed clusters are the same as in standard entries.
+      return this.l2Extent(at, 0, 1, clusterBits, features & ~2);
+    }
+    const dataFile = (features & 4) !== 0;
+    if ((entry & 0x3f000000000001ffn) !== 0n || hostOffset % 2 ** clusterBits !== 0) return of(5);
+    if (hostOffset === 0 && copied && !dataFile) return of(5);
+    const placed = hostOffset !== 0 || copied;
+    if ((zero && allocated) || (allocated && !placed)) return of(5);
+    return of(allocated ? 3 : zero ? (placed ? 2 : 1) : placed ? 6 : 0);
   }
 
   #refcount(block: number, index: number, order: number): bigint {

@@ -2,7 +2,7 @@ import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { Qcow2Descriptor } from '../node.js';
 import type { FileNode } from '../raw/file.js';
-import { FIELD } from './header.js';
+import { FIELD, INCOMPATIBLE_CORRUPT, SUBCLUSTERS } from './header.js';
 import { decrementRefcount, fillRefcounts, loadRefcount, storeRefcount } from './refcount-entry.js';
 import { SliceCache } from './slice-cache.js';
 import { FREE_ENTRY, MUTATED, READERS, State } from './state.js';
@@ -11,6 +11,9 @@ import { FREE_ENTRY, MUTATED, READERS, State } from './state.js';
 const L1_OFFSET_MASK = 0x00fffffffffffe00n;
 const REFCOUNT_TABLE_RESERVED_MASK = 0x1ffn;
 const COPIED = 1n << 63n;
+const COMPRESSED = 1n << 62n;
+/** The bitmap of an extended entry whose subclusters all read as zeroes. */
+const ALL_ZERO = 0xffffffff00000000n;
 
 /** Clusters in a row in the file. */
 export interface HostRun {
@@ -48,6 +51,12 @@ export class Metadata {
   readonly l2Entries: number;
   /** Entries of a slice of an L2 table. */
   readonly sliceEntries: number;
+  /** Subclusters of a cluster, 1 where entries are not extended. */
+  readonly subclusters: number;
+  readonly #entryBytes: number;
+  readonly #dataFile: FileNode | undefined;
+  readonly #writable: boolean;
+  readonly #version: number;
   readonly #runtime: Runtime;
   readonly #file: FileNode;
   readonly #path: string;
@@ -58,15 +67,21 @@ export class Metadata {
   readonly #l1: number;
   readonly #table: number;
 
-  constructor(runtime: Runtime, descriptor: Qcow2Descriptor, file: FileNode) {
+  /** @param dataFile where the guest's data is, undefined: in `file` */
+  constructor(runtime: Runtime, descriptor: Qcow2Descriptor, file: FileNode, dataFile: FileNode | undefined) {
     const state = new State(runtime.arena, descriptor.control, descriptor.path);
     this.state = state;
     this.#runtime = runtime;
     this.#file = file;
     this.#path = descriptor.path;
     this.clusterSize = 2 ** descriptor.clusterBits;
-    this.l2Entries = this.clusterSize / 8;
-    this.sliceEntries = state.get('sliceBytes') / 8;
+    this.subclusters = descriptor.extendedL2 ? SUBCLUSTERS : 1;
+    this.#entryBytes = descriptor.extendedL2 ? 16 : 8;
+    this.#dataFile = dataFile;
+    this.#writable = !descriptor.readOnly;
+    this.#version = descriptor.version;
+    this.l2Entries = this.clusterSize / this.#entryBytes;
+    this.sliceEntries = state.get('sliceBytes') / this.#entryBytes;
     this.#order = Math.log2(descriptor.refcountBits);
     this.#perBlock = (this.clusterSize * 8) / descriptor.refcountBits;
     this.#perSlice = (state.get('sliceBytes') * 8) / descriptor.refcountBits;
@@ -155,44 +170,87 @@ export class Metadata {
     if (old !== 0) this.#deferFree({ offset: old, clusters: 1 }, sequence);
   }
 
-  /** One raw L2 entry; 0 where there is no table. */
+  /** One raw L2 entry (an extended one: without its bitmap); 0 where there is no table. */
   entry(cluster: number): bigint {
-    const l1Index = Math.floor(cluster / this.l2Entries);
+    const at = this.#entryPointer(cluster);
+    return at < 0 ? 0n : this.#runtime.arena.view.getBigUint64(at);
+  }
+
+  /** The subclusters of a cluster that have data, bit i for subcluster i; of an extended entry, not compressed. */
+  allocatedSubclusters(cluster: number): number {
+    const at = this.#entryPointer(cluster);
+    return at < 0 ? 0 : this.#runtime.arena.view.getUint32(at + 12);
+  }
+
+  /** -1 where there is no table. */
+  #entryPointer(cluster: number): number {
     const l2Index = cluster % this.l2Entries;
-    const slot = this.l2Slice(l1Index, l2Index);
-    if (slot < 0) return 0n;
-    return this.#runtime.arena.view.getBigUint64(this.l2.pointer(slot) + (l2Index % this.sliceEntries) * 8);
+    const slot = this.l2Slice(Math.floor(cluster / this.l2Entries), l2Index);
+    return slot < 0 ? -1 : this.l2.pointer(slot) + (l2Index % this.sliceEntries) * this.#entryBytes;
   }
 
   /**
    * Makes `count` clusters from `cluster` on (of one slice; the table is {@link prepareL2}d) data of the host clusters
    * from `host` on, which have refcount 1 and hold the data already. What they were before is freed.
+   *
+   * @param from first subcluster of the first cluster that has data now
+   * @param to subcluster of the last cluster before which the data ends
    */
-  mapData(cluster: number, count: number, host: number): void {
+  mapData(cluster: number, count: number, host: number, from = 0, to = this.subclusters): void {
     const { view } = this.#runtime.arena;
+    const bytes = this.#entryBytes;
     const slot = this.#preparedSlice(cluster);
     const sequence = this.state.nextSequence();
-    const first = this.l2.pointer(slot) + (cluster % this.sliceEntries) * 8;
+    const first = this.l2.pointer(slot) + (cluster % this.sliceEntries) * bytes;
     for (let index = 0; index < count; index++) {
-      const old = view.getBigUint64(first + index * 8);
+      const at = first + index * bytes;
+      const old = view.getBigUint64(at);
       const place = host + index * this.clusterSize;
-      view.setUint32(first + index * 8, 0x80000000 + Math.floor(place / 0x100000000));
-      view.setUint32(first + index * 8 + 4, place % 0x100000000);
+      view.setUint32(at, 0x80000000 + Math.floor(place / 0x100000000));
+      view.setUint32(at + 4, place % 0x100000000);
+      if (bytes === 16) {
+        if ((old & COMPRESSED) !== 0n) view.setBigUint64(at + 8, 0n);
+        const mask = subclusterMask(index === 0 ? from : 0, index === count - 1 ? to : SUBCLUSTERS);
+        view.setUint32(at + 8, view.getUint32(at + 8) & ~mask);
+        view.setUint32(at + 12, view.getUint32(at + 12) | mask);
+      }
       this.l2.markDirty(slot, sequence, sequence);
       if (old !== 0n) this.#freeEntry(old, sequence, place);
     }
   }
 
-  /** Replaces one entry by one that refers to no new cluster; `free`: what it referred to is freed. */
-  replaceEntry(cluster: number, entry: bigint, free: boolean): void {
+  /** Makes a cluster unallocated, or `zero`: one that reads as zeroes; what it referred to is freed. */
+  clearEntry(cluster: number, zero: boolean): void {
     const { view } = this.#runtime.arena;
-    const slot = this.#preparedSlice(cluster);
-    const at = this.l2.pointer(slot) + (cluster % this.sliceEntries) * 8;
+    const at = this.#changeEntry(cluster);
     const old = view.getBigUint64(at);
-    const sequence = this.state.nextSequence();
-    view.setBigUint64(at, entry);
-    this.l2.markDirty(slot, sequence, 0);
-    if (free && old !== 0n) this.#freeEntry(old, sequence, -1);
+    if (this.#entryBytes === 16) {
+      view.setBigUint64(at, 0n);
+      view.setBigUint64(at + 8, zero ? ALL_ZERO : 0n);
+    } else {
+      view.setBigUint64(at, zero ? 1n : 0n);
+    }
+    if (old !== 0n) this.#freeEntry(old, this.state.get('sequence'), -1);
+  }
+
+  /** Makes subclusters [from, to) of a cluster that is not compressed read as zeroes; it keeps its host cluster. */
+  zeroInPlace(cluster: number, from = 0, to = this.subclusters): void {
+    const { view } = this.#runtime.arena;
+    const at = this.#changeEntry(cluster);
+    if (this.#entryBytes === 16) {
+      const mask = subclusterMask(from, to);
+      view.setUint32(at + 8, view.getUint32(at + 8) | mask);
+      view.setUint32(at + 12, view.getUint32(at + 12) & ~mask);
+    } else {
+      view.setBigUint64(at, view.getBigUint64(at) | 1n);
+    }
+  }
+
+  /** The pointer to an entry that is about to be changed so that it refers to nothing new. */
+  #changeEntry(cluster: number): number {
+    const slot = this.#preparedSlice(cluster);
+    this.l2.markDirty(slot, this.state.nextSequence(), 0);
+    return this.l2.pointer(slot) + (cluster % this.sliceEntries) * this.#entryBytes;
   }
 
   #preparedSlice(cluster: number): number {
@@ -472,13 +530,13 @@ export class Metadata {
       this.#refcounts.writeDirty();
       const place = start + blocks * clusterSize;
       this.#file.write(place, this.#table, newEntries * 8);
-      state.syncFile(this.#file, true);
+      this.#sync(true);
       const buffer = state.get('metaBuffer');
       view.setBigUint64(buffer, BigInt(place));
       view.setUint32(buffer + 8, tableClusters);
       // Twelve bytes of one sector: both fields or none.
       this.#file.write(FIELD.refcountTableOffset, buffer, 12);
-      state.syncFile(this.#file, true);
+      this.#sync(true);
       state.set('refcountTableOffset', place);
       state.set('refcountTableDirtyFrom', 0);
       state.set('refcountTableDirtyTo', 0);
@@ -504,7 +562,9 @@ export class Metadata {
 
   /** Defers the free of what an L2 entry refers to, unless that is the cluster at `keep`. */
   #freeEntry(entry: bigint, sequence: number, keep: number): void {
-    if ((entry & (1n << 62n)) !== 0n) {
+    // Clusters of an external data file belong to their guest clusters for ever.
+    if (this.#dataFile !== undefined) return;
+    if ((entry & COMPRESSED) !== 0n) {
       this.#deferFree(this.compressedClusters(entry), sequence);
       return;
     }
@@ -666,7 +726,7 @@ export class Metadata {
       this.#round(true);
       this.reap(true);
       this.#refcounts.writeDirty();
-      state.syncFile(this.#file, true);
+      this.#sync(true);
     });
   }
 
@@ -680,12 +740,20 @@ export class Metadata {
       if (Atomics.load(i32, flag) !== 0) return;
       if (state.get('autoclear') !== 0) {
         const buffer = state.get('metaBuffer');
-        this.#runtime.arena.u8.fill(0, buffer, buffer + 8);
+        this.#runtime.arena.view.setBigUint64(buffer, BigInt(state.get('autoclearKept')));
         this.#file.write(FIELD.autoclearFeatures, buffer, 8);
-        state.syncFile(this.#file, true);
+        this.#sync(true);
       }
       Atomics.store(i32, flag, 1);
     });
+  }
+
+  /** Data first: what is durable afterwards may be referred to. */
+  #sync(hold: boolean): void {
+    this.state.sync(() => {
+      this.#dataFile?.flush();
+      this.#file.flush();
+    }, hold);
   }
 
   #round(hold: boolean): void {
@@ -696,7 +764,7 @@ export class Metadata {
     // Every change before `written` is in the file now.
     const oldestL1 = state.get('l1DirtyTo') > 0 ? state.get('l1Since') : Infinity;
     const written = Math.min(oldestSlice, oldestL1, state.get('sequence') + 1);
-    state.syncFile(this.#file, hold);
+    this.#sync(hold);
     const { f64 } = this.#runtime.arena;
     const first = state.get('frees') / 8;
     let durable = state.get('freeDurable');
@@ -712,9 +780,9 @@ export class Metadata {
     if (state.get('refcountTableDirtyTo') > 0) {
       // New refcount blocks have to be durable before the table says where they are. Most of the work is done
       // with the lock let go.
-      if (!hold) state.syncFile(this.#file, false);
+      if (!hold) this.#sync(false);
       this.#refcounts.writeDirty();
-      state.syncFile(this.#file, true);
+      this.#sync(true);
       const from = state.get('refcountTableDirtyFrom');
       const to = state.get('refcountTableDirtyTo');
       if (to > 0) {
@@ -726,7 +794,7 @@ export class Metadata {
     }
     this.#refcounts.writeDirty();
     const reached = state.get('sequence');
-    state.syncFile(this.#file, hold);
+    this.#sync(hold);
     state.set('durable', Math.max(state.get('durable'), reached));
   }
 
@@ -744,10 +812,36 @@ export class Metadata {
     return Math.min(l1, this.l2.oldestChange());
   }
 
+  /**
+   * The error for damage in the tables. A writable image takes no more changes from then on and is marked corrupt,
+   * so that nobody else writes to it before it is repaired. Under the lock.
+   */
   corrupt(what: string): StillframeError {
+    if (this.#writable && this.state.latchDamage() && this.#version >= 3) {
+      try {
+        const buffer = this.state.get('metaBuffer');
+        const { view } = this.#runtime.arena;
+        this.#file.read(FIELD.incompatibleFeatures, buffer, 8);
+        view.setBigUint64(buffer, view.getBigUint64(buffer) | INCOMPATIBLE_CORRUPT);
+        this.#file.write(FIELD.incompatibleFeatures, buffer, 8);
+        this.#file.flush();
+      } catch {
+        // The damage is the error to tell of.
+      }
+    }
+    return this.damaged(what);
+  }
+
+  /** The error for data that cannot be made sense of; the image stays as it is. */
+  damaged(what: string): StillframeError {
     return new StillframeError(
       'ERR_STILLFRAME_CORRUPT_IMAGE',
-      `'${this.#path}' is damaged: ${what}; check it with 'qemu-img check'`,
+      `'${this.#path}' is damaged: ${what}; check it with 'stillframe check'`,
     );
   }
+}
+
+/** Bits [from, to) of 32. */
+function subclusterMask(from: number, to: number): number {
+  return ((2 ** to - 1) >>> 0) & ~(2 ** from - 1);
 }

@@ -2,8 +2,12 @@ import { StillframeError } from '../../errors.js';
 import {
   L2_COMPRESSED,
   L2_DATA,
+  L2_FEATURE_DATA_FILE,
+  L2_FEATURE_SUBCLUSTERS,
+  L2_FEATURE_ZERO_FLAG,
   L2_INVALID,
   L2_UNALLOCATED,
+  L2_UNALLOCATED_PLACE,
   L2_ZERO_ALLOCATED,
   L2_ZERO_PLAIN,
 } from '../../kernels/kernels.js';
@@ -24,7 +28,7 @@ import { looksPreallocated } from './preallocation.js';
 import { ScratchPool } from './scratch.js';
 import { PREALLOCATED, RELIEVING } from './state.js';
 
-/** What the tables say of a range: clusters of one kind, with a host place contiguous in the file. */
+/** What the tables say of a range: subclusters of one kind, with a host place contiguous in the file. */
 interface Lookup {
   /** One of the `L2_*` kinds. */
   readonly kind: number;
@@ -48,8 +52,6 @@ type Change =
   /** Zeroes have to be written. */
   | 'write';
 
-/** The zero flag of an L2 entry. */
-const ZERO_FLAG = 1n;
 /** Slices that one status call looks at, at most. */
 const STATUS_SLICES = 64;
 /** How long a mutation waits for reads in flight, so that frees can be applied. */
@@ -72,7 +74,13 @@ export class Qcow2Node implements BlockNode {
   readonly backing: BlockNode | undefined;
   readonly #runtime: Runtime;
   readonly #file: FileNode;
+  /** Where the guest's data is: the image's file or its external data file. */
+  readonly #data: FileNode;
   readonly #meta: Metadata;
+  /** `L2_FEATURE_*` bits. */
+  readonly #features: number;
+  /** What of a cluster has a state of its own, bytes: a subcluster, or the whole cluster. */
+  readonly #subclusterSize: number;
   readonly #scratch: ScratchPool;
   readonly #hasZeroFlag: boolean;
   /** Unallocated is not zero: there is, or the header says there is, a backing file. */
@@ -80,7 +88,13 @@ export class Qcow2Node implements BlockNode {
   /** Most recently used last. */
   #decompressed: Decompressed[] = [];
 
-  constructor(runtime: Runtime, descriptor: Qcow2Descriptor, file: FileNode, backing: BlockNode | undefined) {
+  constructor(
+    runtime: Runtime,
+    descriptor: Qcow2Descriptor,
+    file: FileNode,
+    dataFile: FileNode | undefined,
+    backing: BlockNode | undefined,
+  ) {
     this.descriptor = descriptor;
     this.length = descriptor.length;
     this.readOnly = descriptor.readOnly;
@@ -88,7 +102,13 @@ export class Qcow2Node implements BlockNode {
     this.backing = backing;
     this.#runtime = runtime;
     this.#file = file;
-    this.#meta = new Metadata(runtime, descriptor, file);
+    this.#data = dataFile ?? file;
+    this.#meta = new Metadata(runtime, descriptor, file, dataFile);
+    this.#subclusterSize = this.clusterSize / this.#meta.subclusters;
+    this.#features =
+      (descriptor.version >= 3 ? L2_FEATURE_ZERO_FLAG : 0) |
+      (descriptor.extendedL2 ? L2_FEATURE_SUBCLUSTERS : 0) |
+      (descriptor.hasDataFile ? L2_FEATURE_DATA_FILE : 0);
     this.#scratch = new ScratchPool(this.#meta.state);
     this.#hasZeroFlag = descriptor.version >= 3;
     this.#hasBacking = backing !== undefined || descriptor.backingFile !== undefined;
@@ -118,7 +138,8 @@ export class Qcow2Node implements BlockNode {
         const bytes = found.length;
         switch (found.kind) {
           case L2_DATA:
-            this.#file.read(found.hostOffset, pointer, bytes);
+            this.#checkDataFileOpen();
+            this.#data.read(found.hostOffset, pointer, bytes);
             break;
           case L2_COMPRESSED: {
             const cluster = this.#decompress(found, offset, generation, input);
@@ -127,6 +148,7 @@ export class Qcow2Node implements BlockNode {
             break;
           }
           case L2_UNALLOCATED:
+          case L2_UNALLOCATED_PLACE:
             this.#readBacking(offset, pointer, bytes);
             break;
           default:
@@ -169,7 +191,7 @@ export class Qcow2Node implements BlockNode {
     const compressed = input >= 0 ? load(input) : this.#scratch.with(load);
     const bytes = decompressCluster(compressed, this.descriptor.compressionType, this.clusterSize);
     if (bytes === undefined) {
-      throw this.#meta.corrupt(
+      throw this.#meta.damaged(
         `the compressed cluster at guest offset ${offset - (offset % this.clusterSize)} (file offset ${found.hostOffset}) does not decompress to ${this.clusterSize} bytes`,
       );
     }
@@ -193,17 +215,22 @@ export class Qcow2Node implements BlockNode {
       return { kind: L2_UNALLOCATED, hostOffset: -1, length: bytes, copied: false, compressedLength: 0 };
     }
     const { kernels } = this.#runtime;
-    const index = l2Index % meta.sliceEntries;
-    const most = Math.min(meta.sliceEntries - index, Math.ceil((within + length) / clusterSize));
+    const { subclusters } = meta;
+    const size = this.#subclusterSize;
+    const index = (l2Index % meta.sliceEntries) * subclusters + Math.floor(within / size);
+    const inside = within % size;
+    const most = Math.min(meta.sliceEntries * subclusters - index, Math.ceil((inside + length) / size));
     const slice = meta.l2.pointer(slot);
-    const count = kernels.l2Extent(slice, index, most, this.descriptor.clusterBits, this.#hasZeroFlag);
+    const count = kernels.l2Extent(slice, index, most, this.descriptor.clusterBits, this.#features);
     const kind = kernels.l2Kind;
     const host = kernels.l2HostOffset;
     const compressed = kind === L2_COMPRESSED;
+    const placed = kind === L2_DATA || kind === L2_ZERO_ALLOCATED || kind === L2_UNALLOCATED_PLACE;
     if (
       kind === L2_INVALID ||
       (compressed && host >= this.#file.length) ||
-      !Number.isSafeInteger(host + length)
+      (placed && this.descriptor.hasDataFile && host !== cluster * clusterSize) ||
+      !Number.isSafeInteger(host + within + length)
     ) {
       const entry = meta.entry(cluster);
       throw meta.corrupt(
@@ -213,10 +240,20 @@ export class Qcow2Node implements BlockNode {
     return {
       kind,
       hostOffset: compressed ? host : host + within,
-      length: Math.min(length, count * clusterSize - within),
+      length: Math.min(length, count * size - inside),
       copied: kernels.l2Copied,
       compressedLength: compressed ? kernels.l2CompressedLength : 0,
     };
+  }
+
+  /** The guest's data is in a file that we were told not to open. */
+  #checkDataFileOpen(): void {
+    if (this.descriptor.hasDataFile && this.descriptor.dataFile === undefined) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_BACKING_MISSING',
+        `the data of '${this.descriptor.path}' is in the external data file '${this.descriptor.dataFileName ?? ''}', which is not open`,
+      );
+    }
   }
 
   status(offset: number, length: number): Extent {
@@ -226,14 +263,14 @@ export class Qcow2Node implements BlockNode {
       let total = first.length;
       for (let slices = 1; total < length && slices < STATUS_SLICES; slices++) {
         const next = this.#extentOf(this.#lookup(offset + total, length - total));
-        const adjacent = first.hostOffset < 0 || next.hostOffset === first.hostOffset + total;
+        const adjacent = next.hostOffset === (first.hostOffset < 0 ? -1 : first.hostOffset + total);
         if (next.flags !== first.flags || !adjacent) break;
         total += next.length;
       }
       return { ...first, length: total };
     });
     if (!(extent.flags & STATUS_DATA) || extent.hostOffset < 0 || !this.#preallocated) return extent;
-    const inFile = this.#file.status(extent.hostOffset, extent.length);
+    const inFile = this.#data.status(extent.hostOffset, extent.length);
     return { ...extent, length: inFile.length, flags: extent.flags | (inFile.flags & STATUS_ZERO) };
   }
 
@@ -260,6 +297,8 @@ export class Qcow2Node implements BlockNode {
         return { length, flags: STATUS_DATA | STATUS_ALLOCATED | STATUS_COMPRESSED, hostOffset: -1 };
       case L2_UNALLOCATED:
         return { length, flags: 0, hostOffset: -1 };
+      case L2_UNALLOCATED_PLACE:
+        return { length, flags: 0, hostOffset };
       default: {
         const place = found.kind === L2_ZERO_ALLOCATED ? hostOffset : -1;
         return { length, flags: STATUS_ZERO | STATUS_ALLOCATED, hostOffset: place };
@@ -288,36 +327,59 @@ export class Qcow2Node implements BlockNode {
       const found = this.#lookup(offset, length);
       if (found.kind === L2_DATA && found.copied) {
         const start = found.hostOffset - (found.hostOffset % clusterSize);
-        meta.checkOverlap(start, found.hostOffset + found.length - start, 'data of the guest');
-        return { inPlace: true, host: found.hostOffset, length: found.length, run: undefined, clusters: 0 };
+        this.#checkPlace(start, found.hostOffset + found.length - start);
+        return { inPlace: true, host: found.hostOffset, length: found.length, run: undefined } as const;
       }
       meta.prepareL2(Math.floor(cluster / meta.l2Entries));
-      if (found.kind === L2_ZERO_ALLOCATED && found.copied) {
+      if (isEmptyPlace(found)) {
         const host = found.hostOffset - (offset % clusterSize);
-        const clusters = Math.ceil(((offset % clusterSize) + found.length) / clusterSize);
-        meta.checkOverlap(host, clusters * clusterSize, 'data of the guest');
-        return { inPlace: false, host, length: found.length, run: undefined, clusters };
+        this.#checkPlace(host, found.length + (offset % clusterSize));
+        const part = this.#partOf(offset, found.length, true);
+        return {
+          inPlace: false,
+          host,
+          length: found.length,
+          run: undefined,
+          part,
+        } as const;
       }
-      const run = meta.allocate(this.#clustersToAllocate(offset, length));
-      const bytes = Math.min(length, run.clusters * clusterSize - (offset % clusterSize));
-      return { inPlace: false, host: run.offset, length: bytes, run, clusters: run.clusters };
+      const wanted = this.#clustersToAllocate(offset, length);
+      const { hasDataFile } = this.descriptor;
+      const run = hasDataFile ? undefined : meta.allocate(wanted);
+      const { offset: host, clusters } = run ?? { offset: cluster * clusterSize, clusters: wanted };
+      const bytes = Math.min(length, clusters * clusterSize - (offset % clusterSize));
+      const part = this.#partOf(offset, bytes, false);
+      return { inPlace: false, host, length: bytes, run, part } as const;
     });
     if (plan.inPlace) {
-      this.#file.write(plan.host, pointer, plan.length);
+      this.#data.write(plan.host, pointer, plan.length);
       return plan.length;
     }
+    const { part } = plan;
     let mapped = 0;
     try {
-      this.#writeClusters(offset, pointer, plan.length, plan.host, plan.run === undefined);
+      this.#writeClusters(offset, pointer, plan.length, plan.host, part);
       meta.state.withLock(() => {
-        meta.mapData(cluster, plan.clusters, plan.host);
-        mapped = plan.clusters;
+        const size = this.#subclusterSize;
+        const first = cluster * clusterSize;
+        const clusters = Math.ceil((part.end - first) / clusterSize);
+        const last = first + (clusters - 1) * clusterSize;
+        const to = Math.ceil((part.end - last) / size);
+        meta.mapData(cluster, clusters, plan.host, (part.start - first) / size, to);
+        mapped = clusters;
       });
     } finally {
       this.#releaseUnmapped(plan.run, mapped);
     }
     this.#relieveIfCrowded();
     return plan.length;
+  }
+
+  /** Data written in place must not destroy metadata. Under the lock. */
+  #checkPlace(host: number, length: number): void {
+    if (this.descriptor.hasDataFile) return;
+    const { clusterSize } = this;
+    this.#meta.checkOverlap(host, Math.ceil(length / clusterSize) * clusterSize, 'data of the guest');
   }
 
   /** How many clusters from `offset` on need a new place, up to the end of the slice. Under the lock. */
@@ -329,51 +391,101 @@ export class Qcow2Node implements BlockNode {
     let at = offset;
     while (at < end) {
       const found = this.#lookup(at, end - at);
-      if (found.copied && (found.kind === L2_DATA || found.kind === L2_ZERO_ALLOCATED)) break;
+      // Only the first cluster may begin in its middle: where a later one has a place, it has it from its start on.
+      if (found.copied && (found.kind === L2_DATA || isEmptyPlace(found))) break;
       at += found.length;
     }
     return Math.ceil(at / this.clusterSize) - first;
   }
 
   /**
-   * Writes the range into new host clusters, the first of them at `host`. What the range leaves of its first and
-   * last cluster is filled up with what the guest sees there now: `zero` says that this is zeroes.
+   * What has to be written so that the bytes [offset, offset + length) can be: whole subclusters, and in clusters
+   * that get a new place (not `inPlace`) all that has data so far. Bytes of the drive, the end rounded up to its
+   * subcluster. Under the lock.
    */
-  #writeClusters(offset: number, pointer: number, length: number, host: number, zero: boolean): void {
+  #partOf(offset: number, length: number, inPlace: boolean): { start: number; end: number } {
+    const { clusterSize } = this;
+    const size = this.#subclusterSize;
+    const end = offset + length;
+    let start = offset - (offset % size);
+    let stop = Math.ceil(end / size) * size;
+    if (!inPlace) {
+      const firstCluster = offset - (offset % clusterSize);
+      const lastCluster = end - 1 - ((end - 1) % clusterSize);
+      start = Math.min(start, firstCluster + this.#dataIn(firstCluster / clusterSize).from * size);
+      stop = Math.max(stop, lastCluster + this.#dataIn(lastCluster / clusterSize).to * size);
+    }
+    // A data file is as long as the drive.
+    return { start, end: this.descriptor.hasDataFile ? Math.min(stop, this.length) : stop };
+  }
+
+  /** The subclusters [from, to) that hold all data of a cluster; nothing where `to` is 0. Under the lock. */
+  #dataIn(cluster: number): { from: number; to: number } {
+    const all = this.#meta.subclusters;
+    const { kind } = this.#lookup(cluster * this.clusterSize, 1);
+    if (kind === L2_COMPRESSED) return { from: 0, to: all };
+    if (all === 1) return kind === L2_DATA ? { from: 0, to: 1 } : { from: 1, to: 0 };
+    const allocated = this.#meta.allocatedSubclusters(cluster);
+    if (allocated === 0) return { from: all, to: 0 };
+    return { from: 31 - Math.clz32(allocated & -allocated), to: 32 - Math.clz32(allocated) };
+  }
+
+  /**
+   * Writes the range into host clusters, the first of them at `host`. What the range leaves of `part` is filled up
+   * with what the guest sees there now.
+   */
+  #writeClusters(
+    offset: number,
+    pointer: number,
+    length: number,
+    host: number,
+    part: { start: number; end: number },
+  ): void {
     const { clusterSize } = this;
     const end = offset + length;
     const firstStart = offset - (offset % clusterSize);
     let at = offset;
     while (at < end) {
       const start = at - (at % clusterSize);
+      const lead = Math.max(start, part.start);
       const whole = Math.floor((end - at) / clusterSize) * clusterSize;
       const target = host + (start - firstStart);
       if (at === start && whole > 0) {
-        this.#file.write(target, pointer + (at - offset), whole);
+        this.#data.write(target, pointer + (at - offset), whole);
         at += whole;
         continue;
       }
       const stop = Math.min(end, start + clusterSize);
-      this.#writeFilledUp(start, at, stop, pointer + (at - offset), target, zero);
+      const tail = Math.min(part.end, start + clusterSize);
+      if (at === lead && stop === tail) {
+        this.#data.write(target + (at - start), pointer + (at - offset), stop - at);
+      } else {
+        this.#writeFilledUp(
+          { start: lead, end: tail },
+          at,
+          stop,
+          pointer + (at - offset),
+          target + (lead - start),
+        );
+      }
       at = stop;
     }
   }
 
-  /** Writes the cluster at guest offset `start`: new bytes [from, to), old ones around them. */
+  /** Writes a part of one cluster to `host`: new bytes [from, to), old ones around them. */
   #writeFilledUp(
-    start: number,
+    part: { start: number; end: number },
     from: number,
     to: number,
     pointer: number,
     host: number,
-    zero: boolean,
   ): void {
-    const { clusterSize } = this;
+    const { start, end } = part;
     const { u8 } = this.#runtime.arena;
     this.#scratch.with((scratch) => {
-      const input = scratch + clusterSize;
+      const input = scratch + this.clusterSize;
       const fill = (begin: number, stop: number): void => {
-        const visible = zero ? begin : Math.max(begin, Math.min(stop, this.length));
+        const visible = Math.max(begin, Math.min(stop, this.length));
         if (visible > begin) {
           this.#checkBackingOpen(begin, visible - begin);
           this.#read(begin, scratch + (begin - start), visible - begin, input);
@@ -381,20 +493,27 @@ export class Qcow2Node implements BlockNode {
         u8.fill(0, scratch + (visible - start), scratch + (stop - start));
       };
       fill(start, from);
-      fill(to, start + clusterSize);
+      fill(to, end);
       u8.copyWithin(scratch + (from - start), pointer, pointer + (to - from));
-      this.#file.write(host, scratch, clusterSize);
+      this.#data.write(host, scratch, end - start);
     });
   }
 
   /** Old content that is in a backing file we were told not to open is not zeroes. */
   #checkBackingOpen(offset: number, length: number): void {
     if (this.backing !== undefined || !this.#hasBacking) return;
-    const unknown = this.#meta.state.withLock(() => this.#lookup(offset, length).kind === L2_UNALLOCATED);
+    const unknown = this.#meta.state.withLock(() => {
+      for (let at = offset; at < offset + length; ) {
+        const found = this.#lookup(at, offset + length - at);
+        if (isUnallocated(found.kind)) return true;
+        at += found.length;
+      }
+      return false;
+    });
     if (!unknown) return;
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_MISSING',
-      `cannot write a part of the cluster at ${offset - (offset % this.clusterSize)} of '${this.descriptor.path}': the rest of it is in the backing file '${this.descriptor.backingFile}', which is not open; write whole clusters or open the backing file`,
+      `cannot write a part of the cluster at ${offset - (offset % this.#subclusterSize)} of '${this.descriptor.path}': the rest of it is in the backing file '${this.descriptor.backingFile}', which is not open; write whole clusters or open the backing file`,
     );
   }
 
@@ -434,6 +553,7 @@ export class Qcow2Node implements BlockNode {
     unit: number,
     runs: readonly { first: number; end: number }[],
   ) {
+    if (this.descriptor.hasDataFile) return false;
     if ((offset + length) % this.clusterSize !== 0 && offset + length !== this.length) return false;
     return this.#meta.state.withLock(() =>
       runs.every((run) => {
@@ -578,6 +698,7 @@ export class Qcow2Node implements BlockNode {
 
   writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
     this.#beginMutation('write zeroes', offset, length);
+    if (this.descriptor.dataFileRaw) this.#data.writeZeroes(offset, length, mayUnmap);
     const { clusterSize } = this;
     const end = offset + length;
     const wholeStart = Math.ceil(offset / clusterSize) * clusterSize;
@@ -593,7 +714,7 @@ export class Qcow2Node implements BlockNode {
       if (readsZero) return 'keep';
       if (kind === L2_ZERO_ALLOCATED) return mayUnmap ? 'zero' : 'keep';
       if (!this.#hasZeroFlag) return mayUnmap && !this.#hasBacking ? 'clear' : 'write';
-      return kind === L2_DATA && !mayUnmap ? 'zero-keep' : 'zero';
+      return kind === L2_UNALLOCATED || kind === L2_COMPRESSED || mayUnmap ? 'zero' : 'zero-keep';
     });
     if (end > wholeEnd) this.#zeroPart(wholeEnd, end - wholeEnd);
   }
@@ -619,17 +740,48 @@ export class Qcow2Node implements BlockNode {
   /** Zeroes a part of one cluster. */
   #zeroPart(offset: number, length: number): void {
     if (length <= 0) return;
+    const size = this.#subclusterSize;
+    const end = offset + length;
+    const from = Math.ceil(offset / size) * size;
+    const to = end === this.length ? Math.ceil(end / size) * size : end - (end % size);
+    const whole = size < this.clusterSize && from < to && this.#zeroSubclusters(from, to);
+    this.#zeroBytes(offset, (whole ? from : end) - offset);
+    if (whole) this.#zeroBytes(to, end - to);
+  }
+
+  /** Flags subclusters of one cluster as zero. False, with nothing done, where it is compressed. */
+  #zeroSubclusters(start: number, end: number): boolean {
+    const meta = this.#meta;
+    const cluster = Math.floor(start / this.clusterSize);
+    const first = cluster * this.clusterSize;
+    return this.#withRoomForFrees(1, () => {
+      const found = this.#lookup(start, end - start);
+      if (found.kind === L2_COMPRESSED) return false;
+      const readsZero = found.kind === L2_ZERO_PLAIN || (found.kind === L2_UNALLOCATED && !this.#hasBacking);
+      if (readsZero && found.length === end - start) return true;
+      meta.prepareL2(Math.floor(cluster / meta.l2Entries));
+      const size = this.#subclusterSize;
+      meta.zeroInPlace(cluster, (start - first) / size, (end - first) / size);
+      return true;
+    });
+  }
+
+  /** Zeroes bytes of one cluster by writing them, where they are not zero anyway. */
+  #zeroBytes(offset: number, length: number): void {
+    if (length <= 0) return;
     const found = this.#meta.state.withLock(() => this.#lookup(offset, length));
-    const { kind } = found;
-    if (kind === L2_ZERO_PLAIN || kind === L2_ZERO_ALLOCATED) return;
-    if (kind === L2_UNALLOCATED) {
-      const { backing } = this;
-      if (!this.#hasBacking || (backing !== undefined && offset >= backing.length)) return;
+    if (found.length === length) {
+      const { kind } = found;
+      if (kind === L2_ZERO_PLAIN || kind === L2_ZERO_ALLOCATED) return;
+      if (isUnallocated(kind)) {
+        const { backing } = this;
+        if (!this.#hasBacking || (backing !== undefined && offset >= backing.length)) return;
+      }
     }
     this.#writeZeroRange(offset, length);
   }
 
-  /** Changes the entries of the clusters [first, end), slice by slice. */
+  /** Changes the entries of the clusters [first, end), slice by slice. A cluster of several kinds counts as data. */
   #changeClusters(first: number, end: number, decide: (kind: number) => Change): void {
     const meta = this.#meta;
     const { clusterSize } = this;
@@ -637,13 +789,15 @@ export class Qcow2Node implements BlockNode {
       const sliceEnd = (Math.floor(cluster / meta.sliceEntries) + 1) * meta.sliceEntries;
       const stop = Math.min(end, sliceEnd);
       const toWrite: { offset: number; length: number }[] = [];
+      const freed: { first: number; count: number }[] = [];
       let next = stop;
       this.#withRoomForFrees(meta.sliceEntries, () => {
         for (let at = cluster; at < stop; ) {
           const wanted = (end - at) * clusterSize;
           const found = this.#lookup(at * clusterSize, wanted);
-          const count = Math.ceil(found.length / clusterSize);
-          const change = decide(found.kind);
+          const mixed = found.length < clusterSize;
+          const count = mixed ? 1 : Math.floor(found.length / clusterSize);
+          const change = decide(mixed ? L2_DATA : found.kind);
           if (change === 'keep') {
             // Where there is no table, nothing is in the rest of its range.
             if (at + count > stop) next = at + count;
@@ -653,21 +807,31 @@ export class Qcow2Node implements BlockNode {
             toWrite.push({ offset, length: bytes });
           } else {
             meta.prepareL2(Math.floor(at / meta.l2Entries));
-            for (let index = at; index < Math.min(at + count, stop); index++) this.#change(index, change);
+            const until = Math.min(at + count, stop);
+            for (let index = at; index < until; index++) this.#change(index, change);
+            if (change !== 'zero-keep') freed.push({ first: at, count: until - at });
           }
           at += count;
         }
       });
       for (const range of toWrite) this.#writeZeroRange(range.offset, range.length);
+      if (this.descriptor.hasDataFile) for (const run of freed) this.#freeData(run.first, run.count);
       this.#relieveIfCrowded();
       cluster = next;
     }
   }
 
   #change(cluster: number, change: 'zero' | 'zero-keep' | 'clear'): void {
-    const meta = this.#meta;
-    if (change === 'zero-keep') meta.replaceEntry(cluster, meta.entry(cluster) | ZERO_FLAG, false);
-    else meta.replaceEntry(cluster, change === 'zero' ? ZERO_FLAG : 0n, true);
+    if (change === 'zero-keep') this.#meta.zeroInPlace(cluster);
+    else this.#meta.clearEntry(cluster, change === 'zero');
+  }
+
+  /** Gives the space of clusters in an external data file back. */
+  #freeData(cluster: number, count: number): void {
+    const offset = cluster * this.clusterSize;
+    const length = Math.min(count * this.clusterSize, this.length - offset);
+    if (this.descriptor.dataFileRaw) this.#data.writeZeroes(offset, length, true);
+    else this.#data.discard(offset, length);
   }
 
   #writeZeroRange(offset: number, length: number): void {
@@ -691,6 +855,8 @@ export class Qcow2Node implements BlockNode {
       );
     }
     this.#meta.state.checkHealth();
+    this.#meta.state.checkUndamaged();
+    this.#checkDataFileOpen();
     this.#meta.firstMutation();
   }
 
@@ -702,4 +868,13 @@ export class Qcow2Node implements BlockNode {
       `cannot ${what} ${length} bytes at ${offset}: '${this.descriptor.path}' has ${this.length} bytes`,
     );
   }
+}
+
+function isUnallocated(kind: number): boolean {
+  return kind === L2_UNALLOCATED || kind === L2_UNALLOCATED_PLACE;
+}
+
+/** A place in the file that is ours and holds no data. */
+function isEmptyPlace(found: Lookup): boolean {
+  return found.copied && (found.kind === L2_ZERO_ALLOCATED || found.kind === L2_UNALLOCATED_PLACE);
 }

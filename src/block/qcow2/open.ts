@@ -14,6 +14,8 @@ import { allocateState } from './state.js';
  * or 12 clusters; for writing also the refcount table with room to grow (at most 8 MiB), 256 KiB of refcount slices
  * and about 0.5 MiB of working memory.
  *
+ * @param options.dataFile the open external data file; undefined although the image has one: only the tables can be
+ *   looked at
  * @param backing the open backing node; undefined although the header names one: unallocated ranges read as zeroes,
  *   but are still told apart from zeroes, and writes of parts of unallocated clusters are refused
  * @throws StillframeError what {@link readHeader} throws; ERR_STILLFRAME_CORRUPT_IMAGE where an image that is marked
@@ -23,18 +25,11 @@ export function openQcow2(
   runtime: Runtime,
   file: FileDescriptor,
   backing: NodeDescriptor | undefined,
-  options: { readonly readOnly: boolean },
+  options: { readonly readOnly: boolean; readonly dataFile?: FileDescriptor | undefined },
 ): Qcow2Descriptor {
-  const { readOnly } = options;
+  const { readOnly, dataFile } = options;
   const node = attachFile(runtime, file);
   const header = readHeader(runtime, node);
-  if (header.hasDataFile || header.extendedL2) {
-    const what = header.hasDataFile ? 'an external data file' : 'extended L2 entries (subclusters)';
-    throw new StillframeError(
-      'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
-      `'${file.path}' has ${what}, which is not supported; make another image of it with 'qemu-img convert -O qcow2'`,
-    );
-  }
   if (!readOnly) checkWritable(file.path, header);
   const control = allocateState(runtime, file.path, header, node.length, readOnly);
   const descriptor: Qcow2Descriptor = {
@@ -50,13 +45,18 @@ export function openQcow2(
     compressionType: header.compressionType,
     backingFile: header.backingFile,
     backingFormat: header.backingFormat,
+    dataFile,
+    hasDataFile: header.hasDataFile,
+    dataFileName: header.dataFile,
+    dataFileRaw: header.dataFileRaw,
+    extendedL2: header.extendedL2,
     lazyRefcounts: header.lazyRefcounts,
     dirty: header.dirty,
     corrupt: header.corrupt,
     control,
   };
   try {
-    new Metadata(runtime, descriptor, node).initialise(readOnly);
+    new Metadata(runtime, descriptor, node, dataFileOf(runtime, descriptor)).initialise(readOnly);
     return descriptor;
   } catch (error) {
     runtime.arena.free(control);
@@ -86,16 +86,21 @@ export function attachQcow2(
   file: FileNode,
   backing: BlockNode | undefined,
 ): BlockNode {
-  return new Qcow2Node(runtime, descriptor, file, backing);
+  return new Qcow2Node(runtime, descriptor, file, dataFileOf(runtime, descriptor), backing);
+}
+
+function dataFileOf(runtime: Runtime, descriptor: Qcow2Descriptor): FileNode | undefined {
+  return descriptor.dataFile && attachFile(runtime, descriptor.dataFile);
 }
 
 /**
  * Writes everything to the disk where the image is writable, and gives the memory back, whatever happens. No thread
- * may use a facade of it any more. The file stays open.
+ * may use a facade of it any more. The files stay open.
  */
 export function closeQcow2(runtime: Runtime, descriptor: Qcow2Descriptor, file: FileNode): void {
   try {
-    if (!descriptor.readOnly) new Metadata(runtime, descriptor, file).finish();
+    if (!descriptor.readOnly)
+      new Metadata(runtime, descriptor, file, dataFileOf(runtime, descriptor)).finish();
   } finally {
     runtime.arena.free(descriptor.control);
   }

@@ -2,8 +2,8 @@ import { StillframeError } from '../../errors.js';
 import type { Arena } from '../../kernels/arena.js';
 import { load, lock, unlock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
-import type { FileNode } from '../raw/file.js';
-import { MAX_REFCOUNT_TABLE_BYTES, type Qcow2Header } from './header.js';
+import { AUTOCLEAR_DATA_FILE_RAW, MAX_REFCOUNT_TABLE_BYTES, type Qcow2Header } from './header.js';
+import { cacheBytes } from './slice-cache.js';
 
 /**
  * The shared state of an open qcow2 image: one block of the arena.
@@ -15,6 +15,7 @@ import { MAX_REFCOUNT_TABLE_BYTES, type Qcow2Header } from './header.js';
  *     +20   mutated        int32   first mutation seen: autoclear bits are dealt with
  *     +24   relieving      int32   a thread is writing metadata back to make room
  *     +28   preallocated   int32   0 not known, 1 no, 2 yes: the holes of the file are looked at as well
+ *     +32   damaged        int32   damage was found in a writable image: it takes no more changes
  *     +64   numbers        float64 × 64, see NUMBERS
  *     +1024 cache slots, caches, tables, deferred frees, scratch buffers (pointers are among the numbers)
  *
@@ -23,6 +24,7 @@ import { MAX_REFCOUNT_TABLE_BYTES, type Qcow2Header } from './header.js';
  */
 const LOCK = 0;
 const FAILED = 4;
+const DAMAGED = 32;
 export const SCRATCH_MASK = 8;
 export const READERS = 12;
 export const MUTATED = 20;
@@ -54,7 +56,10 @@ const NUMBERS = [
   /** Length of the file when it was opened: what lies behind was allocated by us. */
   'openLength',
   'snapshotsOffset',
+  /** The image has autoclear features that the first change has to clear. */
   'autoclear',
+  /** The autoclear features that it keeps. */
+  'autoclearKept',
   'refcountTable',
   'refcountTableCapacity',
   /** The header names a backing file, opened or not: unallocated is not zero. */
@@ -87,14 +92,16 @@ export type NumberName = (typeof NUMBERS)[number];
 
 /** Smallest and largest unit the caches work in. */
 const SLICE_BYTES = 4096;
-const L2_CACHE_BYTES = 1024 * 1024;
+/** A cache holds the L2 tables of the whole image if they fit into this. */
+const MIN_L2_CACHE_BYTES = 64 * 1024;
+const MAX_L2_CACHE_BYTES = 8 * 1024 * 1024;
+/** No image takes a larger part of the arena for its cache, so that there is room for long chains. */
+const L2_CACHE_PART = 64;
 const REFCOUNT_CACHE_BYTES = 256 * 1024;
 const META_BYTES = 65536;
 /** Deferred frees that fit: { offset, clusters, sequence } as float64. */
 const FREE_CAPACITY = 8192;
 export const FREE_ENTRY = 24;
-/** Bytes per cache slot besides the slice: key, last use, since, needed. */
-export const SLOT_BYTES = 32;
 
 export function sliceBytesOf(clusterSize: number): number {
   return Math.min(clusterSize, SLICE_BYTES);
@@ -111,7 +118,7 @@ export function allocateState(
   const { arena } = runtime;
   const { clusterSize } = header;
   const sliceBytes = sliceBytesOf(clusterSize);
-  const l2Slots = L2_CACHE_BYTES / sliceBytes;
+  const l2Slots = l2CacheBytes(arena, header) / sliceBytes;
   const refcountSlots = readOnly ? 0 : REFCOUNT_CACHE_BYTES / sliceBytes;
   const freeCapacity = readOnly ? 0 : FREE_CAPACITY;
   const metaBytes = readOnly ? 0 : META_BYTES;
@@ -126,8 +133,8 @@ export function allocateState(
     total += Math.ceil(bytes / 64) * 64;
     return at;
   };
-  const l2Cache = place(l2Slots * (SLOT_BYTES + sliceBytes));
-  const refcountCache = place(refcountSlots * (SLOT_BYTES + sliceBytes));
+  const l2Cache = place(cacheBytes(l2Slots, sliceBytes));
+  const refcountCache = place(cacheBytes(refcountSlots, sliceBytes));
   const l1 = place(header.l1Size * 8);
   const refcountTable = place(tableCapacity * 8);
   const frees = place(freeCapacity * FREE_ENTRY);
@@ -135,6 +142,8 @@ export function allocateState(
   const zeroBytes = Math.min(clusterSize, metaBytes);
   const zeroes = place(zeroBytes);
   const scratch = place(scratchBytes * scratchCount);
+
+  const autoclearKept = header.dataFileRaw ? AUTOCLEAR_DATA_FILE_RAW : 0n;
 
   const control = arena.alloc(total, `metadata of '${path}'`);
   const state = new State(runtime.arena, control, path);
@@ -158,7 +167,8 @@ export function allocateState(
     zeroBytes,
     openLength: fileLength,
     snapshotsOffset: header.snapshotsOffset,
-    autoclear: header.autoclearFeatures === 0n ? 0 : 1,
+    autoclear: header.autoclearFeatures === autoclearKept ? 0 : 1,
+    autoclearKept: Number(autoclearKept),
     refcountTable: control + refcountTable,
     refcountTableCapacity: tableCapacity,
     hasBacking: header.backingFile === undefined ? 0 : 1,
@@ -170,6 +180,15 @@ export function allocateState(
   };
   for (const name of NUMBERS) state.set(name, constants[name] ?? 0);
   return control;
+}
+
+/** A power of two. */
+function l2CacheBytes(arena: Arena, header: Qcow2Header): number {
+  const tables = Math.ceil(header.length / header.clusterSize) * (header.extendedL2 ? 16 : 8);
+  const most = Math.min(MAX_L2_CACHE_BYTES, arena.u8.length / L2_CACHE_PART);
+  // Room for tables in use at once even where the image is tiny.
+  const bytes = Math.max(MIN_L2_CACHE_BYTES, Math.min(tables, most));
+  return 2 ** Math.floor(Math.log2(bytes * 2 - 1));
 }
 
 /**
@@ -239,20 +258,34 @@ export class State {
   }
 
   /**
-   * Syncs the file, with the lock let go meanwhile unless `hold`. A failure is final: the kernel may have dropped
+   * Syncs by `flush`, with the lock let go meanwhile unless `hold`. A failure is final: the kernel may have dropped
    * the pages it could not write, so no later sync can promise anything.
    */
-  syncFile(file: FileNode, hold: boolean): void {
+  sync(flush: () => void, hold: boolean): void {
     this.checkHealth();
     if (!hold) this.unlock();
     try {
-      file.flush();
+      flush();
     } catch (error) {
       Atomics.store(this.arena.i32, (this.control + FAILED) >> 2, 1);
       throw error;
     } finally {
       if (!hold) this.lock();
     }
+  }
+
+  /** Latches that the image is damaged. @returns whether this call was the first */
+  latchDamage(): boolean {
+    return Atomics.exchange(this.arena.i32, (this.control + DAMAGED) >> 2, 1) === 0;
+  }
+
+  /** @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE once damage was found */
+  checkUndamaged(): void {
+    if (load(this.arena, this.control + DAMAGED) === 0) return;
+    throw new StillframeError(
+      'ERR_STILLFRAME_CORRUPT_IMAGE',
+      `'${this.#path}' takes no more changes since damage was found in it; close it and repair it with 'stillframe check --repair all'`,
+    );
   }
 
   /** @throws StillframeError ERR_STILLFRAME_IO after a failed sync */
