@@ -40,6 +40,20 @@ interface Lookup {
   readonly compressedLength: number;
 }
 
+/** How a first part of a write is carried out. Offsets and lengths are bytes. */
+interface WritePlan {
+  /** Where its first cluster is in the file; in place: its first byte. */
+  readonly host: number;
+  /** Of the guest's data. */
+  readonly length: number;
+  /** What of the drive has to be written along with it; undefined: it is written in place. */
+  readonly part: { readonly start: number; readonly end: number } | undefined;
+  /** Newly allocated clusters. */
+  readonly run: HostRun | undefined;
+  /** The clusters read as zeroes so far. */
+  readonly blank: boolean;
+}
+
 /** How a change treats one cluster. */
 type Change =
   | 'keep'
@@ -323,42 +337,45 @@ export class Qcow2Node implements BlockNode {
     const meta = this.#meta;
     const { clusterSize } = this;
     const cluster = Math.floor(offset / clusterSize);
-    const plan = this.#withRoomForFrees(meta.sliceEntries, () => {
+    const plan = this.#withRoomForFrees(meta.sliceEntries, (): WritePlan => {
       const found = this.#lookup(offset, length);
       if (found.kind === L2_DATA && found.copied) {
         const start = found.hostOffset - (found.hostOffset % clusterSize);
         this.#checkPlace(start, found.hostOffset + found.length - start);
-        return { inPlace: true, host: found.hostOffset, length: found.length, run: undefined } as const;
+        return {
+          part: undefined,
+          host: found.hostOffset,
+          length: found.length,
+          run: undefined,
+          blank: false,
+        };
       }
       meta.prepareL2(Math.floor(cluster / meta.l2Entries));
       if (isEmptyPlace(found)) {
         const host = found.hostOffset - (offset % clusterSize);
         this.#checkPlace(host, found.length + (offset % clusterSize));
         const part = this.#partOf(offset, found.length, true);
-        return {
-          inPlace: false,
-          host,
-          length: found.length,
-          run: undefined,
-          part,
-        } as const;
+        return { part, host, length: found.length, run: undefined, blank: false };
       }
       const wanted = this.#clustersToAllocate(offset, length);
       const { hasDataFile } = this.descriptor;
       const run = hasDataFile ? undefined : meta.allocate(wanted);
       const { offset: host, clusters } = run ?? { offset: cluster * clusterSize, clusters: wanted };
+      // What lies behind the end of the file was never written and reads as zeroes.
+      const blank = run !== undefined && run.offset >= this.#file.length;
       const bytes = Math.min(length, clusters * clusterSize - (offset % clusterSize));
       const part = this.#partOf(offset, bytes, false);
-      return { inPlace: false, host, length: bytes, run, part } as const;
+      return { part, host, length: bytes, run, blank };
     });
-    if (plan.inPlace) {
+    const { part } = plan;
+    if (part === undefined) {
       this.#data.write(plan.host, pointer, plan.length);
       return plan.length;
     }
-    const { part } = plan;
     let mapped = 0;
     try {
-      this.#writeClusters(offset, pointer, plan.length, plan.host, part);
+      this.#writeClusters(offset, pointer, plan.length, plan.host, part, plan.blank);
+      if (plan.run !== undefined) this.#file.extend(plan.host + plan.run.clusters * clusterSize);
       meta.state.withLock(() => {
         const size = this.#subclusterSize;
         const first = cluster * clusterSize;
@@ -432,7 +449,7 @@ export class Qcow2Node implements BlockNode {
 
   /**
    * Writes the range into host clusters, the first of them at `host`. What the range leaves of `part` is filled up
-   * with what the guest sees there now.
+   * with what the guest sees there now; `blank`: the host clusters read as zeroes so far.
    */
   #writeClusters(
     offset: number,
@@ -440,6 +457,7 @@ export class Qcow2Node implements BlockNode {
     length: number,
     host: number,
     part: { start: number; end: number },
+    blank: boolean,
   ): void {
     const { clusterSize } = this;
     const end = offset + length;
@@ -457,7 +475,10 @@ export class Qcow2Node implements BlockNode {
       }
       const stop = Math.min(end, start + clusterSize);
       const tail = Math.min(part.end, start + clusterSize);
-      if (at === lead && stop === tail) {
+      if (
+        (at === lead && stop === tail) ||
+        (blank && this.#readsZero(lead, at) && this.#readsZero(stop, tail))
+      ) {
         this.#data.write(target + (at - start), pointer + (at - offset), stop - at);
       } else {
         this.#writeFilledUp(
@@ -470,6 +491,22 @@ export class Qcow2Node implements BlockNode {
       }
       at = stop;
     }
+  }
+
+  /** Whether the bytes [from, to) of one cluster are known to read as zeroes. */
+  #readsZero(from: number, to: number): boolean {
+    const { backing } = this;
+    const end = Math.min(to, this.length);
+    return this.#meta.state.withLock(() => {
+      for (let at = from; at < end; ) {
+        const { kind, length } = this.#lookup(at, end - at);
+        const beyondBacking = !this.#hasBacking || (backing !== undefined && at >= backing.length);
+        const zero = kind === L2_ZERO_PLAIN || kind === L2_ZERO_ALLOCATED;
+        if (!zero && !(isUnallocated(kind) && beyondBacking)) return false;
+        at += length;
+      }
+      return true;
+    });
   }
 
   /** Writes a part of one cluster to `host`: new bytes [from, to), old ones around them. */

@@ -208,7 +208,7 @@ export class FileNode implements BlockNode {
         this.#writeBytes(offset + done, zeroes, 0, Math.min(zeroes.length, inside - done));
       }
     }
-    if (inside < length) this.#grow(offset + length);
+    if (inside < length) this.extend(offset + length);
   }
 
   discard(offset: number, length: number): void {
@@ -256,7 +256,9 @@ export class FileNode implements BlockNode {
     });
   }
 
-  #grow(length: number): void {
+  /** Makes the file at least `length` bytes long. */
+  extend(length: number): void {
+    if (length <= this.length) return;
     withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {
       if (length <= this.length) return;
       this.#attempt('truncate to', length, 0, () => ftruncateSync(this.descriptor.fd, length));
