@@ -117,6 +117,14 @@ export interface Qcow2Header {
   readonly extensions: readonly HeaderExtension[];
 }
 
+/** The extension of a type; of several the last one counts, as in QEMU. */
+export function findExtension(
+  extensions: readonly HeaderExtension[],
+  type: number,
+): HeaderExtension | undefined {
+  return extensions.findLast((extension) => extension.type === type);
+}
+
 /** Whether a file that starts with these bytes (at least 8) is a qcow2 image. */
 export function probeQcow2(firstBytes: Uint8Array): boolean {
   if (firstBytes.length < 8) return false;
@@ -163,10 +171,10 @@ class HeaderReader {
     );
   }
 
-  unsupported(what: string, advice: string): StillframeError {
+  unsupported(field: string, offset: number, what: string, advice: string): StillframeError {
     return new StillframeError(
       'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
-      `'${this.#path}' ${what}, which is not supported; ${advice}`,
+      `'${this.#path}': header field '${field}' at offset ${offset} ${what}, which is not supported; ${advice}`,
     );
   }
 }
@@ -180,27 +188,27 @@ class HeaderReader {
  * @throws StillframeError ERR_STILLFRAME_FORMAT (not qcow2), …_CORRUPT_IMAGE, …_UNSUPPORTED_FEATURE
  */
 export function readHeader(runtime: Runtime, file: FileNode): Qcow2Header {
-  const { arena } = runtime;
   const path = file.descriptor.path;
-  const most = 1 << MAX_CLUSTER_BITS;
-  const pointer = arena.alloc(most, 'qcow2 header');
+  const start = new HeaderReader(path, readStart(runtime, file, 512));
+  if (file.length < HEADER_LENGTH_V2 || start.u32(0) !== QCOW2_MAGIC) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_FORMAT',
+      `'${path}' is not a qcow2 image: it does not start with the magic 'QFI\\xfb'; say another format`,
+    );
+  }
+  const clusterBits = checkClusterBits(start);
+  // Everything the header may hold is in the first cluster.
+  const first = new HeaderReader(path, readStart(runtime, file, 2 ** clusterBits));
+  return parseHeader(first, clusterBits, file.length);
+}
+
+/** The first bytes of a file; zeroes where it is shorter. */
+function readStart(runtime: Runtime, file: FileNode, bytes: number): Uint8Array {
+  const { arena } = runtime;
+  const pointer = arena.alloc(bytes, 'qcow2 header');
   try {
-    // Everything the header may hold is in the first cluster; most of the time that is 64 KiB.
-    const first = Math.min(65536, file.length);
-    file.read(0, pointer, first);
-    const start = new HeaderReader(path, arena.copyOut(pointer, Math.max(first, HEADER_LENGTH_V3 + 8)));
-    if (first < HEADER_LENGTH_V2 || start.u32(0) !== QCOW2_MAGIC) {
-      throw new StillframeError(
-        'ERR_STILLFRAME_FORMAT',
-        `'${path}' is not a qcow2 image: it does not start with the magic 'QFI\\xfb'; say another format`,
-      );
-    }
-    const clusterBits = checkClusterBits(start);
-    const clusterBytes = Math.min(2 ** clusterBits, file.length);
-    if (clusterBytes > first) file.read(first, pointer + first, clusterBytes - first);
-    const length = Math.max(2 ** clusterBits, HEADER_LENGTH_V3 + 8);
-    arena.u8.fill(0, pointer + clusterBytes, pointer + length);
-    return parseHeader(new HeaderReader(path, arena.copyOut(pointer, length)), clusterBits, file.length);
+    file.read(0, pointer, bytes);
+    return arena.copyOut(pointer, bytes);
   } finally {
     arena.free(pointer);
   }
@@ -209,7 +217,12 @@ export function readHeader(runtime: Runtime, file: FileNode): Qcow2Header {
 function checkClusterBits(header: HeaderReader): number {
   const version = header.u32(4);
   if (version !== 2 && version !== 3) {
-    throw header.unsupported(`has qcow version ${version}`, "convert it with 'qemu-img convert -O qcow2'");
+    throw header.unsupported(
+      'version',
+      4,
+      `says qcow version ${version}`,
+      "convert it with 'qemu-img convert -O qcow2'",
+    );
   }
   const clusterBits = header.u32(FIELD.clusterBits);
   if (clusterBits < MIN_CLUSTER_BITS || clusterBits > MAX_CLUSTER_BITS) {
@@ -230,7 +243,12 @@ function parseHeader(header: HeaderReader, clusterBits: number, fileLength: numb
   const crypt = header.u32(FIELD.cryptMethod);
   if (crypt !== 0) {
     const name = crypt === 1 ? 'AES encryption' : crypt === 2 ? 'LUKS encryption' : `encryption ${crypt}`;
-    throw header.unsupported(`uses ${name}`, "decrypt it with 'qemu-img convert' first");
+    throw header.unsupported(
+      'crypt_method',
+      FIELD.cryptMethod,
+      `says ${name}`,
+      "decrypt it with 'qemu-img convert' first",
+    );
   }
 
   const headerLength = v3 ? header.u32(FIELD.headerLength) : HEADER_LENGTH_V2;
@@ -278,11 +296,11 @@ function parseHeader(header: HeaderReader, clusterBits: number, fileLength: numb
   const compatibleFeatures = v3 ? header.u64(FIELD.compatibleFeatures) : 0n;
   const autoclearFeatures = v3 ? header.u64(FIELD.autoclearFeatures) : 0n;
   const hasDataFile = (incompatibleFeatures & INCOMPATIBLE_DATA_FILE) !== 0n;
-  const format = extensions.find((extension) => extension.type === EXTENSION_BACKING_FORMAT);
-  const dataFile = extensions.find((extension) => extension.type === EXTENSION_DATA_FILE);
+  const format = findExtension(extensions, EXTENSION_BACKING_FORMAT);
+  const dataFile = findExtension(extensions, EXTENSION_DATA_FILE);
   return {
     version,
-    backingFile: backing?.name,
+    backingFile: backing?.name === '' ? undefined : backing?.name,
     backingFormat: format && header.text(format.offset, format.length),
     clusterBits,
     clusterSize,
@@ -299,7 +317,7 @@ function parseHeader(header: HeaderReader, clusterBits: number, fileLength: numb
     dirty: (incompatibleFeatures & INCOMPATIBLE_DIRTY) !== 0n,
     corrupt: (incompatibleFeatures & INCOMPATIBLE_CORRUPT) !== 0n,
     lazyRefcounts: (compatibleFeatures & COMPATIBLE_LAZY_REFCOUNTS) !== 0n,
-    hasBitmaps: extensions.some((extension) => extension.type === EXTENSION_BITMAPS),
+    hasBitmaps: findExtension(extensions, EXTENSION_BITMAPS) !== undefined,
     extendedL2,
     hasDataFile,
     dataFile: dataFile && dataFileName(header, dataFile),
@@ -334,7 +352,7 @@ function backingName(
   if (name.includes('\0')) {
     throw header.corrupt('backing file name', offset, 'contains a zero byte');
   }
-  return size === 0 ? undefined : { name, offset };
+  return { name, offset };
 }
 
 function readExtensions(header: HeaderReader, start: number, end: number): HeaderExtension[] {
@@ -369,7 +387,12 @@ function checkIncompatible(header: HeaderReader, bits: bigint, extensions: reado
         names.push(featureName(header, extensions, bit) ?? `unknown incompatible feature bit ${bit}`);
       }
     }
-    throw header.unsupported(`needs: ${names.join(', ')}`, 'a newer program may open it');
+    throw header.unsupported(
+      'incompatible_features',
+      FIELD.incompatibleFeatures,
+      `needs: ${names.join(', ')}`,
+      'a newer program may open it',
+    );
   }
 }
 
@@ -401,7 +424,12 @@ function readCompressionType(header: HeaderReader, headerLength: number, incompa
   const type = headerLength > FIELD.compressionType ? (header.bytes[FIELD.compressionType] ?? 0) : 0;
   const flagged = (incompatible & INCOMPATIBLE_COMPRESSION) !== 0n;
   if (type !== 0 && type !== 1) {
-    throw header.unsupported(`has compression type ${type}`, 'supported are 0 (zlib) and 1 (zstd)');
+    throw header.unsupported(
+      'compression_type',
+      FIELD.compressionType,
+      `says compression type ${type}`,
+      'supported are 0 (zlib) and 1 (zstd)',
+    );
   }
   if (flagged !== (type !== 0)) {
     throw header.corrupt(

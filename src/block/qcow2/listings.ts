@@ -1,7 +1,7 @@
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { FileNode } from '../raw/file.js';
-import { AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, type Qcow2Header } from './header.js';
+import { AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, findExtension, type Qcow2Header } from './header.js';
 
 /** An internal snapshot, with the field names of QAPI `SnapshotInfo`. */
 export interface SnapshotInfo {
@@ -129,7 +129,7 @@ export function readSnapshots(runtime: Runtime, file: FileNode, header: Qcow2Hea
  * @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE, …_IO
  */
 export function readBitmaps(runtime: Runtime, file: FileNode, header: Qcow2Header): BitmapInfo[] {
-  const extension = header.extensions.find(({ type }) => type === EXTENSION_BITMAPS);
+  const extension = findExtension(header.extensions, EXTENSION_BITMAPS);
   if (extension === undefined || (header.autoclearFeatures & AUTOCLEAR_BITMAPS) === 0n) return [];
   const head = new TableReader(runtime, file, 'bitmaps extension', extension.offset, extension.length);
   const fields = head.take(24);
