@@ -1,11 +1,11 @@
-import { realpathSync, statSync } from 'node:fs';
+import { realpathSync } from 'node:fs';
 import { dirname, isAbsolute, resolve, sep } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import type { BlockNode, FileDescriptor, NodeDescriptor } from './node.js';
 import { attachQcow2, closeQcow2, openQcow2, probeQcow2, readHeader } from './qcow2/index.js';
-import { attachFile, closeFile, identityOf, type OpenFileOptions, openFile } from './raw/file.js';
+import { attachFile, closeFile, identityOf, type OpenFileOptions, openFile, statFile } from './raw/file.js';
 import { attachRaw, openRaw } from './raw/raw.js';
 
 /** Formats of images, as `-f` names them. */
@@ -143,7 +143,7 @@ function openDataFile(
 
 /** Identity of the file a path leads to, links followed; undefined where there is none. */
 export function fileIdentity(path: string): string | undefined {
-  const stat = statSync(path, { bigint: true, throwIfNoEntry: false });
+  const stat = statFile(path);
   return stat && identityOf(stat);
 }
 
@@ -197,6 +197,13 @@ function pathFromHeader(imagePath: string, what: string, name: string, folders: 
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_FORBIDDEN',
       `'${imagePath}' names the ${what} '${name}'; protocol and json: names in image headers are never opened`,
+    );
+  }
+  // What stands for bytes that are no UTF-8: the name would lead to another file.
+  if (name.includes('\ufffd')) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_MISSING',
+      `'${imagePath}' names a ${what} '${name}' that is not valid UTF-8; rename the file and correct the name with 'qemu-img rebase -u'`,
     );
   }
   const path = resolveBackingName(imagePath, name);

@@ -54,6 +54,15 @@ function isUnsupported(error: unknown): boolean {
   return error instanceof Error && 'code' in error && UNSUPPORTED.has(String(error.code));
 }
 
+/** What a path leads to, links followed; undefined where there is nothing. @throws StillframeError …_PERMISSION, …_IO */
+export function statFile(path: string): BigIntStats | undefined {
+  try {
+    return statSync(path, { bigint: true, throwIfNoEntry: false });
+  } catch (error) {
+    throw systemError(`cannot look at '${path}'`, error);
+  }
+}
+
 /** Names what a path leads to: the same for every link to a file, and for every device node of a device. */
 export function identityOf(stat: BigIntStats): string {
   return stat.isBlockDevice() ? `device ${stat.rdev}` : `${stat.dev}:${stat.ino}`;
@@ -67,7 +76,7 @@ export function identityOf(stat: BigIntStats): string {
  */
 export function openFile(runtime: Runtime, name: string, options: OpenFileOptions): FileDescriptor {
   const path = resolve(name);
-  const kind = statSync(path, { throwIfNoEntry: false });
+  const kind = statFile(path);
   // Looked at before it is opened: opening a FIFO would wait for its other end.
   if (kind !== undefined && !kind.isFile() && !kind.isBlockDevice()) {
     throw new StillframeError(
