@@ -8,7 +8,7 @@ export type { SyncMode } from './backup/target.js';
 export type { CompareResult } from './block/compare.js';
 export type { CreateImageOptions } from './block/create.js';
 export type { OnCbwError } from './block/filters/copy-before-write.js';
-export type { ImageFormat } from './block/graph.js';
+export type { ImageFormat, TargetFormat } from './block/graph.js';
 export type { ImageInfo } from './block/info.js';
 export type { MapEntry } from './block/map.js';
 export type { BackupOptions, DiskHandle as Disk } from './engine/disk.js';

@@ -10,7 +10,14 @@ import {
   unlinkSync,
 } from 'node:fs';
 import { basename, dirname, join, resolve } from 'node:path';
-import { attachNode, closeNode, fileIdentity, filesOf, type ImageFormat, openImage } from '../block/graph.js';
+import {
+  attachNode,
+  closeNode,
+  fileIdentity,
+  filesOf,
+  openImage,
+  type TargetFormat,
+} from '../block/graph.js';
 import type { BlockNode, NodeDescriptor } from '../block/node.js';
 import { createQcow2, openQcow2 } from '../block/qcow2/index.js';
 import { attachFile, closeFile, openFile } from '../block/raw/file.js';
@@ -27,7 +34,7 @@ export interface TargetOptions {
   readonly target: string;
   readonly sync: SyncMode;
   /** Format of the target; default: the source's, or the existing target's own when that is qcow2. */
-  readonly format?: ImageFormat | undefined;
+  readonly format?: TargetFormat | undefined;
   /** Write into the image that is there (QMP `mode: existing`) instead of making a new one. Default false. */
   readonly existing?: boolean | undefined;
   /** Replace a file of that name once the backup is complete. Default false. */
@@ -53,7 +60,7 @@ export const BACKUP_CLUSTER_SIZE = 65536;
 
 /** Sync mode `top` of a source without a backing file is `full`. */
 export function effectiveSync(sync: SyncMode, source: NodeDescriptor): SyncMode {
-  const hasBacking = source.driver === 'qcow2' && source.backingFile !== undefined;
+  const hasBacking = 'backingFile' in source && source.backingFile !== undefined;
   return sync === 'top' && !hasBacking ? 'full' : sync;
 }
 
@@ -193,7 +200,7 @@ function backingOf(
   targetPath: string,
 ): { backingFile?: string; backingFormat?: string } {
   if (sync === 'none') return { backingFile: source.path, backingFormat: source.driver };
-  if (sync !== 'top' || source.driver !== 'qcow2' || source.backingFile === undefined) return {};
+  if (sync !== 'top' || !('backingFile' in source) || source.backingFile === undefined) return {};
   const format = source.backingFormat ?? source.backing?.driver;
   // A relative name means the same file only from the same folder.
   const name =

@@ -1,6 +1,6 @@
 import type { Runtime } from '../kernels/runtime.js';
 import { type BlockNode, STATUS_COMPRESSED, STATUS_ZERO } from './node.js';
-import { type ChainExtent, chainStatus } from './status.js';
+import { type ChainExtent, chainStatus, shownStatus } from './status.js';
 
 /** How a comparison of two images ended. */
 export interface CompareResult {
@@ -59,7 +59,8 @@ export function compareNodes(
     for (let offset = 0; offset < common; ) {
       const one = chainStatus(first, offset, common - offset);
       const other = chainStatus(second, offset, one.length);
-      if (options.strict && !sameStatus(one, other)) return differ('allocation', offset);
+      if (options.strict && !sameStatus(shownStatus(one), shownStatus(other)))
+        return differ('allocation', offset);
       let bytes = other.length;
       if (!(one.flags & other.flags & STATUS_ZERO)) {
         bytes = Math.min(bytes, STEP);

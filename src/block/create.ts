@@ -2,12 +2,12 @@ import { rmSync } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { closeNode, fileIdentity, type ImageFormat, openImage } from './graph.js';
+import { closeNode, fileIdentity, type ImageFormat, openImage, type TargetFormat } from './graph.js';
 import { createQcow2 } from './qcow2/index.js';
 import { attachFile, closeFile, openFile } from './raw/file.js';
 
 export interface CreateImageOptions {
-  readonly format: ImageFormat;
+  readonly format: TargetFormat;
   /** Virtual size in bytes; rounded up to 512 for qcow2. Default: the size of the backing file. */
   readonly length?: number | undefined;
   /** Name as it is written into the header; relative names are relative to the folder of the image. */
@@ -68,7 +68,7 @@ export function createImage(runtime: Runtime, name: string, options: CreateImage
   }
 }
 
-function roundUp(length: number, format: ImageFormat): number {
+function roundUp(length: number, format: TargetFormat): number {
   if (!Number.isSafeInteger(length) || length < 0) {
     throw new StillframeError(
       'ERR_STILLFRAME_INVALID_ARGUMENT',

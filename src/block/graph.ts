@@ -3,13 +3,33 @@ import { dirname, isAbsolute, resolve, sep } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
-import type { BlockNode, FileDescriptor, NodeDescriptor } from './node.js';
+import {
+  attachForeign,
+  FOREIGN_NAMES,
+  foreignDescriptor,
+  openForeign,
+  PROBE_BYTES,
+  probeForeign,
+} from './foreign/index.js';
+import type { BlockNode, FileDescriptor, ForeignDescriptor, ForeignName, NodeDescriptor } from './node.js';
 import { attachQcow2, closeQcow2, openQcow2, probeQcow2, readHeader } from './qcow2/index.js';
-import { attachFile, closeFile, identityOf, type OpenFileOptions, openFile, statFile } from './raw/file.js';
+import {
+  attachFile,
+  closeFile,
+  type FileNode,
+  identityOf,
+  type OpenFileOptions,
+  openFile,
+  statFile,
+} from './raw/file.js';
 import { attachRaw, openRaw } from './raw/raw.js';
 
+/** Formats that are written, as `-O` names them. */
+export type TargetFormat = 'raw' | 'qcow2';
 /** Formats of images, as `-f` names them. */
-export type ImageFormat = 'raw' | 'qcow2';
+export type ImageFormat = TargetFormat | ForeignName;
+/** All of them. */
+export const IMAGE_FORMATS: readonly ImageFormat[] = ['raw', 'qcow2', ...FOREIGN_NAMES];
 
 /** Deepest backing chain that is followed; a longer one is refused. */
 export const MAX_CHAIN_DEPTH = 200;
@@ -23,9 +43,9 @@ export interface OpenImageOptions {
   /** Image lock to take; default `read` or `write` as `readOnly` says. Backing files take `read` or none. */
   readonly lock?: LockMode | undefined;
   /**
-   * Folders from which image headers may open backing files and external data files. Default: the folder of the
-   * image itself. `false`: neither is opened; unallocated ranges read as zeroes, and data in a data file cannot be
-   * read (for `info`).
+   * Folders from which image headers may open backing files, external data files and extents; devices only from
+   * folders that are given here. Default: the folder of the image itself. `false`: no backing and data file is
+   * opened; unallocated ranges read as zeroes, and data in a data file cannot be read (for `info`).
    */
   readonly backing?: readonly string[] | false | undefined;
 }
@@ -38,23 +58,30 @@ export interface OpenImageOptions {
  *   for the chain …_BACKING_FORBIDDEN, …_BACKING_MISSING, …_BACKING_CYCLE, …_BACKING_DEPTH
  */
 export function openImage(runtime: Runtime, path: string, options: OpenImageOptions): NodeDescriptor {
-  const chain: FileDescriptor[] = [];
-  return openLayer(runtime, resolve(path), options, undefined, chain);
+  const folders = allowedFolders(resolve(path), options.backing === false ? undefined : options.backing);
+  const chain: Chain = { folders, devices: Array.isArray(options.backing), files: [], depth: 0 };
+  return openLayer(runtime, resolve(path), options, chain);
 }
 
-function openLayer(
-  runtime: Runtime,
-  path: string,
-  options: OpenImageOptions,
-  allowed: readonly string[] | undefined,
-  chain: FileDescriptor[],
-): NodeDescriptor {
+/** What the layers of one chain have in common while they are opened. */
+interface Chain {
+  /** Folders from which headers may open files. */
+  readonly folders: readonly string[];
+  /** Headers may open devices there. */
+  readonly devices: boolean;
+  /** Files that are open. */
+  readonly files: FileDescriptor[];
+  /** Images that are open, or are being opened. */
+  depth: number;
+}
+
+function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, chain: Chain): NodeDescriptor {
   const identity = fileIdentity(path);
   // Before it is opened: our own lock on the file would hide the cycle behind a lock conflict.
-  if (chain.some((other) => other.identity === identity)) {
+  if (chain.files.some((other) => other.identity === identity)) {
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_CYCLE',
-      `'${path}' is its own backing file through '${chain.at(-1)?.path}'; repair the chain with 'qemu-img rebase -u'`,
+      `'${path}' is its own backing file through '${chain.files.at(-1)?.path}'; repair the chain with 'qemu-img rebase -u'`,
     );
   }
   const lock = options.lock ?? (options.readOnly ? 'read' : 'write');
@@ -63,9 +90,10 @@ function openLayer(
   let backing: NodeDescriptor | undefined;
   let dataFile: FileDescriptor | undefined;
   try {
-    chain.push(file);
+    chain.files.push(file);
+    chain.depth++;
     const node = attachFile(runtime, file);
-    const format = options.format ?? probe(runtime, file);
+    const format = options.format ?? probe(node);
     if (format === 'raw') {
       if (!options.readOnly && options.format === undefined) {
         throw new StillframeError(
@@ -75,34 +103,18 @@ function openLayer(
       }
       return openRaw(runtime, file);
     }
+    if (format !== 'qcow2') return openForeignLayer(runtime, file, format, options, chain);
     const header = readHeader(runtime, node);
-    const folders = options.backing === false ? [] : (allowed ?? allowedFolders(path, options.backing));
     if (header.hasDataFile && options.backing !== false) {
-      dataFile = openDataFile(runtime, path, header.dataFile, folders, chain, {
+      dataFile = openDataFile(runtime, path, header.dataFile, chain, {
         readOnly,
         lock,
         writeBehind,
       });
     }
     if (header.backingFile !== undefined && options.backing !== false) {
-      const backingPath = pathFromHeader(path, 'backing file', header.backingFile, folders);
-      if (chain.length >= MAX_CHAIN_DEPTH) {
-        throw new StillframeError(
-          'ERR_STILLFRAME_BACKING_DEPTH',
-          `the backing chain at '${path}' is deeper than ${MAX_CHAIN_DEPTH} images; commit or rebase some of them`,
-        );
-      }
-      backing = openLayer(
-        runtime,
-        backingPath,
-        {
-          format: formatOfBacking(path, header.backingFormat),
-          readOnly: true,
-          lock: lock === 'none' ? 'none' : 'read',
-        },
-        folders,
-        chain,
-      );
+      const format = formatOfBacking(path, header.backingFormat);
+      backing = openBacking(runtime, path, header.backingFile, format, lock, chain);
     }
     return openQcow2(runtime, file, backing, { readOnly, dataFile });
   } catch (error) {
@@ -113,13 +125,72 @@ function openLayer(
   }
 }
 
+/** Opens the backing file that a header names. */
+function openBacking(
+  runtime: Runtime,
+  imagePath: string,
+  name: string,
+  format: ImageFormat | undefined,
+  lock: LockMode,
+  chain: Chain,
+): NodeDescriptor {
+  const path = pathFromHeader(imagePath, 'backing file', name, chain.folders);
+  if (chain.depth >= MAX_CHAIN_DEPTH) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_DEPTH',
+      `the backing chain at '${imagePath}' is deeper than ${MAX_CHAIN_DEPTH} images; commit or rebase some of them`,
+    );
+  }
+  return openLayer(runtime, path, { format, readOnly: true, lock: lock === 'none' ? 'none' : 'read' }, chain);
+}
+
+/** Opens an image of a format that is only read: its header, its extents and its parent. */
+function openForeignLayer(
+  runtime: Runtime,
+  file: FileDescriptor,
+  format: ForeignName,
+  options: OpenImageOptions,
+  chain: Chain,
+): ForeignDescriptor {
+  const { path } = file;
+  if (!options.readOnly) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+      `'${path}' has the format ${format}, which is read and not written; convert it first: stillframe convert -O qcow2 '${path}' NEW.qcow2`,
+    );
+  }
+  const lock = options.lock ?? 'read';
+  const extents: FileDescriptor[] = [];
+  let backing: NodeDescriptor | undefined;
+  try {
+    const opened = openForeign(runtime, format, file, (name) => {
+      const extentPath = pathFromHeader(path, 'extent', name, chain.folders);
+      const identity = fileIdentity(extentPath);
+      const known = [file, ...extents].findIndex((other) => other.identity === identity);
+      const extent = extents[known - 1];
+      if (extent !== undefined) return { index: known, file: extent };
+      const opening = openNamedFile(runtime, path, 'extent', extentPath, chain, { readOnly: true, lock });
+      return { index: extents.push(opening), file: opening };
+    });
+    if (opened.backingFile !== undefined && options.backing !== false) {
+      backing = openBacking(runtime, path, opened.backingFile, format, lock, chain);
+    }
+    return foreignDescriptor(opened, file, extents, backing);
+  } catch (error) {
+    closeAll([
+      ...(backing === undefined ? [] : [closeNode.bind(undefined, runtime, backing)]),
+      ...extents.map((extent) => () => closeFile(runtime, extent)),
+    ]);
+    throw error;
+  }
+}
+
 /** Opens the external data file that a header names, under the rules for backing files. */
 function openDataFile(
   runtime: Runtime,
   imagePath: string,
   name: string | undefined,
-  folders: readonly string[],
-  chain: FileDescriptor[],
+  chain: Chain,
   options: OpenFileOptions,
 ): FileDescriptor {
   if (name === undefined) {
@@ -128,16 +199,34 @@ function openDataFile(
       `'${imagePath}' keeps its data in an external data file, but its header does not say in which; make an image that names it with 'qemu-img amend -o data_file=NAME'`,
     );
   }
-  const path = pathFromHeader(imagePath, 'data file', name, folders);
+  const path = pathFromHeader(imagePath, 'external data file', name, chain.folders);
+  return openNamedFile(runtime, imagePath, 'external data file', path, chain, options);
+}
+
+/** @param what the kind of file, for errors */
+function openNamedFile(
+  runtime: Runtime,
+  imagePath: string,
+  what: string,
+  path: string,
+  chain: Chain,
+  options: OpenFileOptions,
+): FileDescriptor {
   const identity = fileIdentity(path);
-  if (chain.some((other) => other.identity === identity)) {
+  if (chain.files.some((other) => other.identity === identity)) {
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_CYCLE',
-      `'${imagePath}' names '${path}', an image of its own chain, as its external data file`,
+      `'${imagePath}' names '${path}', an image of its own chain, as its ${what}`,
+    );
+  }
+  if (!chain.devices && statSync(path, { throwIfNoEntry: false })?.isBlockDevice() === true) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_FORBIDDEN',
+      `the header of '${imagePath}' names the device '${path}' as its ${what}; if you trust the image, allow its folder with --allow-backing ${dirname(path)}`,
     );
   }
   const file = openFile(runtime, path, options);
-  chain.push(file);
+  chain.files.push(file);
   return file;
 }
 
@@ -147,23 +236,19 @@ export function fileIdentity(path: string): string | undefined {
   return stat && identityOf(stat);
 }
 
-/** `qcow2` where the file starts with its magic, else `raw`. */
-function probe(runtime: Runtime, file: FileDescriptor): ImageFormat {
-  const pointer = runtime.arena.alloc(512, 'format probe');
-  try {
-    const node = attachFile(runtime, file);
-    node.read(0, pointer, Math.min(512, node.length));
-    return probeQcow2(runtime.arena.copyOut(pointer, 512)) ? 'qcow2' : 'raw';
-  } finally {
-    runtime.arena.free(pointer);
-  }
+/** The format whose header the file starts with, else `raw`. */
+function probe(file: FileNode): ImageFormat {
+  const head = new Uint8Array(PROBE_BYTES);
+  file.readBytes(0, head);
+  return probeQcow2(head) ? 'qcow2' : (probeForeign(head) ?? 'raw');
 }
 
 function formatOfBacking(path: string, name: string | undefined): ImageFormat | undefined {
-  if (name === undefined || name === 'raw' || name === 'qcow2') return name;
+  const known = IMAGE_FORMATS.find((format) => format === name);
+  if (known !== undefined || name === undefined) return known;
   throw new StillframeError(
     'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
-    `'${path}': its backing file has the format '${name}', which is not supported; supported are raw and qcow2`,
+    `'${path}': its backing file has the format '${name}', which is not supported; supported are ${IMAGE_FORMATS.join(', ')}`,
   );
 }
 
@@ -213,7 +298,7 @@ function pathFromHeader(imagePath: string, what: string, name: string, folders: 
   } catch (error) {
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_MISSING',
-      `the ${what} '${path}' of '${imagePath}' cannot be reached; bring it back or correct the name with 'qemu-img rebase -u'`,
+      `the ${what} '${path}' of '${imagePath}' cannot be reached; bring it back${what === 'backing file' ? " or correct the name with 'qemu-img rebase -u'" : ''}`,
       { cause: error },
     );
   }
@@ -241,6 +326,12 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockN
       const backing = descriptor.backing && attachNode(runtime, descriptor.backing);
       return attachQcow2(runtime, descriptor, attachFile(runtime, descriptor.file), backing);
     }
+    default:
+      return attachForeign(
+        runtime,
+        descriptor,
+        descriptor.backing && attachNode(runtime, descriptor.backing),
+      );
   }
 }
 
@@ -253,37 +344,49 @@ export function closeNode(runtime: Runtime, descriptor: NodeDescriptor): void {
     closeFile(runtime, descriptor);
     return;
   }
+  const backing = backingOf(descriptor);
   try {
     if (descriptor.driver === 'qcow2') closeQcow2(runtime, descriptor, attachFile(runtime, descriptor.file));
   } finally {
     closeAll([
       ...ownFilesOf(descriptor).map((file) => () => closeFile(runtime, file)),
-      ...(descriptor.driver === 'qcow2' && descriptor.backing !== undefined
-        ? [closeNode.bind(undefined, runtime, descriptor.backing)]
-        : []),
+      ...(backing === undefined ? [] : [closeNode.bind(undefined, runtime, backing)]),
     ]);
   }
 }
 
 /** Runs all of them; the first error is thrown then. */
 function closeAll(closings: readonly (() => void)[]): void {
-  const [first, ...rest] = closings;
-  try {
-    first?.();
-  } finally {
-    if (rest.length > 0) closeAll(rest);
+  let failure: { readonly error: unknown } | undefined;
+  for (const close of closings) {
+    try {
+      close();
+    } catch (error) {
+      failure ??= { error };
+    }
   }
+  if (failure !== undefined) throw failure.error;
 }
 
 /** The files of one layer: the image's own one first. */
 function ownFilesOf(descriptor: Exclude<NodeDescriptor, FileDescriptor>): FileDescriptor[] {
-  const dataFile = descriptor.driver === 'qcow2' ? descriptor.dataFile : undefined;
-  return dataFile === undefined ? [descriptor.file] : [descriptor.file, dataFile];
+  switch (descriptor.driver) {
+    case 'raw':
+      return [descriptor.file];
+    case 'qcow2':
+      return descriptor.dataFile === undefined ? [descriptor.file] : [descriptor.file, descriptor.dataFile];
+    default:
+      return [descriptor.file, ...descriptor.extents];
+  }
+}
+
+function backingOf(descriptor: Exclude<NodeDescriptor, FileDescriptor>): NodeDescriptor | undefined {
+  return descriptor.driver === 'raw' ? undefined : descriptor.backing;
 }
 
 /** The files of a node's chain, top first. */
 export function filesOf(descriptor: NodeDescriptor): FileDescriptor[] {
   if (descriptor.driver === 'file') return [descriptor];
-  const rest = descriptor.driver === 'qcow2' && descriptor.backing ? filesOf(descriptor.backing) : [];
-  return [...ownFilesOf(descriptor), ...rest];
+  const backing = backingOf(descriptor);
+  return [...ownFilesOf(descriptor), ...(backing === undefined ? [] : filesOf(backing))];
 }

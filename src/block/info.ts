@@ -1,7 +1,7 @@
 import { fstatSync } from 'node:fs';
 import type { Runtime } from '../kernels/runtime.js';
-import { combineNames } from './graph.js';
-import type { NodeDescriptor, Qcow2Descriptor } from './node.js';
+import { combineNames, type ImageFormat } from './graph.js';
+import type { FileDescriptor, ForeignDescriptor, NodeDescriptor, Qcow2Descriptor } from './node.js';
 import { type BitmapInfo, readBitmaps, readHeader, readSnapshots, type SnapshotInfo } from './qcow2/index.js';
 import { attachFile } from './raw/file.js';
 
@@ -12,27 +12,50 @@ export interface ImageInfo {
   readonly 'virtual-size': number;
   /** The name the caller gave. */
   readonly filename: string;
-  readonly format: 'raw' | 'qcow2';
+  readonly format: ImageFormat;
   /** Space the file takes on its file system. */
   readonly 'actual-size': number;
   readonly 'cluster-size'?: number;
-  readonly 'dirty-flag': boolean;
+  /** Absent where extents of different kinds make up the image. */
+  readonly 'dirty-flag'?: boolean;
   readonly 'backing-filename'?: string;
   readonly 'full-backing-filename'?: string;
   readonly 'backing-filename-format'?: string;
-  readonly 'format-specific'?: {
-    readonly type: 'qcow2';
-    readonly data: {
-      readonly compat: '0.10' | '1.1';
-      readonly 'compression-type': 'zlib' | 'zstd';
-      readonly 'lazy-refcounts'?: boolean;
-      /** Persistent dirty bitmaps; absent where there are none. */
-      readonly bitmaps?: readonly BitmapInfo[];
-      readonly 'refcount-bits': number;
-      readonly corrupt?: boolean;
-      readonly 'extended-l2'?: boolean;
-    };
-  };
+  readonly 'format-specific'?:
+    | {
+        readonly type: 'qcow2';
+        readonly data: {
+          readonly compat: '0.10' | '1.1';
+          readonly 'compression-type': 'zlib' | 'zstd';
+          readonly 'lazy-refcounts'?: boolean;
+          /** Persistent dirty bitmaps; absent where there are none. */
+          readonly bitmaps?: readonly BitmapInfo[];
+          readonly 'refcount-bits': number;
+          readonly corrupt?: boolean;
+          readonly 'extended-l2'?: boolean;
+        };
+      }
+    | {
+        readonly type: 'vmdk';
+        readonly data: {
+          readonly cid: number;
+          readonly 'parent-cid': number;
+          readonly 'create-type': string;
+          readonly extents: readonly VmdkExtentInfo[];
+        };
+      };
+}
+
+/** QAPI `VmdkExtentInfo`. */
+export interface VmdkExtentInfo {
+  /** Absent where the extent is not compressed. */
+  readonly compressed?: true;
+  readonly 'virtual-size': number;
+  readonly filename: string;
+  /** Bytes of a grain; absent where the extent is flat. */
+  readonly 'cluster-size'?: number;
+  /** As the descriptor has it; empty where the extent is the image itself. */
+  readonly format: string;
 }
 
 /**
@@ -46,9 +69,10 @@ export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename
     'virtual-size': descriptor.length,
     filename,
     format: descriptor.driver,
-    'actual-size': fstatSync(descriptor.file.fd).blocks * 512,
+    'actual-size': allocatedBytes(descriptor),
   };
   if (descriptor.driver === 'raw') return { ...common, 'dirty-flag': false };
+  if (descriptor.driver !== 'qcow2') return { ...common, ...foreignInfo(descriptor, filename) };
   const file = attachFile(runtime, descriptor.file);
   const header = readHeader(runtime, file);
   const snapshots = readSnapshots(runtime, file, header);
@@ -75,7 +99,40 @@ export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename
   };
 }
 
-function backingInfo(descriptor: Qcow2Descriptor, filename: string): Partial<ImageInfo> {
+/** Space that the image takes, its backing files left out. */
+function allocatedBytes(descriptor: Exclude<NodeDescriptor, FileDescriptor>): number {
+  const files = 'extents' in descriptor ? [descriptor.file, ...descriptor.extents] : [descriptor.file];
+  return files.reduce((sum, { fd }) => sum + fstatSync(fd).blocks * 512, 0);
+}
+
+function foreignInfo(descriptor: ForeignDescriptor, filename: string): Partial<ImageInfo> {
+  const { layout, clusterSize } = descriptor;
+  const sizes = clusterSize === undefined ? {} : { 'cluster-size': clusterSize };
+  if (layout.format !== 'vmdk') return { ...sizes, 'dirty-flag': false };
+  const flat = layout.extents.every(({ data }) => typeof data === 'number');
+  return {
+    ...sizes,
+    ...(flat || clusterSize !== undefined ? { 'dirty-flag': false } : {}),
+    ...backingInfo(descriptor, filename),
+    'format-specific': {
+      type: 'vmdk',
+      data: {
+        cid: layout.cid,
+        'parent-cid': layout.parentCid,
+        'create-type': layout.createType,
+        extents: layout.extents.map(({ data, length, name, type }) => ({
+          ...(typeof data === 'object' && data.compressed ? { compressed: true } : {}),
+          'virtual-size': length,
+          filename: name === undefined ? filename : combineNames(filename, name),
+          ...(typeof data === 'object' ? { 'cluster-size': data.grainBytes } : {}),
+          format: type,
+        })),
+      },
+    },
+  };
+}
+
+function backingInfo(descriptor: Qcow2Descriptor | ForeignDescriptor, filename: string): Partial<ImageInfo> {
   const { backingFile, backingFormat } = descriptor;
   if (backingFile === undefined) return {};
   return {

@@ -1,6 +1,13 @@
 import { combineNames } from './graph.js';
-import { type BlockNode, STATUS_ALLOCATED, STATUS_COMPRESSED, STATUS_DATA, STATUS_ZERO } from './node.js';
-import { chainStatus } from './status.js';
+import {
+  type BlockNode,
+  type NodeDescriptor,
+  STATUS_ALLOCATED,
+  STATUS_COMPRESSED,
+  STATUS_DATA,
+  STATUS_ZERO,
+} from './node.js';
+import { chainStatus, shownStatus } from './status.js';
 
 /** One extent as `qemu-img map --output=json` lists it. Offsets and lengths are bytes. */
 export interface MapEntry {
@@ -61,21 +68,37 @@ export function mapNode(
   if (pending !== undefined) onEntry(pending);
 }
 
-/** Names of the files of the chain, top first. */
-function namesOf(node: BlockNode, filename: string): string[] {
-  const names: string[] = [];
+/** Names of the files that data is in, for each image of the chain, top first. */
+function namesOf(node: BlockNode, filename: string): string[][] {
+  const names: string[][] = [];
   let name = filename;
   for (let layer: BlockNode | undefined = node; layer !== undefined; layer = layer.backing) {
-    names.push(name);
     const { descriptor } = layer;
-    if (descriptor.driver === 'qcow2') name = combineNames(name, descriptor.backingFile ?? '');
+    names.push(filesOfLayer(descriptor, name));
+    if ('backingFile' in descriptor) name = combineNames(name, descriptor.backingFile ?? '');
   }
   return names;
 }
 
-function entryAt(node: BlockNode, start: number, end: number, names: readonly string[]): MapEntry {
-  const extent = chainStatus(node, start, Math.min(end - start, LOOK_UP_BYTES));
-  const filename = names[extent.depth];
+/** By the number that extents have for them. */
+function filesOfLayer(descriptor: NodeDescriptor, name: string): string[] {
+  if (!('layout' in descriptor)) return [name];
+  const names = [name];
+  if (descriptor.layout.format !== 'vmdk') return names;
+  for (const extent of descriptor.layout.extents) {
+    if (extent.name !== undefined) names[extent.file] = combineNames(name, extent.name);
+  }
+  return names;
+}
+
+function entryAt(
+  node: BlockNode,
+  start: number,
+  end: number,
+  names: readonly (readonly string[])[],
+): MapEntry {
+  const extent = shownStatus(chainStatus(node, start, Math.min(end - start, LOOK_UP_BYTES)));
+  const filename = names[extent.depth]?.[extent.file ?? 0];
   return {
     start,
     length: extent.length,

@@ -1,3 +1,8 @@
+import type { VdiLayout } from './foreign/vdi.js';
+import type { VhdxLayout } from './foreign/vhdx.js';
+import type { VmdkLayout } from './foreign/vmdk.js';
+import type { VpcLayout } from './foreign/vpc.js';
+
 /**
  * The contract of a node of the block graph.
  *
@@ -74,6 +79,8 @@ export interface Extent {
   readonly flags: number;
   /** Where the data starts in the file of this layer, in bytes; -1 when there is no such place. */
   readonly hostOffset: number;
+  /** Which file of this layer, where it has several that it counts; default the first. */
+  readonly file?: number;
 }
 
 /** State shared by all drivers' descriptors. */
@@ -136,5 +143,25 @@ export interface Qcow2Descriptor extends DescriptorBase {
   readonly control: number;
 }
 
-export type NodeDescriptor = FileDescriptor | RawDescriptor | Qcow2Descriptor;
+/** Formats that are read and not written, by the names that `-f` has for them. */
+export type ForeignName = 'vmdk' | 'vhdx' | 'vpc' | 'vdi';
+
+/** An image of a format that is read and not written. */
+export interface ForeignDescriptor extends DescriptorBase {
+  readonly driver: ForeignName;
+  readonly file: FileDescriptor;
+  /** Further files, in the order in which the layout counts them from 1 on. */
+  readonly extents: readonly FileDescriptor[];
+  readonly backing: NodeDescriptor | undefined;
+  /** Name of the parent exactly as the header has it. */
+  readonly backingFile: string | undefined;
+  readonly backingFormat: string | undefined;
+  readonly length: number;
+  /** Bytes of the blocks it is allocated in; undefined where there are none, or they differ. */
+  readonly clusterSize: number | undefined;
+  /** What the headers say of where the data is. */
+  readonly layout: VmdkLayout | VhdxLayout | VpcLayout | VdiLayout;
+}
+
+export type NodeDescriptor = FileDescriptor | RawDescriptor | Qcow2Descriptor | ForeignDescriptor;
 export type DriverName = NodeDescriptor['driver'];

@@ -1,4 +1,4 @@
-import { type BlockNode, STATUS_ALLOCATED, STATUS_ZERO } from './node.js';
+import { type BlockNode, STATUS_ALLOCATED, STATUS_DATA, STATUS_ZERO } from './node.js';
 
 /** What a whole backing chain says of a range. */
 export interface ChainExtent {
@@ -10,6 +10,8 @@ export interface ChainExtent {
   readonly depth: number;
   /** The range's place in the file of the layer at `depth`, with or without data there, in bytes; -1 where it has none. */
   readonly hostOffset: number;
+  /** Which of the files of that layer the place is in; default the first. */
+  readonly file?: number;
   /** The layer that answers, undefined where none has the range. */
   readonly node: BlockNode | undefined;
 }
@@ -24,8 +26,8 @@ export function chainStatus(top: BlockNode, offset: number, length: number): Cha
   let depth = 0;
   let stop = length;
   for (;;) {
-    const { length: bytes, flags, hostOffset } = node.status(offset, stop);
-    if (flags & STATUS_ALLOCATED) return { length: bytes, flags, depth, hostOffset, node };
+    const { length: bytes, flags, hostOffset, file = 0 } = node.status(offset, stop);
+    if (flags & STATUS_ALLOCATED) return { length: bytes, flags, depth, hostOffset, file, node };
     stop = bytes;
     const { backing } = node;
     if (backing === undefined || offset >= backing.length) {
@@ -35,4 +37,13 @@ export function chainStatus(top: BlockNode, offset: number, length: number): Cha
     node = backing;
     depth++;
   }
+}
+
+/**
+ * An extent as QEMU's tools show it: they do not look into the tables of vhdx and take everything there for data
+ * without a place.
+ */
+export function shownStatus(extent: ChainExtent): ChainExtent {
+  if (extent.node?.descriptor.driver !== 'vhdx') return extent;
+  return { ...extent, flags: STATUS_DATA | STATUS_ALLOCATED, hostOffset: -1 };
 }

@@ -7,6 +7,7 @@ import {
   OUTPUT,
   OUTPUTS,
   parseSize,
+  TARGET_FORMATS,
   usageError,
 } from './command.js';
 import { PROGRESS_STYLES, showProgress } from './progress.js';
@@ -111,7 +112,7 @@ export const backup: Command = {
     const options = {
       target,
       sync,
-      format: args.choice('format', FORMATS),
+      format: args.choice('format', TARGET_FORMATS),
       existing: args.flag('existing'),
       force: args.flag('force'),
       targetClusterSize: args.size('cluster-size'),

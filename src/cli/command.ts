@@ -79,7 +79,7 @@ export const FORMAT: Option = {
   long: 'format',
   short: 'f',
   value: 'FMT',
-  help: 'format of the image: raw or qcow2 (looked for in its first bytes)',
+  help: 'format of the image: raw, qcow2, vmdk, vhdx, vpc or vdi (looked for in its first bytes)',
 };
 export const FORCE_SHARE: Option = {
   long: 'force-share',
@@ -92,7 +92,10 @@ export const ALLOW_BACKING: Option = {
   multiple: true,
   help: "folder from which backing files may be opened, any number of times (the image's own folder)",
 };
-export const FORMATS = ['raw', 'qcow2'] as const;
+/** Formats that are written. */
+export const TARGET_FORMATS = ['raw', 'qcow2'] as const;
+/** Formats that are read. */
+export const FORMATS = [...TARGET_FORMATS, 'vmdk', 'vhdx', 'vpc', 'vdi'] as const;
 export const OUTPUTS = ['human', 'json'] as const;
 
 export function usageError(message: string): StillframeError {

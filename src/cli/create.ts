@@ -1,5 +1,14 @@
 import { createEngine } from '../index.js';
-import { type Command, FORMATS, type Option, OUTPUT, OUTPUTS, parseSize, usageError } from './command.js';
+import {
+  type Command,
+  FORMATS,
+  type Option,
+  OUTPUT,
+  OUTPUTS,
+  parseSize,
+  TARGET_FORMATS,
+  usageError,
+} from './command.js';
 
 const imageOptions = {
   cluster_size: 'cluster size in bytes, a power of two from 512 to 2M (64k)',
@@ -74,7 +83,7 @@ export const create: Command = {
     const [file, size] = args.positionals;
     if (file === undefined) throw usageError("create needs a FILE; see 'stillframe create --help'");
     const options = parseImageOptions(args.texts('options') ?? []);
-    const format = args.choice('format', FORMATS, 'raw');
+    const format = args.choice('format', TARGET_FORMATS, 'raw');
     const backingFile = args.text('backing') ?? options.backing_file;
     const backingFormat =
       args.choice('backing-format', FORMATS) ?? oneOf('backing_fmt', options.backing_fmt, FORMATS);

@@ -1,6 +1,6 @@
 import { closeSync, existsSync, mkdirSync, openSync, rmSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
-import type { BackupJob, Disk, Engine, ImageFormat, SyncMode } from '#src/index.js';
+import type { BackupJob, Disk, Engine, SyncMode, TargetFormat } from '#src/index.js';
 import { firstDifference, Random } from './data.js';
 import { hasPeer, run } from './peers.js';
 
@@ -133,7 +133,7 @@ export async function runRound(engine: Engine, folder: string, seed: number): Pr
 }
 
 async function makeSource(engine: Engine, work: string, random: Random, size: number): Promise<Disk> {
-  const format = random.pick<ImageFormat>(['raw', 'qcow2', 'qcow2', 'qcow2']);
+  const format = random.pick<TargetFormat>(['raw', 'qcow2', 'qcow2', 'qcow2']);
   const clusterSize = 2 ** random.between(9, 21);
   const path = join(work, `source.${format}`);
   const raw = join(work, 'content.raw');
@@ -142,7 +142,7 @@ async function makeSource(engine: Engine, work: string, random: Random, size: nu
     return engine.openDisk(raw, { format: 'raw' });
   }
   const depth = random.between(0, 2);
-  let backing: { backingFile: string; backingFormat: ImageFormat } | undefined;
+  let backing: { backingFile: string; backingFormat: TargetFormat } | undefined;
   if (depth > 0) {
     // Half of the chains have a base that is shorter than the overlay.
     if (random.chance(0.5)) writeFileAt(raw, random.bytes(Math.max(512, size >> 1)));
@@ -252,7 +252,7 @@ async function round(engine: Engine, work: string, random: Random): Promise<Roun
   const writers = makeWriters(disk, model, random);
   const sync = random.pick<SyncMode>(['full', 'full', 'top', 'none']);
   const needsBacking = sync === 'none' || (sync === 'top' && disk.path.endsWith('source.qcow2'));
-  const format = needsBacking ? 'qcow2' : random.pick<ImageFormat>(['raw', 'qcow2']);
+  const format = needsBacking ? 'qcow2' : random.pick<TargetFormat>(['raw', 'qcow2']);
   const target = join(work, `target.${format}`);
 
   for (const writer of writers) writer.start();

@@ -177,17 +177,26 @@ export class FileNode implements BlockNode {
   }
 
   read(offset: number, pointer: number, length: number): void {
+    this.#readBytes(offset, this.#arena.u8, pointer, length);
+  }
+
+  /** As {@link read}, into memory of this thread. */
+  readBytes(offset: number, bytes: Uint8Array): void {
+    this.#readBytes(offset, bytes, 0, bytes.length);
+  }
+
+  #readBytes(offset: number, bytes: Uint8Array, start: number, length: number): void {
     const { fd } = this.descriptor;
     let done = 0;
     while (done < length) {
       const wanted = Math.min(length - done, CALL_BYTES);
       const got = this.#attempt('read', offset + done, wanted, () =>
-        readSync(fd, this.#arena.u8, pointer + done, wanted, offset + done),
+        readSync(fd, bytes, start + done, wanted, offset + done),
       );
       if (got === 0) break;
       done += got;
     }
-    if (done < length) this.#arena.u8.fill(0, pointer + done, pointer + length);
+    if (done < length) bytes.fill(0, start + done, start + length);
   }
 
   write(offset: number, pointer: number, length: number): void {
