@@ -219,7 +219,7 @@ function openNamedFile(
       `'${imagePath}' names '${path}', an image of its own chain, as its ${what}`,
     );
   }
-  if (!chain.devices && statSync(path, { throwIfNoEntry: false })?.isBlockDevice() === true) {
+  if (!chain.devices && statFile(path)?.isBlockDevice() === true) {
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_FORBIDDEN',
       `the header of '${imagePath}' names the device '${path}' as its ${what}; if you trust the image, allow its folder with --allow-backing ${dirname(path)}`,
