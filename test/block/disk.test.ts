@@ -74,6 +74,12 @@ const open = (gate: number): void => {
   Atomics.store(arena.i32, (gates >> 2) + gate, 1);
   Atomics.notify(arena.i32, (gates >> 2) + gate);
 };
+/** A drain has begun: new requests wait from here on. */
+const drained = async (): Promise<void> => {
+  while (Atomics.load(arena.i32, (disk.control + 12) >> 2) === 0) {
+    await new Promise((resolve) => setTimeout(resolve, 2));
+  }
+};
 const aWhile = (): Promise<void> => new Promise((resolve) => setTimeout(resolve, 60));
 
 function openRaw(name: string, byte: number): RawDescriptor {
@@ -145,7 +151,7 @@ describe('an instant', () => {
     const guest = new Thread(`${slowWrite('write')} disk.write(0, fill(2), 512);`);
     await guest.said('in');
     const job = new Thread(`disk.addFrame(frame); say('armed'); pass(1);`);
-    await aWhile();
+    await drained();
     const late = new Thread(`say('ready'); disk.write(${3 * CLUSTER + 5}, fill(3), 10); say('written');`);
     await late.said('ready');
     await aWhile();
