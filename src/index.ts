@@ -5,12 +5,14 @@
  */
 export type { OnError } from './backup/backup-job.js';
 export type { SyncMode } from './backup/target.js';
+export type { CommitOptions } from './block/commit.js';
 export type { CompareResult } from './block/compare.js';
 export type { CreateImageOptions } from './block/create.js';
 export type { OnCbwError } from './block/filters/copy-before-write.js';
 export type { ImageFormat, TargetFormat } from './block/graph.js';
 export type { ImageInfo } from './block/info.js';
 export type { MapEntry } from './block/map.js';
+export type { RebaseOptions } from './block/rebase.js';
 export type { BackupOptions, DiskHandle as Disk } from './engine/disk.js';
 export {
   type CompareOptions,
@@ -19,6 +21,7 @@ export {
   type EngineOptions,
   type ImageOptions,
   type MapOptions,
+  type OnProgress,
   type OpenDiskOptions,
 } from './engine/engine.js';
 export type {

@@ -11,7 +11,14 @@ import {
   PROBE_BYTES,
   probeForeign,
 } from './foreign/index.js';
-import type { BlockNode, FileDescriptor, ForeignDescriptor, ForeignName, NodeDescriptor } from './node.js';
+import type {
+  BlockNode,
+  FileDescriptor,
+  ForeignDescriptor,
+  ForeignName,
+  NodeDescriptor,
+  Qcow2Descriptor,
+} from './node.js';
 import { attachQcow2, closeQcow2, openQcow2, probeQcow2, readHeader } from './qcow2/index.js';
 import {
   attachFile,
@@ -260,9 +267,26 @@ function realpathOrSelf(path: string): string {
   }
 }
 
-function allowedFolders(path: string, folders: readonly string[] | undefined): readonly string[] {
+/** The folders from which the headers of an image's chain may open files; default: the image's own. */
+export function allowedFolders(path: string, folders: readonly string[] | undefined): readonly string[] {
   const list = folders ?? [dirname(path), dirname(realpathOrSelf(path))];
   return list.map((folder) => realpathOrSelf(resolve(folder)));
+}
+
+/**
+ * The backing file that an image's header names, under the rules for headers.
+ *
+ * @param folders see {@link allowedFolders}
+ * @throws StillframeError ERR_STILLFRAME_BACKING_FORBIDDEN, …_BACKING_MISSING, …_UNSUPPORTED_FEATURE (its format)
+ */
+export function namedBacking(
+  image: Qcow2Descriptor,
+  folders: readonly string[],
+): { readonly path: string; readonly format: ImageFormat | undefined } | undefined {
+  const { path, backingFile, backingFormat } = image;
+  if (backingFile === undefined) return undefined;
+  const format = formatOfBacking(path, backingFormat);
+  return { path: pathFromHeader(path, 'backing file', backingFile, folders), format };
 }
 
 /** The name of a header made into a path: relative names are relative to the folder of the overlay. */

@@ -97,6 +97,8 @@ export const TARGET_FORMATS = ['raw', 'qcow2'] as const;
 /** Formats that are read. */
 export const FORMATS = [...TARGET_FORMATS, 'vmdk', 'vhdx', 'vpc', 'vdi'] as const;
 export const OUTPUTS = ['human', 'json'] as const;
+export const PROGRESS: Option = { long: 'progress', short: 'p', help: 'show progress on stderr' };
+export const QUIET: Option = { long: 'quiet', short: 'q', help: 'print nothing but errors' };
 
 export function usageError(message: string): StillframeError {
   return new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', message);

@@ -1,6 +1,16 @@
 import { type CompareResult, createEngine } from '../index.js';
-import { ALLOW_BACKING, type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS } from './command.js';
-import { ProgressLine } from './progress.js';
+import {
+  ALLOW_BACKING,
+  type Command,
+  FORCE_SHARE,
+  FORMAT,
+  FORMATS,
+  OUTPUT,
+  OUTPUTS,
+  PROGRESS,
+  QUIET,
+} from './command.js';
+import { ProgressLine, toolProgress } from './progress.js';
 
 /** qemu-img names the sector. */
 const SECTOR = 512;
@@ -33,8 +43,8 @@ export const compare: Command = {
     { ...FORMAT, help: 'format of the first image' },
     { long: 'second-format', short: 'F', value: 'FMT', help: 'format of the second image' },
     { long: 'strict', short: 's', help: 'sizes and allocation must agree too' },
-    { long: 'progress', short: 'p', help: 'show progress on stderr' },
-    { long: 'quiet', short: 'q', help: 'print nothing but errors' },
+    PROGRESS,
+    QUIET,
     ALLOW_BACKING,
     FORCE_SHARE,
     OUTPUT,
@@ -55,9 +65,7 @@ export const compare: Command = {
         strict: args.flag('strict'),
         first: { ...common, format: formats[0] },
         second: { ...common, format: formats[1] },
-        ...(args.flag('progress')
-          ? { onProgress: ({ done, total }) => line.show(`    (${((done / total) * 100).toFixed(2)}/100%)`) }
-          : {}),
+        onProgress: toolProgress(line, args.flag('progress')),
       });
       line.clear();
       if (json) console.log(JSON.stringify({ type: 'result', ...result }));

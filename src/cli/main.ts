@@ -10,6 +10,8 @@ const commands = new Map<string, () => Promise<Command>>([
   ['info', async () => (await import('./info.js')).info],
   ['map', async () => (await import('./map.js')).map],
   ['compare', async () => (await import('./compare.js')).compare],
+  ['rebase', async () => (await import('./rebase.js')).rebase],
+  ['commit', async () => (await import('./commit.js')).commit],
   ['backup', async () => (await import('./backup.js')).backup],
   ['demo', async () => (await import('./demo.js')).demo],
 ]);

@@ -1,4 +1,4 @@
-import type { BackupProgress } from '../index.js';
+import type { BackupProgress, OnProgress } from '../index.js';
 import { formatBytes } from './units.js';
 
 /** One line of a terminal that is written again and again. */
@@ -27,6 +27,13 @@ export class ProgressLine {
     if (this.#shown > 0) this.#stream.write('\n');
     this.#shown = 0;
   }
+}
+
+/** What a tool's `--progress` shows: the line qemu-img has. Without it nothing. */
+export function toolProgress(line: ProgressLine, wanted: boolean): OnProgress | undefined {
+  if (!wanted) return undefined;
+  return ({ done, total }) =>
+    line.show(`    (${(total === 0 ? 100 : (done / total) * 100).toFixed(2)}/100%)`);
 }
 
 const EIGHTHS = ['', '▏', '▎', '▍', '▌', '▋', '▊', '▉'] as const;

@@ -1,17 +1,19 @@
 import { availableParallelism } from 'node:os';
-import { MessageChannel, type Transferable } from 'node:worker_threads';
+import { MessageChannel, type MessagePort, type Transferable } from 'node:worker_threads';
 import { Piscina } from 'piscina';
+import type { CommitOptions } from '../block/commit.js';
 import type { CompareResult } from '../block/compare.js';
 import type { CreateImageOptions } from '../block/create.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
 import type { MapEntry, MapRange } from '../block/map.js';
+import type { RebaseOptions } from '../block/rebase.js';
 import { closedError, StillframeError } from '../errors.js';
 import type { Arena } from '../kernels/arena.js';
 import { createRuntime } from '../kernels/runtime.js';
 import { DiskHandle } from './disk.js';
-import type { ImageTask, Task } from './tasks.js';
+import type { ImageTask, Task, ToolProgress } from './tasks.js';
 import type { Answer } from './worker.js';
 
 export interface EngineOptions {
@@ -43,13 +45,16 @@ export interface OpenDiskOptions extends ImageOptions {
   readonly discard?: 'unmap' | 'ignore' | undefined;
 }
 
+/** Called now and then with bytes done and bytes in all. */
+export type OnProgress = (progress: ToolProgress) => void;
+
 export interface CompareOptions {
   /** Sizes and allocation must agree too. Default false. */
   readonly strict?: boolean;
   readonly first?: ImageOptions;
   readonly second?: ImageOptions;
   /** Called now and then with bytes compared and bytes in all. */
-  readonly onProgress?: (progress: { readonly done: number; readonly total: number }) => void;
+  readonly onProgress?: OnProgress | undefined;
 }
 
 /** How {@link Engine.mapImage} opens an image, and which part of it it maps. */
@@ -169,25 +174,37 @@ export class Engine {
     }
   }
 
-  /** Compares two images, like `qemu-img compare`. */
-  async compareImages(first: string, second: string, options: CompareOptions = {}): Promise<CompareResult> {
+  /** Gives an image another backing file, like `qemu-img rebase`. */
+  rebaseImage(path: string, options: RebaseOptions, onProgress?: OnProgress): Promise<void> {
+    return this.#withProgress(onProgress, (port) => ({ kind: 'rebase', path, options, port }));
+  }
+
+  /** Writes what an image holds into its backing file, like `qemu-img commit`. */
+  commitImage(path: string, options: CommitOptions, onProgress?: OnProgress): Promise<void> {
+    return this.#withProgress(onProgress, (port) => ({ kind: 'commit', path, options, port }));
+  }
+
+  /** Runs a tool that tells how far it is. */
+  async #withProgress<T>(onProgress: OnProgress | undefined, task: (port: MessagePort) => Task): Promise<T> {
     const { port1, port2 } = new MessageChannel();
-    if (options.onProgress !== undefined) port1.on('message', options.onProgress);
+    if (onProgress !== undefined) port1.on('message', onProgress);
     port1.unref();
     try {
-      return await this.run<CompareResult>(
-        {
-          kind: 'compare',
-          paths: [first, second],
-          options: [imageTask(options.first), imageTask(options.second)],
-          strict: options.strict ?? false,
-          port: port2,
-        },
-        [port2],
-      );
+      return await this.run<T>(task(port2), [port2]);
     } finally {
       port1.close();
     }
+  }
+
+  /** Compares two images, like `qemu-img compare`. */
+  compareImages(first: string, second: string, options: CompareOptions = {}): Promise<CompareResult> {
+    return this.#withProgress(options.onProgress, (port) => ({
+      kind: 'compare',
+      paths: [first, second],
+      options: [imageTask(options.first), imageTask(options.second)],
+      strict: options.strict ?? false,
+      port,
+    }));
   }
 
   /** Closes what is still open and ends the threads. Jobs are cancelled. */

@@ -1,5 +1,6 @@
 import type { MessagePort } from 'node:worker_threads';
 import { BackupJob, type BackupJobOptions, helpCopying } from '../backup/backup-job.js';
+import { type CommitOptions, commitImage } from '../block/commit.js';
 import { type CompareResult, compareNodes } from '../block/compare.js';
 import { type CreateImageOptions, createImage } from '../block/create.js';
 import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '../block/disk.js';
@@ -7,6 +8,7 @@ import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-w
 import { attachNode, closeNode, type OpenImageOptions, openImage } from '../block/graph.js';
 import { type ImageInfo, imageInfo } from '../block/info.js';
 import { type MapEntry, type MapRange, mapNode } from '../block/map.js';
+import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
 import { StillframeError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
 import type { Runtime } from '../kernels/runtime.js';
@@ -33,6 +35,18 @@ export type Task =
       readonly control: number;
     }
   | { readonly kind: 'create'; readonly path: string; readonly options: CreateImageOptions }
+  | {
+      readonly kind: 'rebase';
+      readonly path: string;
+      readonly options: RebaseOptions;
+      readonly port: MessagePort;
+    }
+  | {
+      readonly kind: 'commit';
+      readonly path: string;
+      readonly options: CommitOptions;
+      readonly port: MessagePort;
+    }
   | { readonly kind: 'info'; readonly path: string; readonly options: ImageTask }
   | {
       readonly kind: 'map';
@@ -46,7 +60,7 @@ export type Task =
       readonly paths: readonly [string, string];
       readonly options: readonly [ImageTask, ImageTask];
       readonly strict: boolean;
-      readonly port: MessagePort | undefined;
+      readonly port: MessagePort;
     };
 
 /** How a tool opens an image it only looks at. */
@@ -68,6 +82,24 @@ export type GuestRequest =
   | { readonly op: 'discard'; readonly offset: number; readonly length: number }
   | { readonly op: 'flush' };
 
+/** Tells the host thread how far a tool is, in bytes. */
+export interface ToolProgress {
+  readonly done: number;
+  readonly total: number;
+}
+
+function progressTo(port: MessagePort): (done: number, total: number) => void {
+  let told = Number.NEGATIVE_INFINITY;
+  return (done, total) => {
+    const now = performance.now();
+    if (now - told < PROGRESS_MS && done < total) return;
+    told = now;
+    port.postMessage({ done, total } satisfies ToolProgress);
+  };
+}
+
+/** How often a tool says how far it is, in milliseconds. */
+const PROGRESS_MS = 50;
 /** Map entries go to the host thread in batches of this many. */
 const MAP_BATCH = 1024;
 
@@ -108,6 +140,10 @@ export class TaskRunner {
         );
       case 'create':
         return createImage(this.#runtime, task.path, task.options);
+      case 'rebase':
+        return rebaseImage(this.#runtime, task.path, task.options, progressTo(task.port));
+      case 'commit':
+        return commitImage(this.#runtime, task.path, task.options, progressTo(task.port));
       case 'info':
         return this.#info(task.path, task.options);
       case 'map':
@@ -210,9 +246,7 @@ export class TaskRunner {
       const second = openImage(this.#runtime, paths[1], { ...options[1], readOnly: true });
       try {
         const [a, b] = [attachNode(this.#runtime, first), attachNode(this.#runtime, second)];
-        return compareNodes(this.#runtime, a, b, { strict }, (done, total) =>
-          port?.postMessage({ done, total }),
-        );
+        return compareNodes(this.#runtime, a, b, { strict }, progressTo(port));
       } catch (error) {
         // One code for everything that goes wrong once both images are open.
         const { message, errno } = toStillframeError(error);

@@ -769,6 +769,13 @@ export class Qcow2Node implements BlockNode {
     });
   }
 
+  /** Makes every cluster unallocated, so that the backing file shows through (QEMU's `bdrv_make_empty`). */
+  makeEmpty(): void {
+    this.#beginMutation('empty', 0, 0);
+    const clusters = Math.ceil(this.length / this.clusterSize);
+    this.#changeClusters(0, clusters, (kind) => (kind === L2_UNALLOCATED ? 'keep' : 'clear'));
+  }
+
   /** Where the last whole cluster before `end` ends; the last cluster of the drive is whole where the drive ends. */
   #wholeEnd(end: number): number {
     return end === this.length ? end : end - (end % this.clusterSize);

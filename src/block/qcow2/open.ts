@@ -3,6 +3,7 @@ import type { Runtime } from '../../kernels/runtime.js';
 import type { BlockNode, FileDescriptor, NodeDescriptor, Qcow2Descriptor } from '../node.js';
 import { attachFile, type FileNode } from '../raw/file.js';
 import { type Qcow2Header, readHeader } from './header.js';
+import { type BackingReference, rewriteBacking } from './header-write.js';
 import { Metadata } from './metadata.js';
 import { Qcow2Node } from './node.js';
 import { allocateState } from './state.js';
@@ -104,4 +105,25 @@ export function closeQcow2(runtime: Runtime, descriptor: Qcow2Descriptor, file: 
   } finally {
     runtime.arena.free(descriptor.control);
   }
+}
+
+/**
+ * Makes the header of a writable image name another backing file, or none.
+ *
+ * @throws StillframeError what {@link rewriteBacking} throws
+ */
+export function changeBacking(
+  runtime: Runtime,
+  descriptor: Qcow2Descriptor,
+  backing: BackingReference | undefined,
+): void {
+  const file = attachFile(runtime, descriptor.file);
+  new Metadata(runtime, descriptor, file, dataFileOf(runtime, descriptor)).firstMutation();
+  rewriteBacking(runtime, file, backing);
+}
+
+/** Makes every cluster of a writable image unallocated: its backing file shows through everywhere. */
+export function emptyQcow2(runtime: Runtime, descriptor: Qcow2Descriptor): void {
+  const file = attachFile(runtime, descriptor.file);
+  new Qcow2Node(runtime, descriptor, file, dataFileOf(runtime, descriptor), undefined).makeEmpty();
 }
