@@ -12,6 +12,7 @@ export type { OnCbwError } from './block/filters/copy-before-write.js';
 export type { ImageFormat, TargetFormat } from './block/graph.js';
 export type { ImageInfo } from './block/info.js';
 export type { MapEntry } from './block/map.js';
+export type { SnapshotSelector } from './block/qcow2/index.js';
 export type { RebaseOptions } from './block/rebase.js';
 export type { BackupOptions, DiskHandle as Disk } from './engine/disk.js';
 export {

@@ -79,6 +79,12 @@ export function copyClusterSize(target: BlockNode): number {
  *   …_BACKING_UNSUPPORTED, …_LOCKED and what opening and creating a file throws
  */
 export function openTarget(runtime: Runtime, source: NodeDescriptor, options: TargetOptions): Target {
+  if (options.sync === 'none' && source.driver === 'qcow2' && source.ofSnapshot) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_UNSUPPORTED',
+      `sync mode 'none' makes the source the target's backing file, and a backing file is read as it is now, not as it is in a snapshot; use sync mode 'full' or 'top'`,
+    );
+  }
   const path = resolve(options.target);
   const sources = filesOf(source);
   const identity = fileIdentity(path);

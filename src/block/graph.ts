@@ -19,7 +19,14 @@ import type {
   NodeDescriptor,
   Qcow2Descriptor,
 } from './node.js';
-import { attachQcow2, closeQcow2, openQcow2, probeQcow2, readHeader } from './qcow2/index.js';
+import {
+  attachQcow2,
+  closeQcow2,
+  openQcow2,
+  probeQcow2,
+  readHeader,
+  type SnapshotSelector,
+} from './qcow2/index.js';
 import {
   attachFile,
   closeFile,
@@ -55,6 +62,8 @@ export interface OpenImageOptions {
    * opened; unallocated ranges read as zeroes, and data in a data file cannot be read (for `info`).
    */
   readonly backing?: readonly string[] | false | undefined;
+  /** Read a qcow2 image as it is in an internal snapshot; only read-only. */
+  readonly snapshot?: SnapshotSelector | undefined;
 }
 
 /**
@@ -101,6 +110,14 @@ function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, ch
     chain.depth++;
     const node = attachFile(runtime, file);
     const format = options.format ?? probe(node);
+    if (options.snapshot !== undefined && (format !== 'qcow2' || !readOnly)) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_INVALID_ARGUMENT',
+        format === 'qcow2'
+          ? `'${path}': a snapshot can only be read; open it read-only`
+          : `'${path}' has the format ${format}, which has no internal snapshots`,
+      );
+    }
     if (format === 'raw') {
       if (!options.readOnly && options.format === undefined) {
         throw new StillframeError(
@@ -123,7 +140,7 @@ function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, ch
       const format = formatOfBacking(path, header.backingFormat);
       backing = openBacking(runtime, path, header.backingFile, format, lock, chain);
     }
-    return openQcow2(runtime, file, backing, { readOnly, dataFile });
+    return openQcow2(runtime, file, backing, { readOnly, dataFile, snapshot: options.snapshot });
   } catch (error) {
     if (backing !== undefined) closeNode(runtime, backing);
     if (dataFile !== undefined) closeFile(runtime, dataFile);

@@ -75,7 +75,7 @@ export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename
   if (descriptor.driver !== 'qcow2') return { ...common, ...foreignInfo(descriptor, filename) };
   const file = attachFile(runtime, descriptor.file);
   const header = readHeader(runtime, file);
-  const snapshots = readSnapshots(runtime, file, header);
+  const snapshots = readSnapshots(runtime, file, header).map(({ info }) => info);
   const bitmaps = readBitmaps(runtime, file, header);
   return {
     ...(snapshots.length === 0 ? {} : { snapshots }),

@@ -136,6 +136,8 @@ export interface Qcow2Descriptor extends DescriptorBase {
   readonly dataFileRaw: boolean;
   /** Extended L2 entries: clusters have 32 subclusters. */
   readonly extendedL2: boolean;
+  /** It is read as it is in an internal snapshot. */
+  readonly ofSnapshot: boolean;
   readonly lazyRefcounts: boolean;
   readonly dirty: boolean;
   readonly corrupt: boolean;

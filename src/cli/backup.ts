@@ -7,6 +7,8 @@ import {
   OUTPUT,
   OUTPUTS,
   parseSize,
+  parseSnapshot,
+  SNAPSHOT,
   TARGET_FORMATS,
   usageError,
 } from './command.js';
@@ -78,6 +80,7 @@ export const backup: Command = {
       value: 'FMT',
       help: 'format of the source (looked for in its first bytes)',
     },
+    SNAPSHOT,
     { long: 'cluster-size', value: 'SIZE', help: 'cluster size of a new qcow2 target (64k)' },
     {
       long: 'speed',
@@ -125,6 +128,7 @@ export const backup: Command = {
     const engine = await createEngine(options.workers === undefined ? {} : { workers: options.workers });
     try {
       const disk = await engine.openDisk(source, {
+        snapshot: parseSnapshot(args.text('snapshot')),
         format: sourceFormat,
         readOnly: true,
         allowBacking: args.texts('allow-backing'),

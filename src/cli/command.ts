@@ -1,5 +1,6 @@
 import { parseArgs } from 'node:util';
 import { StillframeError } from '../errors.js';
+import type { SnapshotSelector } from '../index.js';
 
 /** One option of a command, as the parser and the help both read it. */
 export interface Option {
@@ -96,6 +97,11 @@ export const ALLOW_BACKING: Option = {
 export const TARGET_FORMATS = ['raw', 'qcow2'] as const;
 /** Formats that are read. */
 export const FORMATS = [...TARGET_FORMATS, 'vmdk', 'vhdx', 'vpc', 'vdi'] as const;
+export const SNAPSHOT: Option = {
+  long: 'snapshot',
+  value: 'NAME',
+  help: 'read the image as it is in an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME',
+};
 export const OUTPUTS = ['human', 'json'] as const;
 export const PROGRESS: Option = { long: 'progress', short: 'p', help: 'show progress on stderr' };
 export const QUIET: Option = { long: 'quiet', short: 'q', help: 'print nothing but errors' };
@@ -113,6 +119,14 @@ const SUFFIXES: Readonly<Record<string, number>> = {
   t: 1024 ** 4,
   p: 1024 ** 5,
 };
+
+/** What `--snapshot` names, as qemu-img's `-l` does. */
+export function parseSnapshot(text: string | undefined): SnapshotSelector | undefined {
+  if (text === undefined || !/^snapshot\.(id|name)=/.test(text)) return text;
+  const [, id] = /(?:^|,)snapshot\.id=([^,]*)/.exec(text) ?? [];
+  const [, name] = /(?:^|,)snapshot\.name=([^,]*)/.exec(text) ?? [];
+  return { id, name };
+}
 
 /** @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT */
 export function parseSize(text: string, what: string): number {

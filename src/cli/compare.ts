@@ -8,7 +8,9 @@ import {
   OUTPUT,
   OUTPUTS,
   PROGRESS,
+  parseSnapshot,
   QUIET,
+  SNAPSHOT,
 } from './command.js';
 import { ProgressLine, toolProgress } from './progress.js';
 
@@ -43,6 +45,7 @@ export const compare: Command = {
     { ...FORMAT, help: 'format of the first image' },
     { long: 'second-format', short: 'F', value: 'FMT', help: 'format of the second image' },
     { long: 'strict', short: 's', help: 'sizes and allocation must agree too' },
+    { ...SNAPSHOT, help: `${SNAPSHOT.help} (of the first image)` },
     PROGRESS,
     QUIET,
     ALLOW_BACKING,
@@ -63,7 +66,7 @@ export const compare: Command = {
     try {
       const result = await engine.compareImages(first, second, {
         strict: args.flag('strict'),
-        first: { ...common, format: formats[0] },
+        first: { ...common, format: formats[0], snapshot: parseSnapshot(args.text('snapshot')) },
         second: { ...common, format: formats[1] },
         onProgress: toolProgress(line, args.flag('progress')),
       });

@@ -1,5 +1,6 @@
 import { createEngine, type ImageInfo } from '../index.js';
 import { type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS } from './command.js';
+import { snapshotTable } from './snapshot.js';
 import { formatBytes, printable } from './units.js';
 
 /** Nested values as qemu-img prints them: names with spaces, list entries by number, four blanks a level. */
@@ -10,26 +11,6 @@ function indented(value: object, level: number): string[] {
     if (typeof entry !== 'object' || entry === null) return [`${blanks}${name}: ${String(entry)}`];
     return [`${blanks}${name}:`, ...indented(entry, level + 1)];
   });
-}
-
-function snapshotTable(snapshots: NonNullable<ImageInfo['snapshots']>): string[] {
-  const two = (value: number): string => String(value).padStart(2, '0');
-  const row = (id: string, tag: string, size: string, date: string, clock: string, icount: string): string =>
-    `${id.padEnd(9)} ${tag.padEnd(16)} ${size.padStart(8)}${date.padStart(20)}${clock.padStart(13)}${icount.padStart(11)}`;
-  return [
-    'Snapshot list:',
-    row('ID', 'TAG', 'VM SIZE', 'DATE', 'VM CLOCK', 'ICOUNT'),
-    ...snapshots.map((snapshot) => {
-      const date = new Date(snapshot['date-sec'] * 1000);
-      const day = `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())}`;
-      const time = `${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}`;
-      const seconds = snapshot['vm-clock-sec'];
-      const ms = Math.floor(snapshot['vm-clock-nsec'] / 1_000_000);
-      const clock = `${two(Math.floor(seconds / 3600))}:${two(Math.floor(seconds / 60) % 60)}:${two(seconds % 60)}.${String(ms).padStart(3, '0')}`;
-      const size = formatBytes(snapshot['vm-state-size']);
-      return row(snapshot.id, snapshot.name, size, `${day} ${time}`, clock, String(snapshot.icount ?? ''));
-    }),
-  ];
 }
 
 function human(info: ImageInfo): string {

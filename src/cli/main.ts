@@ -12,6 +12,7 @@ const commands = new Map<string, () => Promise<Command>>([
   ['compare', async () => (await import('./compare.js')).compare],
   ['rebase', async () => (await import('./rebase.js')).rebase],
   ['commit', async () => (await import('./commit.js')).commit],
+  ['snapshot', async () => (await import('./snapshot.js')).snapshot],
   ['backup', async () => (await import('./backup.js')).backup],
   ['demo', async () => (await import('./demo.js')).demo],
 ]);

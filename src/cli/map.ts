@@ -1,6 +1,16 @@
 import { StillframeError } from '../errors.js';
 import { createEngine, type MapEntry } from '../index.js';
-import { ALLOW_BACKING, type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS } from './command.js';
+import {
+  ALLOW_BACKING,
+  type Command,
+  FORCE_SHARE,
+  FORMAT,
+  FORMATS,
+  OUTPUT,
+  OUTPUTS,
+  parseSnapshot,
+  SNAPSHOT,
+} from './command.js';
 import { printable } from './units.js';
 
 /** The line of qemu-img's JSON map; the list is printed piece by piece, since it can be very long. */
@@ -33,6 +43,7 @@ export const map: Command = {
     FORMAT,
     { long: 'start-offset', short: 's', value: 'SIZE', help: 'where to begin (0)' },
     { long: 'max-length', short: 'l', value: 'SIZE', help: 'how much to map (to the end)' },
+    SNAPSHOT,
     ALLOW_BACKING,
     FORCE_SHARE,
     OUTPUT,
@@ -63,6 +74,7 @@ export const map: Command = {
         start: args.size('start-offset'),
         length: args.size('max-length'),
         format: args.choice('format', FORMATS),
+        snapshot: parseSnapshot(args.text('snapshot')),
         allowBacking: args.texts('allow-backing'),
         forceShare: args.flag('force-share'),
       });

@@ -8,6 +8,7 @@ import type { DiskDescriptor } from '../block/disk.js';
 import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
 import type { MapEntry, MapRange } from '../block/map.js';
+import type { SnapshotSelector } from '../block/qcow2/index.js';
 import type { RebaseOptions } from '../block/rebase.js';
 import { closedError, StillframeError } from '../errors.js';
 import type { Arena } from '../kernels/arena.js';
@@ -34,6 +35,8 @@ export interface ImageOptions {
   readonly format?: ImageFormat | undefined;
   /** Folders from which image headers may open backing files. Default: the image's own folder. */
   readonly allowBacking?: readonly string[] | undefined;
+  /** Read a qcow2 image as it is in one of its internal snapshots, named by id or name; only read-only. */
+  readonly snapshot?: SnapshotSelector | undefined;
   /** Open although another program has the image open for writing (qemu-img's `-U`). Default false. */
   readonly forceShare?: boolean | undefined;
 }
@@ -67,6 +70,7 @@ function imageTask(options: ImageOptions | undefined): ImageTask {
   return {
     format: options?.format,
     backing: options?.allowBacking,
+    snapshot: options?.snapshot,
     ...(options?.forceShare === true ? { lock: 'none' as const } : {}),
   };
 }

@@ -1,4 +1,10 @@
 export { type CreateQcow2Options, createQcow2 } from './create.js';
 export { probeQcow2, type Qcow2Header, readHeader } from './header.js';
-export { type BitmapInfo, readBitmaps, readSnapshots, type SnapshotInfo } from './listings.js';
+export {
+  type BitmapInfo,
+  readBitmaps,
+  readSnapshots,
+  type SnapshotInfo,
+  type SnapshotSelector,
+} from './listings.js';
 export { attachQcow2, changeBacking, closeQcow2, emptyQcow2, openQcow2 } from './open.js';

@@ -1,7 +1,13 @@
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { FileNode } from '../raw/file.js';
-import { AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, findExtension, type Qcow2Header } from './header.js';
+import {
+  AUTOCLEAR_BITMAPS,
+  EXTENSION_BITMAPS,
+  findExtension,
+  MAX_L1_BYTES,
+  type Qcow2Header,
+} from './header.js';
 
 /** An internal snapshot, with the field names of QAPI `SnapshotInfo`. */
 export interface SnapshotInfo {
@@ -16,6 +22,21 @@ export interface SnapshotInfo {
   /** Instructions executed; absent where the snapshot does not say. */
   readonly icount?: number;
 }
+
+/** An internal snapshot: what is said of it, and the drive as it was. */
+export interface Snapshot {
+  readonly info: SnapshotInfo;
+  readonly l1TableOffset: number;
+  /** Entries. */
+  readonly l1Size: number;
+  /** Virtual size in bytes. */
+  readonly length: number;
+}
+
+/** Names one snapshot of an image: its id or, where no id fits, its name; or what of both has to fit. */
+export type SnapshotSelector =
+  | string
+  | { readonly id?: string | undefined; readonly name?: string | undefined };
 
 /** A persistent dirty bitmap, with the field names of QAPI `Qcow2BitmapInfo`. */
 export interface BitmapInfo {
@@ -91,9 +112,9 @@ class TableReader {
  *
  * @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE, …_IO
  */
-export function readSnapshots(runtime: Runtime, file: FileNode, header: Qcow2Header): SnapshotInfo[] {
+export function readSnapshots(runtime: Runtime, file: FileNode, header: Qcow2Header): Snapshot[] {
   const table = new TableReader(runtime, file, 'snapshot table', header.snapshotsOffset, MAX_TABLE_BYTES);
-  const snapshots: SnapshotInfo[] = [];
+  const snapshots: Snapshot[] = [];
   for (let index = 0; index < header.snapshotCount; index++) {
     const fixed = table.take(SNAPSHOT_BYTES);
     const extraBytes = fixed.getUint32(36);
@@ -106,7 +127,7 @@ export function readSnapshots(runtime: Runtime, file: FileNode, header: Qcow2Hea
     table.align();
     const clock = fixed.getBigUint64(24);
     const icount = extraBytes >= 24 ? extra.getBigUint64(16) : NO_ICOUNT;
-    snapshots.push({
+    const info: SnapshotInfo = {
       ...(icount === NO_ICOUNT ? {} : { icount: Number(icount) }),
       'vm-clock-nsec': Number(clock % 1_000_000_000n),
       name,
@@ -115,9 +136,72 @@ export function readSnapshots(runtime: Runtime, file: FileNode, header: Qcow2Hea
       'vm-clock-sec': Number(clock / 1_000_000_000n),
       id,
       'vm-state-size': extraBytes >= 8 ? Number(extra.getBigUint64(0)) : fixed.getUint32(32),
+    };
+    snapshots.push({
+      info,
+      l1TableOffset: Number(fixed.getBigUint64(0)),
+      l1Size: fixed.getUint32(8),
+      length: extraBytes >= 16 ? Number(extra.getBigUint64(8)) : header.length,
     });
   }
   return snapshots;
+}
+
+/**
+ * The header by which an image is read as one of its snapshots has it.
+ *
+ * Source: QEMU's `qemu-img convert -l`; the qcow2 specification, section "Snapshots".
+ *
+ * @throws StillframeError ERR_STILLFRAME_NOT_FOUND (no such snapshot), …_CORRUPT_IMAGE, …_IO
+ */
+export function headerOfSnapshot(
+  runtime: Runtime,
+  file: FileNode,
+  header: Qcow2Header,
+  selector: SnapshotSelector,
+): Qcow2Header {
+  const { path } = file.descriptor;
+  const snapshot = select(readSnapshots(runtime, file, header), selector);
+  if (snapshot === undefined) {
+    const wanted = typeof selector === 'string' ? selector : (selector.name ?? selector.id ?? '');
+    throw new StillframeError(
+      'ERR_STILLFRAME_NOT_FOUND',
+      `'${path}' has no snapshot '${wanted}'; 'stillframe snapshot -l' lists those it has`,
+    );
+  }
+  const { l1TableOffset, l1Size, length } = snapshot;
+  const damaged = (what: string): StillframeError =>
+    new StillframeError(
+      'ERR_STILLFRAME_CORRUPT_IMAGE',
+      `'${path}': snapshot '${snapshot.info.name}' ${what}; check the image with 'stillframe check'`,
+    );
+  const { clusterSize } = header;
+  if (!Number.isSafeInteger(length)) throw damaged(`has a disk of ${length} bytes, more than 2^53`);
+  if (l1Size * 8 > MAX_L1_BYTES)
+    throw damaged(`has an L1 table of ${l1Size} entries, more than ${MAX_L1_BYTES} bytes`);
+  const perTable = clusterSize / (header.extendedL2 ? 16 : 8);
+  if (l1Size < Math.ceil(length / clusterSize / perTable)) {
+    throw damaged(`has an L1 table of ${l1Size} entries, too few for its disk of ${length} bytes`);
+  }
+  if (l1TableOffset % clusterSize !== 0 || l1TableOffset === 0 || l1TableOffset + l1Size * 8 > file.length) {
+    throw damaged(
+      `says that its L1 table is at offset ${l1TableOffset}, which is no place for it in the file`,
+    );
+  }
+  return { ...header, l1TableOffset, l1Size, length };
+}
+
+function select(snapshots: readonly Snapshot[], selector: SnapshotSelector): Snapshot | undefined {
+  if (typeof selector === 'string') {
+    return (
+      snapshots.find(({ info }) => info.id === selector) ??
+      snapshots.find(({ info }) => info.name === selector)
+    );
+  }
+  const { id, name } = selector;
+  return snapshots.find(
+    ({ info }) => (id === undefined || info.id === id) && (name === undefined || info.name === name),
+  );
 }
 
 /**

@@ -4,6 +4,7 @@ import type { BlockNode, FileDescriptor, NodeDescriptor, Qcow2Descriptor } from 
 import { attachFile, type FileNode } from '../raw/file.js';
 import { type Qcow2Header, readHeader } from './header.js';
 import { type BackingReference, rewriteBacking } from './header-write.js';
+import { headerOfSnapshot, type SnapshotSelector } from './listings.js';
 import { Metadata } from './metadata.js';
 import { Qcow2Node } from './node.js';
 import { allocateState } from './state.js';
@@ -26,11 +27,18 @@ export function openQcow2(
   runtime: Runtime,
   file: FileDescriptor,
   backing: NodeDescriptor | undefined,
-  options: { readonly readOnly: boolean; readonly dataFile?: FileDescriptor | undefined },
+  options: {
+    readonly readOnly: boolean;
+    readonly dataFile?: FileDescriptor | undefined;
+    /** Read the drive as it is in an internal snapshot; only read-only. */
+    readonly snapshot?: SnapshotSelector | undefined;
+  },
 ): Qcow2Descriptor {
   const { readOnly, dataFile } = options;
   const node = attachFile(runtime, file);
-  const header = readHeader(runtime, node);
+  const current = readHeader(runtime, node);
+  const header =
+    options.snapshot === undefined ? current : headerOfSnapshot(runtime, node, current, options.snapshot);
   if (!readOnly) checkWritable(file.path, header);
   const control = allocateState(runtime, file.path, header, node.length, readOnly);
   const descriptor: Qcow2Descriptor = {
@@ -51,6 +59,7 @@ export function openQcow2(
     dataFileName: header.dataFile,
     dataFileRaw: header.dataFileRaw,
     extendedL2: header.extendedL2,
+    ofSnapshot: options.snapshot !== undefined,
     lazyRefcounts: header.lazyRefcounts,
     dirty: header.dirty,
     corrupt: header.corrupt,
