@@ -4,7 +4,6 @@ import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { describe, expect, it } from 'vitest';
 import { STATUS_ALLOCATED, STATUS_COMPRESSED, STATUS_DATA } from '#src/block/node.js';
-import { StillframeError } from '#src/errors.js';
 import { firstDifference, Random } from '../support/data.js';
 import { hasPeer, run } from '../support/peers.js';
 import { temporaryFolder, Workbench } from './qcow2-support.js';
@@ -191,59 +190,6 @@ describe('growth', () => {
     image.close();
     expect(Math.max(...sizes)).toBeLessThan(20 << 20);
     if (peers) run('qemu-img', ['check', '-q', path]);
-  });
-});
-
-describe('damaged tables', () => {
-  const random = new Random(8);
-  const content = random.noise(2 << 20);
-
-  it('no damage makes anything but typed errors, and no memory is lost', () => {
-    const small = at('fuzz.qcow2');
-    bench.create(small, { length: 1 << 20, clusterBits: 10 });
-    const open = bench.open(small, false);
-    bench.write(open.node, 0, content.subarray(0, 1 << 20));
-    open.node.writeZeroes(100_000, 100_000, true);
-    open.close();
-    const bytes = readFileSync(small);
-    // Header, refcount table and block, L1 table, first L2 tables.
-    const metadata = 24 * 1024;
-    const used = bench.runtime.arena.usedBytes;
-    let opened = 0;
-    for (let seed = 0; seed < 400; seed++) {
-      const dice = new Random(seed);
-      const bad = Buffer.from(bytes);
-      for (let flips = dice.between(1, 6); flips > 0; flips--) {
-        const place = dice.chance(0.4) ? dice.between(0, 120) : dice.between(0, metadata);
-        bad[place] = dice.chance(0.5) ? dice.between(0, 255) : (bad[place] ?? 0) ^ (1 << dice.between(0, 7));
-      }
-      writeFileSync(small, dice.chance(0.2) ? bad.subarray(0, dice.between(0, bad.length)) : bad);
-      try {
-        const image = bench.open(small, dice.chance(0.5));
-        opened++;
-        const attempt = (body: () => void): void => {
-          try {
-            body();
-          } catch (error) {
-            if (!(error instanceof StillframeError)) throw error;
-          }
-        };
-        const length = Math.min(image.node.length, 1 << 20);
-        for (let offset = 0; offset < length; offset += 65536) {
-          attempt(() => image.node.status(offset, length - offset));
-          attempt(() => image.node.read(offset, bench.buffer, Math.min(65536, length - offset)));
-          if (image.node.readOnly) continue;
-          attempt(() => image.node.write(offset, bench.buffer, Math.min(5000, length - offset)));
-          attempt(() => image.node.discard(offset, Math.min(9000, length - offset)));
-        }
-        attempt(() => image.node.flush());
-        attempt(() => image.close());
-      } catch (error) {
-        if (!(error instanceof StillframeError)) throw new Error(`seed ${seed}`, { cause: error });
-      }
-      expect(bench.runtime.arena.usedBytes, `seed ${seed}`).toBe(used);
-    }
-    expect(opened).toBeGreaterThan(50);
   });
 });
 

@@ -1,0 +1,253 @@
+import { readSync } from 'node:fs';
+import {
+  attachNode,
+  closeNode,
+  type ImageFormat,
+  type OpenImageOptions,
+  openImage,
+} from '#src/block/graph.js';
+import { imageInfo } from '#src/block/info.js';
+import { mapNode } from '#src/block/map.js';
+import {
+  type BlockNode,
+  type NodeDescriptor,
+  STATUS_COMPRESSED,
+  STATUS_DATA,
+  STATUS_ZERO,
+} from '#src/block/node.js';
+import { chainStatus } from '#src/block/status.js';
+import { StillframeError } from '#src/errors.js';
+import type { Runtime } from '#src/kernels/runtime.js';
+import type { Random } from '../support/data.js';
+
+/** What became of an image. */
+export interface Outcome {
+  /** The drive as it was read, where all of it could be. */
+  readonly content: Buffer | undefined;
+  /** The drive after changes that all went well. */
+  readonly changed: Buffer | undefined;
+  /** Every error there was. */
+  readonly errors: readonly StillframeError[];
+}
+
+/** Something that must never be. */
+export class Defect extends Error {}
+
+class Enough extends Error {}
+
+const BUFFER_BYTES = 256 * 1024;
+/** A larger drive is read in samples. */
+const MOST_CONTENT = 512 * 1024;
+const MOST_EXTENTS = 300;
+const ZEROES = Buffer.alloc(MOST_CONTENT);
+
+/** Does with an image what can be done with one. */
+export class Exercise {
+  readonly #runtime: Runtime;
+  readonly #path: string;
+  readonly #format: ImageFormat;
+  readonly #buffer: number;
+  readonly #skip: number;
+  /** What was read: first, again, after changes. */
+  readonly #contents = [0, 1, 2].map(() => Buffer.alloc(MOST_CONTENT));
+  #errors: StillframeError[] = [];
+
+  constructor(runtime: Runtime, path: string, format: ImageFormat) {
+    this.#runtime = runtime;
+    this.#path = path;
+    this.#format = format;
+    this.#buffer = runtime.arena.alloc(BUFFER_BYTES, 'buffer of the fuzzer');
+    this.#skip = runtime.arena.alloc(64, 'skipped units');
+  }
+
+  /** @param between called when the image was read and has not been changed yet */
+  run(
+    dice: Random,
+    between: (content: Buffer | undefined, errors: readonly StillframeError[]) => void,
+  ): Outcome {
+    this.#errors = [];
+    this.#with({ readOnly: true, backing: false }, (_, descriptor) => {
+      this.#attempt(() => imageInfo(this.#runtime, descriptor, this.#path));
+    });
+    let content: Buffer | undefined;
+    this.#with({ readOnly: true }, (node) => {
+      content = this.#read(dice, node, 0);
+      this.#map(node);
+      if (content !== undefined) this.#compareStatus(node, content);
+    });
+    between(content, this.#errors);
+    const before = this.#errors.length;
+    let changed: Buffer | undefined;
+    if (this.#with({ readOnly: false }, (node) => this.#change(dice, node))) {
+      const clean = this.#errors.length === before;
+      this.#with({ readOnly: true }, (node) => {
+        const found = this.#read(dice, node, 2);
+        if (clean) changed = found;
+      });
+    }
+    return { content, changed, errors: this.#errors };
+  }
+
+  /** False where it cannot be opened. */
+  #with(
+    options: Omit<OpenImageOptions, 'format'>,
+    body: (node: BlockNode, descriptor: NodeDescriptor) => void,
+  ): boolean {
+    const descriptor = this.#attempt(() =>
+      openImage(this.#runtime, this.#path, { ...options, format: this.#format }),
+    );
+    if (descriptor === undefined) return false;
+    try {
+      body(attachNode(this.#runtime, descriptor), descriptor);
+    } finally {
+      this.#attempt(() => closeNode(this.#runtime, descriptor));
+    }
+    return true;
+  }
+
+  #attempt<T>(body: () => T): T | undefined {
+    try {
+      return body();
+    } catch (error) {
+      if (!(error instanceof StillframeError) || error.code === 'ERR_STILLFRAME_INTERNAL') throw error;
+      this.#errors.push(error);
+      return undefined;
+    }
+  }
+
+  /** @param into number of the buffer for what is read */
+  #read(dice: Random, node: BlockNode, into: number): Buffer | undefined {
+    const { length } = node;
+    if (length <= MOST_CONTENT) {
+      const content = this.#pass(dice, node, into);
+      const again = this.#pass(dice, node, 1);
+      if (content !== undefined && again !== undefined && !content.equals(again)) {
+        throw new Defect('the drive reads differently in other pieces');
+      }
+      return content;
+    }
+    const places = Array.from({ length: 8 }, () => Math.floor(dice.next() * (length - 65536)));
+    for (const offset of [0, length - 65536, ...places]) {
+      this.#attempt(() => node.read(offset, this.#buffer, 65536));
+      const status = this.#attempt(() => chainStatus(node, offset, length - offset));
+      const next = offset + (status?.length ?? 0);
+      if (next < length) this.#attempt(() => node.read(next, this.#buffer, Math.min(65536, length - next)));
+    }
+    return undefined;
+  }
+
+  /** Reads all of the drive in pieces of any size. */
+  #pass(dice: Random, node: BlockNode, into: number): Buffer | undefined {
+    const { u8 } = this.#runtime.arena;
+    const content = (this.#contents[into] ?? Buffer.alloc(0)).subarray(0, node.length);
+    // Not too many for one cluster: a compressed one is decompressed anew where that fails.
+    const least = Math.max(512, (node.clusterSize ?? 512) / 8);
+    const most = Math.max(least, 1 << dice.between(9, 18));
+    let complete = true;
+    for (let offset = 0; offset < node.length; ) {
+      const bytes = Math.min(
+        dice.chance(0.5) ? most : dice.between(least / 2 + 1, most),
+        node.length - offset,
+      );
+      const done = this.#attempt(() => {
+        u8.fill(0xee, this.#buffer, this.#buffer + bytes);
+        node.read(offset, this.#buffer, bytes);
+        content.set(u8.subarray(this.#buffer, this.#buffer + bytes), offset);
+        return true;
+      });
+      complete &&= done === true;
+      offset += bytes;
+    }
+    return complete ? content : undefined;
+  }
+
+  #map(node: BlockNode): void {
+    let entries = 0;
+    let end = 0;
+    try {
+      this.#attempt(() =>
+        mapNode(node, this.#path, {}, ({ start, length }) => {
+          if (start !== end || (length <= 0 && node.length > 0)) {
+            throw new Defect(`the map goes on at ${start} with ${length} bytes, not at ${end}`);
+          }
+          end = start + length;
+          if (++entries > MOST_EXTENTS) throw new Enough();
+        }),
+      );
+    } catch (error) {
+      if (!(error instanceof Enough)) throw error;
+    }
+  }
+
+  /** What the status says must be what is read. */
+  #compareStatus(node: BlockNode, content: Buffer): void {
+    for (let offset = 0, left = MOST_EXTENTS; offset < node.length && left > 0; left--) {
+      const extent = this.#attempt(() => chainStatus(node, offset, node.length - offset));
+      if (extent === undefined) return;
+      const found = content.subarray(offset, offset + extent.length);
+      if ((extent.flags & STATUS_ZERO) !== 0) {
+        if (!found.equals(ZEROES.subarray(0, found.length)))
+          throw new Defect(`said to be zero, but is not: ${offset}`);
+      } else if (
+        (extent.flags & (STATUS_DATA | STATUS_COMPRESSED)) === STATUS_DATA &&
+        extent.hostOffset >= 0
+      ) {
+        const descriptor = extent.node?.descriptor;
+        if (descriptor === undefined || descriptor.driver === 'file')
+          throw new Defect('an extent of no image');
+        const file =
+          descriptor.driver === 'qcow2' ? (descriptor.dataFile ?? descriptor.file) : descriptor.file;
+        const there = Buffer.alloc(Math.min(extent.length, 4096));
+        readSync(file.fd, there, 0, there.length, extent.hostOffset);
+        if (!there.equals(found.subarray(0, there.length))) {
+          throw new Defect(`what is at ${extent.hostOffset} of the file is not what is read at ${offset}`);
+        }
+      }
+      offset += extent.length;
+    }
+  }
+
+  /** Some changes, and a close. */
+  #change(dice: Random, node: BlockNode): void {
+    const { length } = node;
+    if (length === 0) return;
+    const cluster = node.clusterSize ?? 512;
+    const { u8 } = this.#runtime.arena;
+    u8.fill(dice.between(1, 255), this.#buffer, this.#buffer + BUFFER_BYTES);
+    for (let left = dice.between(1, 8); left > 0; left--) {
+      const most = Math.min(length, BUFFER_BYTES, cluster * dice.between(1, 8));
+      const offset = Math.floor(dice.next() * (length - most + 1));
+      const bytes = dice.between(1, most);
+      this.#attempt(() => {
+        switch (dice.between(0, 9)) {
+          case 0:
+          case 1:
+          case 2:
+          case 3:
+            return node.write(offset, this.#buffer, bytes);
+          case 4:
+            return node.writeZeroes(offset, bytes, dice.chance(0.5));
+          case 5:
+            return node.discard(offset, bytes);
+          case 6: {
+            if (length > 64 << 20) return undefined;
+            return dice.chance(0.5) ? node.discard(0, length) : node.writeZeroes(0, length, dice.chance(0.5));
+          }
+          case 7: {
+            const start = offset - (offset % cluster);
+            this.#runtime.arena.u32[this.#skip >> 2] = dice.between(0, 255);
+            const whole = Math.min(
+              Math.ceil(bytes / cluster) * cluster,
+              length - start,
+              cluster * 16,
+              BUFFER_BYTES,
+            );
+            return node.writeUnits(start, this.#buffer, whole, cluster, this.#skip);
+          }
+          default:
+            return node.flush();
+        }
+      });
+    }
+  }
+}

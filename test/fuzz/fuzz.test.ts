@@ -1,0 +1,28 @@
+import { spawnSync } from 'node:child_process';
+import { describe, expect, it } from 'vitest';
+
+function fuzz(...args: string[]): { readonly status: number | null; readonly output: string } {
+  const { status, stdout, stderr } = spawnSync('npm', ['run', '--silent', 'fuzz', '--', ...args], {
+    encoding: 'utf8',
+    maxBuffer: 1 << 26,
+  });
+  return { status, output: stdout + stderr };
+}
+
+describe('images damaged at random', { timeout: 600_000 }, () => {
+  it('make nothing but errors with a code, open nothing, take no memory, and read as QEMU reads them', () => {
+    const { status, output } = fuzz('qcow2', '--executions', '600', '--compare', '60');
+    expect(output).toMatch(/^600 executions .* 0 failures$/m);
+    // A fuzzer whose images nobody can open finds nothing.
+    const [, read = 0, changed = 0] = /(\d+) images read, (\d+) changed/.exec(output)?.map(Number) ?? [];
+    expect(read).toBeGreaterThan(150);
+    expect(changed).toBeGreaterThan(100);
+    expect(status).toBe(0);
+  });
+
+  it('that once did worse do so no more', () => {
+    const { status, output } = fuzz('qcow2', '--regressions');
+    expect(output.split('\n').filter((line) => line !== '' && !line.endsWith(': no failure'))).toEqual([]);
+    expect(status).toBe(0);
+  });
+});

@@ -1,0 +1,235 @@
+import { spawnSync } from 'node:child_process';
+import {
+  closeSync,
+  existsSync,
+  ftruncateSync,
+  linkSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+  writeSync,
+} from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { createRuntime } from '#src/kernels/runtime.js';
+import { Random } from '../support/data.js';
+import { loadCorpus, type SparseFile } from './corpus.js';
+import { Exercise, type Outcome } from './exercise.js';
+import { Guard } from './guard.js';
+import { anyOf, type Base, type Edit, makeBase, mutate } from './mutation.js';
+import { qcow2Layout } from './qcow2-layout.js';
+import { QCOW2_MUTATORS } from './qcow2-mutators.js';
+import { qemuCheck, qemuContent } from './qemu.js';
+
+// Most of the time of an error goes into its stack.
+Error.stackTraceLimit = 5;
+
+/** One execution, as it can be repeated. */
+export interface Recipe {
+  readonly base: string;
+  readonly mutations: readonly (readonly Edit[])[];
+  /** Seed of what is done with the image. */
+  readonly actions: number;
+}
+
+export interface Found {
+  readonly seed: number;
+  readonly what: string;
+  readonly recipe: Recipe;
+}
+
+/** What many executions came to. */
+export interface Tally {
+  executions: number;
+  /** Images all of which could be read. */
+  read: number;
+  /** Images that were changed without an error. */
+  changed: number;
+  compared: number;
+  /** How often each kind of thing happened, and the first seed that made it. */
+  readonly events: Record<string, { times: number; readonly seed: number }>;
+}
+
+export function newTally(): Tally {
+  return { executions: 0, read: 0, changed: 0, compared: 0, events: {} };
+}
+
+/** Numbers and names taken out of a message, so that those of a kind are counted together. */
+function kindOf(message: string): string {
+  return message
+    .replace(/'[^']*'/g, "'…'")
+    .replace(/0x[0-9a-f]+|\d+/g, 'N')
+    .slice(0, 160);
+}
+
+function describeError(error: unknown): string {
+  return error instanceof Error ? (error.stack ?? error.message) : String(error);
+}
+
+/** Runs executions, one after the other, in a folder of its own. */
+export class Fuzzer {
+  readonly tally = newTally();
+  readonly #root: string;
+  readonly #folder: string;
+  readonly #path: string;
+  readonly #format: 'qcow2';
+  readonly #bases: readonly Base[];
+  readonly #common: readonly SparseFile[];
+  readonly #exercise: Exercise;
+  readonly #guard: Guard;
+
+  constructor(format: 'qcow2') {
+    this.#format = format;
+    const memory = '/dev/shm';
+    this.#root = mkdtempSync(join(existsSync(memory) ? memory : tmpdir(), 'stillframe-fuzz-'));
+    this.#folder = join(this.#root, 'images');
+    this.#path = join(this.#folder, `image.${format}`);
+    this.#bases = loadCorpus(format).map((file) => makeBase(file, qcow2Layout(file.bytes)));
+    this.#common = loadCorpus('common');
+    const names = this.#furnish();
+    const runtime = createRuntime();
+    this.#exercise = new Exercise(runtime, this.#path, format);
+    this.#guard = new Guard(runtime.arena, new Set(names.map((name) => join(this.#folder, name))));
+  }
+
+  close(): void {
+    rmSync(this.#root, { recursive: true });
+  }
+
+  /** Files beside the image, and what it must not open outside. Returns what may be opened. */
+  #furnish(): string[] {
+    mkdirSync(join(this.#folder, 'inner'), { recursive: true });
+    writeFileSync(join(this.#root, 'secret.raw'), Buffer.alloc(65536, 'secret '));
+    for (const file of this.#common) writeFileSync(join(this.#folder, file.name), file.bytes);
+    symlinkSync('base.raw', join(this.#folder, 'alias.raw'));
+    symlinkSync('../secret.raw', join(this.#folder, 'way-out.raw'));
+    symlinkSync('..', join(this.#folder, 'folder-out'));
+    symlinkSync('ring.raw', join(this.#folder, 'ring.raw'));
+    spawnSync('mkfifo', [join(this.#folder, 'fifo')]);
+    writeFileSync(this.#path, '');
+    linkSync(this.#path, join(this.#folder, 'hard.qcow2'));
+    return [`image.${this.#format}`, 'alias.raw', ...this.#common.map(({ name }) => name)];
+  }
+
+  recipe(seed: number): Recipe {
+    const dice = new Random(seed);
+    let base = anyOf(dice, this.#bases);
+    // Large clusters take long: rarely.
+    if (base.layout.unit > 32768 && dice.chance(0.8)) base = anyOf(dice, this.#bases);
+    return { base: base.file.name, mutations: mutate(dice, base, QCOW2_MUTATORS), actions: seed };
+  }
+
+  #write(recipe: Recipe): void {
+    const base = this.#bases.find(({ file }) => file.name === recipe.base);
+    if (base === undefined) throw new Error(`there is no image '${recipe.base}' in the corpus`);
+    const fd = openSync(this.#path, 'r+');
+    try {
+      ftruncateSync(fd, 0);
+      ftruncateSync(fd, base.file.length);
+      for (const { at, bytes } of base.file.extents) writeSync(fd, bytes, 0, bytes.length, at);
+      for (const edit of recipe.mutations.flat()) {
+        if ('length' in edit) {
+          ftruncateSync(fd, edit.length);
+        } else {
+          const bytes = Buffer.from(edit.hex, 'hex');
+          writeSync(fd, bytes, 0, bytes.length, edit.at);
+        }
+      }
+    } finally {
+      closeSync(fd);
+    }
+    // The only other file that is ever written.
+    const data = this.#common.find(({ name }) => name === 'data.raw');
+    if (data !== undefined && /data/.test(recipe.base))
+      writeFileSync(join(this.#folder, data.name), data.bytes);
+  }
+
+  /** One execution. Returns what must not be, or undefined. */
+  execute(recipe: Recipe, compare: boolean): string | undefined {
+    this.#write(recipe);
+    const { tally } = this;
+    let sound = false;
+    let difference: string | undefined;
+    let outcome: Outcome | undefined;
+    let defect: string | undefined;
+    try {
+      outcome = this.#exercise.run(new Random(recipe.actions ^ 0x5bd1e995), (content, errors) => {
+        if (!compare) return;
+        this.#guard.unwatched(() => {
+          difference = this.#compare(recipe, content, 'as it was', errors.at(-1)?.message);
+          sound = content !== undefined && qemuCheck(this.#path, this.#format) === 0;
+        });
+      });
+    } catch (error) {
+      defect = describeError(error);
+    }
+    const offence = this.#guard.offence();
+    if (defect !== undefined || offence !== undefined) return defect ?? offence;
+    if (difference !== undefined) return difference;
+    tally.executions++;
+    if (outcome === undefined) return undefined;
+    const { content, changed, errors } = outcome;
+    if (content !== undefined) tally.read++;
+    if (changed !== undefined) tally.changed++;
+    for (const { code } of errors) this.#count(code, recipe);
+    if (!compare || changed === undefined || !sound) return undefined;
+    const status = qemuCheck(this.#path, this.#format);
+    if (status !== 0) return `qemu-img check says ${status} of what we wrote into a sound image`;
+    return this.#guard.unwatched(() => this.#compare(recipe, changed, 'after changes'));
+  }
+
+  #count(event: string, { actions }: Recipe): void {
+    const { events } = this.tally;
+    events[event] ??= { times: 0, seed: actions };
+    events[event].times++;
+  }
+
+  /** How the drive as we read it differs from what QEMU reads. */
+  #compare(recipe: Recipe, content: Buffer | undefined, when: string, refusal = ''): string | undefined {
+    const { tally } = this;
+    // What is larger is read in samples.
+    if (content === undefined && refusal === '') return undefined;
+    const theirs = qemuContent(this.#path, this.#format);
+    if (content === undefined) {
+      if (typeof theirs !== 'string') this.#count(`read by QEMU, not by us: ${kindOf(refusal)}`, recipe);
+      return undefined;
+    }
+    if (typeof theirs === 'string') {
+      this.#count(`read by us, not by QEMU: ${kindOf(theirs)}`, recipe);
+      return undefined;
+    }
+    tally.compared++;
+    if (theirs.equals(content)) return undefined;
+    if (theirs.length !== content.length) {
+      return `QEMU reads ${theirs.length} bytes, we read ${content.length} (${when})`;
+    }
+    const at = content.findIndex((byte, index) => byte !== theirs[index]);
+    return `at ${at} QEMU reads ${theirs[at]}, we read ${content[at]} (${when})`;
+  }
+
+  /** Leaves out what the failure does not need. */
+  minimise(recipe: Recipe, compare: boolean): Recipe {
+    let smallest = recipe;
+    const tryOut = (mutations: readonly (readonly Edit[])[]): void => {
+      const smaller = { ...smallest, mutations };
+      if (this.execute(smaller, compare) !== undefined) smallest = smaller;
+    };
+    for (let index = smallest.mutations.length - 1; index >= 0; index--) {
+      tryOut(smallest.mutations.filter((_, other) => other !== index));
+    }
+    for (let index = smallest.mutations.length - 1; index >= 0; index--) {
+      for (let edit = (smallest.mutations[index]?.length ?? 0) - 1; edit >= 0; edit--) {
+        const at = index;
+        tryOut(
+          smallest.mutations.map((edits, other) =>
+            other === at ? edits.filter((_, number) => number !== edit) : edits,
+          ),
+        );
+      }
+    }
+    return smallest;
+  }
+}
