@@ -10,7 +10,7 @@ const BUDGET_BYTES = 64 * 1024 * 1024;
  * Whether clusters of the image are in use in much larger number than its file takes space: then they were
  * preallocated (`preallocation=metadata`) and the holes of the file tell which of them are zero.
  *
- * The rule, more than a tenth and at least two clusters more, is the one by which `qemu-img map` decides.
+ * The rule, more than a ninth and at least two clusters more, is the one by which `qemu-img map` decides.
  */
 export function looksPreallocated(
   runtime: Runtime,
@@ -19,9 +19,9 @@ export function looksPreallocated(
   clusterSize: number,
   refcountBits: number,
 ): boolean {
-  const space = Math.ceil((fstatSync(file.descriptor.fd).blocks * 512) / clusterSize);
+  const space = Math.floor((fstatSync(file.descriptor.fd).blocks * 512) / clusterSize);
   const clusters = Math.ceil(file.length / clusterSize);
-  const least = space + Math.max(2, Math.floor(space / 10));
+  const least = Math.max(Math.floor((space * 10) / 9), space + 2);
   if (clusters < least) return false;
   const { arena, kernels } = runtime;
   const order = Math.log2(refcountBits);
