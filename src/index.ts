@@ -7,12 +7,12 @@ export type { OnError } from './backup/backup-job.js';
 export type { SyncMode } from './backup/target.js';
 export type { CommitOptions } from './block/commit.js';
 export type { CompareResult } from './block/compare.js';
-export type { CreateImageOptions } from './block/create.js';
+export type { CreateImageOptions, CreationOptions } from './block/create.js';
 export type { OnCbwError } from './block/filters/copy-before-write.js';
 export type { ImageFormat, TargetFormat } from './block/graph.js';
 export type { ImageInfo } from './block/info.js';
 export type { MapEntry } from './block/map.js';
-export type { SnapshotSelector } from './block/qcow2/index.js';
+export type { Preallocation, SnapshotSelector } from './block/qcow2/index.js';
 export type { RebaseOptions } from './block/rebase.js';
 export type { BackupOptions, DiskHandle as Disk } from './engine/disk.js';
 export {

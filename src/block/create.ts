@@ -2,18 +2,18 @@ import { rmSync } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { closeNode, fileIdentity, type ImageFormat, openImage, type TargetFormat } from './graph.js';
-import { createQcow2 } from './qcow2/index.js';
+import { closeNode, fileIdentity, type ImageFormat, openImage, resolveBackingName, type TargetFormat } from './graph.js';
+import type { FileDescriptor } from './node.js';
+import {
+  type CreateQcow2Options,
+  checkQcow2Options,
+  createQcow2,
+  type Preallocation,
+} from './qcow2/index.js';
 import { attachFile, closeFile, openFile } from './raw/file.js';
 
-export interface CreateImageOptions {
-  readonly format: TargetFormat;
-  /** Virtual size in bytes; rounded up to 512 for qcow2. Default: the size of the backing file. */
-  readonly length?: number | undefined;
-  /** Name as it is written into the header; relative names are relative to the folder of the image. */
-  readonly backingFile?: string | undefined;
-  /** Format of the backing file; required with one, since probing it later is unsafe. */
-  readonly backingFormat?: ImageFormat | undefined;
+/** What a new image is to be like, beyond its size and backing file (`-o` of qemu-img). */
+export interface CreationOptions {
   /** qcow2, in bytes: power of two from 512 to 2 MiB; default 65536. */
   readonly clusterSize?: number | undefined;
   /** qcow2: 2 (`compat=0.10`) or 3 (`compat=1.1`, default). */
@@ -23,7 +23,33 @@ export interface CreateImageOptions {
   readonly lazyRefcounts?: boolean | undefined;
   /** qcow2: `zlib` (default) or `zstd`. */
   readonly compressionType?: 'zlib' | 'zstd' | undefined;
-  /** Replace a file that is there. */
+  /** qcow2: clusters have 32 subclusters; they need to be of 16 KiB at least. Default false. */
+  readonly extendedL2?: boolean | undefined;
+  /**
+   * qcow2: the file that is to hold the data. Written into the header as it is; a relative name is relative to the
+   * folder of the image. It is made with the image.
+   */
+  readonly dataFile?: string | undefined;
+  /** qcow2: the data file alone is to be a valid raw image. Default false. */
+  readonly dataFileRaw?: boolean | undefined;
+  /**
+   * Space to take at once: `metadata` (qcow2) makes the tables of the whole drive, `falloc` takes the space of the
+   * data from the file system as well, `full` writes it as zeroes. Default `off`.
+   */
+  readonly preallocation?: Preallocation | undefined;
+}
+
+export interface CreateImageOptions extends CreationOptions {
+  readonly format: TargetFormat;
+  /** Virtual size in bytes; rounded up to 512. Default: the size of the backing file. */
+  readonly length?: number | undefined;
+  /** Name as it is written into the header; relative names are relative to the folder of the image. */
+  readonly backingFile?: string | undefined;
+  /** Format of the backing file; required with one, since probing it later is unsafe. */
+  readonly backingFormat?: ImageFormat | undefined;
+  /** Do not look whether there is a backing file of that name; the size must be given then. Default false. */
+  readonly unsafeBacking?: boolean | undefined;
+  /** Replace files that are there. */
   readonly force?: boolean | undefined;
 }
 
@@ -39,49 +65,145 @@ export function createImage(runtime: Runtime, name: string, options: CreateImage
   if (options.force !== true && fileIdentity(path) !== undefined) {
     throw new StillframeError('ERR_STILLFRAME_TARGET_EXISTS', `'${name}' exists; use --force to replace it`);
   }
-  const length = roundUp(options.length ?? backingLength(runtime, path, options), options.format);
+  const backing = options.unsafeBacking === true ? undefined : lookAtBacking(runtime, path, options);
+  const length = roundUp(options.length ?? backing);
+  checkCreation(path, length, options);
   const file = openFile(runtime, path, { readOnly: false, lock: 'write', create: 'truncate' });
+  let dataFile: FileDescriptor | undefined;
   let done = false;
   try {
-    const node = attachFile(runtime, file);
-    if (options.format === 'raw') {
-      rejectQcow2Options(name, options);
-      node.truncate(length);
-    } else {
-      createQcow2(runtime, node, {
-        length,
-        clusterBits: Math.log2(options.clusterSize ?? 65536),
-        version: options.version ?? 3,
-        refcountBits: options.refcountBits ?? 16,
-        lazyRefcounts: options.lazyRefcounts ?? false,
-        compressionType: options.compressionType === 'zstd' ? 1 : 0,
-        ...(options.backingFile === undefined ? {} : { backingFile: options.backingFile }),
-        ...(options.backingFormat === undefined ? {} : { backingFormat: options.backingFormat }),
-      });
-    }
-    node.flush();
+    dataFile = makeDataFile(runtime, path, options);
+    formatFile(runtime, file, dataFile, length, options);
     done = true;
     return length;
   } finally {
     if (!done) rmSync(path, { force: true });
     closeFile(runtime, file);
+    if (dataFile !== undefined) {
+      if (!done) rmSync(dataFile.path, { force: true });
+      closeFile(runtime, dataFile);
+    }
   }
 }
 
-function roundUp(length: number, format: TargetFormat): number {
-  if (!Number.isSafeInteger(length) || length < 0) {
+type FormatOptions = CreationOptions & Pick<CreateImageOptions, 'format' | 'backingFile' | 'backingFormat'>;
+
+/**
+ * Checks the options of a new image before anything is touched.
+ *
+ * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT, …_BACKING_UNSUPPORTED
+ */
+export function checkCreation(path: string, length: number, options: FormatOptions): void {
+  if (options.format === 'raw') rejectQcow2Options(path, options);
+  else checkQcow2Options(path, qcow2Options(length, options));
+}
+
+function qcow2Options(length: number, options: FormatOptions): CreateQcow2Options {
+  const { clusterSize = 65536, compressionType, ...rest } = options;
+  return {
+    ...rest,
+    length,
+    clusterBits: Math.log2(clusterSize),
+    compressionType: compressionType === 'zstd' ? 1 : 0,
+  };
+}
+
+/**
+ * Makes an empty file an image and flushes it.
+ *
+ * @param dataFile what {@link makeDataFile} made
+ * @param length virtual size in bytes, a multiple of 512
+ */
+export function formatFile(
+  runtime: Runtime,
+  file: FileDescriptor,
+  dataFile: FileDescriptor | undefined,
+  length: number,
+  options: FormatOptions,
+): void {
+  const node = attachFile(runtime, file);
+  if (options.format === 'raw') {
+    node.truncate(length);
+    if (options.preallocation === 'falloc' || options.preallocation === 'full') {
+      node.preallocate(0, length, options.preallocation);
+    }
+  } else {
+    createQcow2(runtime, node, qcow2Options(length, options), dataFile && attachFile(runtime, dataFile));
+  }
+  node.flush();
+}
+
+/**
+ * Makes the external data file that the options name, empty and locked.
+ *
+ * @param path of the image
+ */
+export function makeDataFile(
+  runtime: Runtime,
+  path: string,
+  options: Pick<CreateImageOptions, 'dataFile' | 'backingFile' | 'force'>,
+): FileDescriptor | undefined {
+  const { dataFile: name, backingFile } = options;
+  if (name === undefined) return undefined;
+  if (/^[^/]*:/.test(name)) {
     throw new StillframeError(
       'ERR_STILLFRAME_INVALID_ARGUMENT',
-      `the size must be a whole number of bytes from 0 to 2^53-1, not ${length}`,
+      `'${name}' cannot be a data file: a name with a colon is a protocol's; put './' before it if it is a file`,
     );
   }
-  return format === 'qcow2' ? Math.ceil(length / 512) * 512 : length;
+  const place = resolveBackingName(path, name);
+  const identity = fileIdentity(place);
+  const others = [path, ...(backingFile === undefined ? [] : [resolveBackingName(path, backingFile)])];
+  if (identity !== undefined && others.some((other) => fileIdentity(other) === identity)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_SAME_NODE',
+      `the data file '${place}' is the image itself or its backing file; give it a name of its own`,
+    );
+  }
+  if (identity !== undefined && options.force !== true) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_TARGET_EXISTS',
+      `the data file '${place}' exists; use --force to replace it`,
+    );
+  }
+  return openFile(runtime, place, { readOnly: false, lock: 'write', create: 'truncate' });
 }
 
-function rejectQcow2Options(name: string, options: CreateImageOptions): void {
-  const given = (['backingFile', 'clusterSize', 'version', 'refcountBits', 'compressionType'] as const).find(
-    (key) => options[key] !== undefined,
+function roundUp(length: number | undefined): number {
+  if (length === undefined) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_INVALID_ARGUMENT',
+      'a new image needs a size, or a backing file to take it from',
+    );
+  }
+  const rounded = Math.ceil(length / 512) * 512;
+  if (Number.isSafeInteger(length) && length >= 0 && Number.isSafeInteger(rounded)) return rounded;
+  throw new StillframeError(
+    'ERR_STILLFRAME_INVALID_ARGUMENT',
+    `the size must be a whole number of bytes from 0 to 2^53 - 512, not ${length}`,
   );
+}
+
+const QCOW2_ONLY = [
+  'backingFile',
+  'clusterSize',
+  'version',
+  'refcountBits',
+  'lazyRefcounts',
+  'compressionType',
+  'extendedL2',
+  'dataFile',
+  'dataFileRaw',
+] as const;
+
+function rejectQcow2Options(name: string, options: FormatOptions): void {
+  if (options.preallocation === 'metadata') {
+    throw new StillframeError(
+      'ERR_STILLFRAME_INVALID_ARGUMENT',
+      "a raw image has no metadata to preallocate; use 'falloc', 'full' or format 'qcow2'",
+    );
+  }
+  const given = QCOW2_ONLY.find((key) => options[key] !== undefined);
   if (given === undefined) return;
   throw new StillframeError(
     given === 'backingFile' ? 'ERR_STILLFRAME_BACKING_UNSUPPORTED' : 'ERR_STILLFRAME_INVALID_ARGUMENT',
@@ -91,13 +213,9 @@ function rejectQcow2Options(name: string, options: CreateImageOptions): void {
   );
 }
 
-function backingLength(runtime: Runtime, path: string, options: CreateImageOptions): number {
-  if (options.backingFile === undefined) {
-    throw new StillframeError(
-      'ERR_STILLFRAME_INVALID_ARGUMENT',
-      'a new image needs a size, or a backing file to take it from',
-    );
-  }
+/** Virtual size of the backing file, which must be there. */
+function lookAtBacking(runtime: Runtime, path: string, options: CreateImageOptions): number | undefined {
+  if (options.backingFile === undefined) return undefined;
   const backing = openImage(runtime, resolve(dirname(path), options.backingFile), {
     format: options.backingFormat,
     readOnly: true,

@@ -16,6 +16,8 @@ export interface Syscalls {
   punchHole(fd: number, offset: number, length: number): void;
   /** Makes the range read as zeroes and keeps its space allocated. */
   zeroRange(fd: number, offset: number, length: number): void;
+  /** Takes the space of the range; what is there stays, and the file becomes as long as the range needs. */
+  allocate(fd: number, offset: number, length: number): void;
   /** Copies inside the kernel. @returns the bytes copied, 0 at the end of the input */
   copyFileRange(fdIn: number, offsetIn: number, fdOut: number, offsetOut: number, length: number): number;
   /** Takes (or with `unlock` drops) a shared OFD lock. @returns false where somebody's exclusive lock is in the way */
@@ -102,6 +104,9 @@ export function loadSyscalls(): Syscalls {
     },
     zeroRange(fd, offset, length) {
       checked('fallocate', fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length));
+    },
+    allocate(fd, offset, length) {
+      checked('fallocate', fallocate(fd, 0, offset, length));
     },
     copyFileRange(fdIn, offsetIn, fdOut, offsetOut, length) {
       const from = new BigInt64Array([BigInt(offsetIn)]);

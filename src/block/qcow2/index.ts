@@ -1,4 +1,4 @@
-export { type CreateQcow2Options, createQcow2 } from './create.js';
+export { type CreateQcow2Options, checkQcow2Options, createQcow2, type Preallocation } from './create.js';
 export { probeQcow2, type Qcow2Header, readHeader } from './header.js';
 export {
   type BitmapInfo,

@@ -220,13 +220,15 @@ export class FileNode implements BlockNode {
   writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
     this.#checkWritable('write zeroes', offset, length);
     const inside = Math.max(0, Math.min(length, this.length - offset));
-    if (inside > 0 && !this.#zeroInPlace(offset, inside, mayUnmap)) {
-      zeroes ??= new Uint8Array(1 << 20);
-      for (let done = 0; done < inside; done += zeroes.length) {
-        this.#writeBytes(offset + done, zeroes, 0, Math.min(zeroes.length, inside - done));
-      }
-    }
+    if (inside > 0 && !this.#zeroInPlace(offset, inside, mayUnmap)) this.#writeZeroBytes(offset, inside);
     if (inside < length) this.extend(offset + length);
+  }
+
+  #writeZeroBytes(offset: number, length: number): void {
+    zeroes ??= new Uint8Array(1 << 20);
+    for (let done = 0; done < length; done += zeroes.length) {
+      this.#writeBytes(offset + done, zeroes, 0, Math.min(zeroes.length, length - done));
+    }
   }
 
   discard(offset: number, length: number): void {
@@ -263,6 +265,28 @@ export class FileNode implements BlockNode {
     this.#dataStart = offset;
     this.#dataEnd = firstHole !== undefined && firstHole > offset ? firstHole : end;
     return data(this.#dataEnd);
+  }
+
+  /**
+   * Takes the space of a range that reads as zeroes: `falloc` from the file system, `full` by writing zeroes.
+   * A file system that cannot give space gets zeroes written.
+   */
+  preallocate(offset: number, length: number, mode: 'falloc' | 'full'): void {
+    this.#checkWritable('preallocate', offset, length);
+    if (length === 0 || (mode === 'falloc' && this.#allocate(offset, length))) return;
+    this.#writeZeroBytes(offset, length);
+  }
+
+  #allocate(offset: number, length: number): boolean {
+    if (syscalls === undefined) return false;
+    try {
+      syscalls.allocate(this.descriptor.fd, offset, length);
+    } catch (error) {
+      if (isUnsupported(error)) return false;
+      throw this.#error('preallocate', offset, length, error);
+    }
+    this.extend(offset + length);
+    return true;
   }
 
   /** Makes the file `length` bytes long. */
