@@ -2,7 +2,14 @@ import { rmSync } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { closeNode, fileIdentity, type ImageFormat, openImage, resolveBackingName, type TargetFormat } from './graph.js';
+import {
+  closeNode,
+  fileIdentity,
+  type ImageFormat,
+  openImage,
+  resolveBackingName,
+  type TargetFormat,
+} from './graph.js';
 import type { FileDescriptor } from './node.js';
 import {
   type CreateQcow2Options,
