@@ -8,6 +8,7 @@ export type { SyncMode } from './backup/target.js';
 export type { CommitOptions } from './block/commit.js';
 export type { CompareResult } from './block/compare.js';
 export type { CreateImageOptions, CreationOptions } from './block/create.js';
+export type { BitmapAction, BitmapSource } from './block/edit-bitmap.js';
 export type { OnCbwError } from './block/filters/copy-before-write.js';
 export type { ImageFormat, TargetFormat } from './block/graph.js';
 export type { ImageInfo } from './block/info.js';

@@ -1,4 +1,4 @@
-import { parseArgs } from 'node:util';
+import { type ParseArgsConfig, parseArgs } from 'node:util';
 import { StillframeError } from '../errors.js';
 import type { SnapshotSelector } from '../index.js';
 
@@ -15,11 +15,14 @@ export interface Option {
 /** What the parser makes of a command line. */
 export class Arguments {
   readonly positionals: readonly string[];
+  /** Every option with its value as it was given, for commands that do things in that order. */
+  readonly given: readonly { readonly name: string; readonly value: string | undefined }[];
   readonly #values: Readonly<Record<string, string | boolean | (string | boolean)[] | undefined>>;
 
-  constructor(positionals: readonly string[], values: Arguments['values']) {
+  constructor(positionals: readonly string[], values: Arguments['values'], given: Arguments['given']) {
     this.positionals = positionals;
     this.#values = values;
+    this.given = given;
   }
 
   get values(): Readonly<Record<string, string | boolean | (string | boolean)[] | undefined>> {
@@ -151,19 +154,26 @@ export function parseArguments(command: Command, argv: readonly string[]): Argum
     };
   }
   const hint = `see 'stillframe ${command.name} --help'`;
-  let parsed: ReturnType<typeof parseArgs>;
+  let parsed: ReturnType<typeof parseWords>;
   try {
-    parsed = parseArgs({ args: [...argv], options, allowPositionals: true, strict: true });
+    parsed = parseWords(argv, options);
   } catch (error) {
     const reason = error instanceof Error ? (error.message.split('. ')[0] ?? '') : String(error);
     throw usageError(`${reason}; ${hint}`);
   }
   const [least, most] = command.positionals;
-  const { positionals, values } = parsed;
+  const { positionals, values, tokens } = parsed;
   if (positionals.length < least || positionals.length > most) {
     throw usageError(`usage: stillframe ${command.name} ${command.usage}; ${hint}`);
   }
-  return new Arguments(positionals, values);
+  const given = tokens.flatMap((token) =>
+    token.kind === 'option' ? [{ name: token.name, value: token.value }] : [],
+  );
+  return new Arguments(positionals, values, given);
+}
+
+function parseWords(argv: readonly string[], options: NonNullable<ParseArgsConfig['options']>) {
+  return parseArgs({ args: [...argv], options, allowPositionals: true, strict: true, tokens: true });
 }
 
 /** The help of one command. */

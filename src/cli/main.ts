@@ -13,6 +13,7 @@ const commands = new Map<string, () => Promise<Command>>([
   ['rebase', async () => (await import('./rebase.js')).rebase],
   ['commit', async () => (await import('./commit.js')).commit],
   ['snapshot', async () => (await import('./snapshot.js')).snapshot],
+  ['bitmap', async () => (await import('./bitmap.js')).bitmap],
   ['backup', async () => (await import('./backup.js')).backup],
   ['demo', async () => (await import('./demo.js')).demo],
 ]);

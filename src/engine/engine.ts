@@ -5,6 +5,7 @@ import type { CommitOptions } from '../block/commit.js';
 import type { CompareResult } from '../block/compare.js';
 import type { CreateImageOptions } from '../block/create.js';
 import type { DiskDescriptor } from '../block/disk.js';
+import type { BitmapAction } from '../block/edit-bitmap.js';
 import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
 import type { MapEntry, MapRange } from '../block/map.js';
@@ -147,6 +148,22 @@ export class Engine {
   /** Makes a new image, like `qemu-img create`. @returns its virtual size in bytes */
   createImage(path: string, options: CreateImageOptions): Promise<number> {
     return this.run({ kind: 'create', path, options });
+  }
+
+  /**
+   * Carries actions out, in order, on the persistent dirty bitmap `name` of an image, like `qemu-img bitmap`. They reach
+   * the disk together; where one fails, those before it still do.
+   *
+   * @throws StillframeError ERR_STILLFRAME_BITMAP_NOT_FOUND, …_BITMAP_EXISTS, …_BITMAP_INCONSISTENT,
+   *   …_INVALID_ARGUMENT, …_SIZE_MISMATCH, …_UNSUPPORTED_FEATURE, …_NO_SPACE and what opening an image throws
+   */
+  bitmap(
+    path: string,
+    name: string,
+    actions: readonly BitmapAction[],
+    options: Pick<ImageOptions, 'format'> = {},
+  ): Promise<void> {
+    return this.run({ kind: 'bitmap', path, name, actions, options: { format: options.format } });
   }
 
   /** What `qemu-img info --output=json` says, with its field names. Backing files are not opened. */

@@ -4,6 +4,7 @@ import { type CommitOptions, commitImage } from '../block/commit.js';
 import { type CompareResult, compareNodes } from '../block/compare.js';
 import { type CreateImageOptions, createImage } from '../block/create.js';
 import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '../block/disk.js';
+import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
 import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-write.js';
 import { attachNode, closeNode, type OpenImageOptions, openImage } from '../block/graph.js';
 import { type ImageInfo, imageInfo } from '../block/info.js';
@@ -46,6 +47,13 @@ export type Task =
       readonly path: string;
       readonly options: CommitOptions;
       readonly port: MessagePort;
+    }
+  | {
+      readonly kind: 'bitmap';
+      readonly path: string;
+      readonly name: string;
+      readonly actions: readonly BitmapAction[];
+      readonly options: Pick<ImageTask, 'format'>;
     }
   | { readonly kind: 'info'; readonly path: string; readonly options: ImageTask }
   | {
@@ -144,6 +152,8 @@ export class TaskRunner {
         return rebaseImage(this.#runtime, task.path, task.options, progressTo(task.port));
       case 'commit':
         return commitImage(this.#runtime, task.path, task.options, progressTo(task.port));
+      case 'bitmap':
+        return editBitmap(this.#runtime, task.path, task.name, task.actions, task.options);
       case 'info':
         return this.#info(task.path, task.options);
       case 'map':

@@ -1,10 +1,5 @@
+export { type BitmapInfo, bitmapsOf, loadBitmap, readBitmap, readBitmaps } from './bitmaps.js';
 export { type CreateQcow2Options, checkQcow2Options, createQcow2, type Preallocation } from './create.js';
 export { probeQcow2, type Qcow2Header, readHeader } from './header.js';
-export {
-  type BitmapInfo,
-  readBitmaps,
-  readSnapshots,
-  type SnapshotInfo,
-  type SnapshotSelector,
-} from './listings.js';
+export { readSnapshots, type SnapshotInfo, type SnapshotSelector } from './listings.js';
 export { attachQcow2, changeBacking, closeQcow2, emptyQcow2, openQcow2 } from './open.js';

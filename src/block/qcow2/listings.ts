@@ -1,13 +1,7 @@
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { FileNode } from '../raw/file.js';
-import {
-  AUTOCLEAR_BITMAPS,
-  EXTENSION_BITMAPS,
-  findExtension,
-  MAX_L1_BYTES,
-  type Qcow2Header,
-} from './header.js';
+import { MAX_L1_BYTES, type Qcow2Header } from './header.js';
 
 /** An internal snapshot, with the field names of QAPI `SnapshotInfo`. */
 export interface SnapshotInfo {
@@ -38,20 +32,10 @@ export type SnapshotSelector =
   | string
   | { readonly id?: string | undefined; readonly name?: string | undefined };
 
-/** A persistent dirty bitmap, with the field names of QAPI `Qcow2BitmapInfo`. */
-export interface BitmapInfo {
-  readonly name: string;
-  /** Bytes that one bit stands for. */
-  readonly granularity: number;
-  readonly flags: readonly ('in-use' | 'auto')[];
-}
-
-/** Most bytes a snapshot table or a bitmap directory may have. */
+/** Most bytes a snapshot table may have. */
 const MAX_TABLE_BYTES = 64 * 1024 * 1024;
-const MAX_BITMAPS = 65535;
 const SNAPSHOT_BYTES = 40;
 const MAX_SNAPSHOT_EXTRA_BYTES = 1024;
-const BITMAP_BYTES = 24;
 const NO_ICOUNT = 2n ** 64n - 1n;
 
 /** Reads a table of entries of different lengths one after the other. */
@@ -202,43 +186,4 @@ function select(snapshots: readonly Snapshot[], selector: SnapshotSelector): Sna
   return snapshots.find(
     ({ info }) => (id === undefined || info.id === id) && (name === undefined || info.name === name),
   );
-}
-
-/**
- * The persistent bitmaps of an image; none where a program without bitmap support has changed it since, as the
- * autoclear feature bit shows.
- *
- * Source: the qcow2 specification, sections "Bitmaps extension" and "Bitmap directory".
- *
- * @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE, …_IO
- */
-export function readBitmaps(runtime: Runtime, file: FileNode, header: Qcow2Header): BitmapInfo[] {
-  const extension = findExtension(header.extensions, EXTENSION_BITMAPS);
-  if (extension === undefined || (header.autoclearFeatures & AUTOCLEAR_BITMAPS) === 0n) return [];
-  const head = new TableReader(runtime, file, 'bitmaps extension', extension.offset, extension.length);
-  const fields = head.take(24);
-  const count = fields.getUint32(0);
-  const bytes = fields.getBigUint64(8);
-  const offset = fields.getBigUint64(16);
-  if (count > MAX_BITMAPS || bytes > MAX_TABLE_BYTES || offset > file.length) {
-    throw head.corrupt(`names ${count} bitmaps in ${bytes} bytes at offset ${offset}`);
-  }
-  const directory = new TableReader(runtime, file, 'bitmap directory', Number(offset), Number(bytes));
-  const bitmaps: BitmapInfo[] = [];
-  for (let index = 0; index < count; index++) {
-    const fixed = directory.take(BITMAP_BYTES);
-    const flags = fixed.getUint32(12);
-    const granularityBits = fixed.getUint8(17);
-    if (granularityBits < 9 || granularityBits > 31) {
-      throw directory.corrupt(`has ${granularityBits} granularity bits in entry ${index}`);
-    }
-    directory.take(fixed.getUint32(20));
-    const name = directory.text(fixed.getUint16(18));
-    directory.align();
-    const set: BitmapInfo['flags'][number][] = [];
-    if ((flags & 1) !== 0) set.push('in-use');
-    if ((flags & 2) !== 0) set.push('auto');
-    bitmaps.push({ flags: set, name, granularity: 2 ** granularityBits });
-  }
-  return bitmaps;
 }

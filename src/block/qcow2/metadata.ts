@@ -2,6 +2,7 @@ import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { Qcow2Descriptor } from '../node.js';
 import type { FileNode } from '../raw/file.js';
+import { markInUse } from './bitmaps.js';
 import { FIELD, INCOMPATIBLE_CORRUPT, SUBCLUSTERS } from './header.js';
 import { decrementRefcount, fillRefcounts, loadRefcount, storeRefcount } from './refcount-entry.js';
 import { SliceCache } from './slice-cache.js';
@@ -14,6 +15,9 @@ const COPIED = 1n << 63n;
 const COMPRESSED = 1n << 62n;
 /** The bitmap of an extended entry whose subclusters all read as zeroes. */
 const ALL_ZERO = 0xffffffff00000000n;
+
+/** Rows that are looked for among the free clusters before a row is made behind all others. */
+const ROW_ATTEMPTS = 64;
 
 /** Clusters in a row in the file. */
 export interface HostRun {
@@ -300,6 +304,8 @@ export class Metadata {
     if (overlaps(state.get('refcountTableOffset'), tableBytes)) return 'is in the refcount table';
     const snapshots = state.get('snapshotsOffset');
     if (snapshots !== 0 && overlaps(snapshots, this.clusterSize)) return 'is in the snapshot table';
+    const bitmaps = state.get('bitmapsBytes');
+    if (bitmaps !== 0 && overlaps(state.get('bitmapsOffset'), bitmaps)) return 'is in the bitmap directory';
     return undefined;
   }
 
@@ -308,11 +314,17 @@ export class Metadata {
    * What lies behind the end that the file had at open was allocated by us and needs no look.
    */
   checkOverlap(offset: number, length: number, what: string): void {
-    const problem =
-      this.#fixedOverlap(offset, length) ??
-      (offset < this.state.get('openLength') ? this.#referredOverlap(offset, length) : undefined);
+    const problem = this.overlap(offset, length);
     if (problem === undefined) return;
     throw this.corrupt(`${what} at offset ${offset} ${problem}; nothing was written there`);
+  }
+
+  /** Names the metadata that these bytes of the file are. */
+  overlap(offset: number, length: number): string | undefined {
+    return (
+      this.#fixedOverlap(offset, length) ??
+      (offset < this.state.get('openLength') ? this.#referredOverlap(offset, length) : undefined)
+    );
   }
 
   #referredOverlap(offset: number, length: number): string | undefined {
@@ -375,6 +387,62 @@ export class Metadata {
     this.#setOnes(index, run);
     state.set('firstFree', index + run);
     return { offset, clusters: run };
+  }
+
+  /** Takes `count` clusters in a row, which {@link allocate} need not come to. @returns the offset of the first */
+  allocateRow(count: number): number {
+    const short: HostRun[] = [];
+    try {
+      while (short.length < ROW_ATTEMPTS) {
+        const run = this.allocate(count);
+        if (run.clusters === count) return run.offset;
+        short.push(run);
+      }
+    } finally {
+      for (const run of short) this.release(run);
+    }
+    return this.#allocateBehind(count);
+  }
+
+  /**
+   * Clusters in a row behind everything that refcount blocks count so far. The new blocks come first, since one at the
+   * start of its own clusters would part the row:
+   *
+   *     | clusters counted so far | new refcount blocks | the row | free …
+   */
+  #allocateBehind(count: number): number {
+    const { state, clusterSize } = this;
+    let blocks = 1;
+    while (blocks * this.#perBlock < blocks + count) blocks++;
+    let first = this.#blocksInUse();
+    while (first + blocks > state.get('refcountTableEntries')) {
+      this.#growTable(first + blocks - 1);
+      first = this.#blocksInUse();
+    }
+    const start = first * this.#perBlock;
+    if (!Number.isSafeInteger((start + blocks + count) * clusterSize)) {
+      throw this.#noSpace('the file would be larger than 2^53 bytes');
+    }
+    this.checkOverlap(start * clusterSize, (blocks + count) * clusterSize, 'a row of clusters');
+    try {
+      for (let index = 0; index < blocks; index++) {
+        this.#makeBlock(first + index, (start + index) * clusterSize);
+      }
+      this.#setOnes(start, blocks + count);
+    } catch (error) {
+      // Blocks that do not count themselves would be handed out.
+      const table = this.#table + first * 8;
+      this.#runtime.arena.u8.fill(0, table, table + blocks * 8);
+      throw error;
+    }
+    return (start + blocks) * clusterSize;
+  }
+
+  /** The number of the last refcount block there is, and one more. */
+  #blocksInUse(): number {
+    let blocks = this.state.get('refcountTableEntries');
+    while (blocks > 0 && this.#blockOffset(blocks - 1) === 0) blocks--;
+    return blocks;
   }
 
   /** Gives clusters back that no entry ever referred to. */
@@ -462,15 +530,7 @@ export class Metadata {
     if (block >= this.state.get('refcountTableEntries')) this.#growTable(block);
     if (this.#blockOffset(block) !== 0) return;
     const cluster = block * this.#perBlock;
-    const offset = cluster * this.clusterSize;
-    this.checkOverlap(offset, this.clusterSize, 'a new refcount block');
-    this.#writeZeroCluster(offset);
-    this.#refcounts.forget(offset, offset + this.clusterSize);
-    this.#runtime.arena.view.setBigUint64(this.#table + block * 8, BigInt(offset));
-    const { state } = this;
-    const dirty = state.get('refcountTableDirtyTo') > 0;
-    state.set('refcountTableDirtyFrom', dirty ? Math.min(state.get('refcountTableDirtyFrom'), block) : block);
-    state.set('refcountTableDirtyTo', Math.max(state.get('refcountTableDirtyTo'), block + 1));
+    this.#makeBlock(block, cluster * this.clusterSize);
     try {
       this.#setOnes(cluster, 1);
     } catch (error) {
@@ -478,6 +538,18 @@ export class Metadata {
       this.#runtime.arena.view.setBigUint64(this.#table + block * 8, 0n);
       throw error;
     }
+  }
+
+  /** An empty refcount block at `offset`, which the caller counts. */
+  #makeBlock(block: number, offset: number): void {
+    const { state } = this;
+    this.checkOverlap(offset, this.clusterSize, 'a new refcount block');
+    this.#writeZeroCluster(offset);
+    this.#refcounts.forget(offset, offset + this.clusterSize);
+    this.#runtime.arena.view.setBigUint64(this.#table + block * 8, BigInt(offset));
+    const dirty = state.get('refcountTableDirtyTo') > 0;
+    state.set('refcountTableDirtyFrom', dirty ? Math.min(state.get('refcountTableDirtyFrom'), block) : block);
+    state.set('refcountTableDirtyTo', Math.max(state.get('refcountTableDirtyTo'), block + 1));
   }
 
   #writeZeroCluster(offset: number): void {
@@ -548,7 +620,7 @@ export class Metadata {
       }
       throw error;
     }
-    this.#lower({ offset: oldOffset, clusters: entries / perCluster });
+    this.lower({ offset: oldOffset, clusters: entries / perCluster });
   }
 
   #noSpace(why: string): StillframeError {
@@ -633,7 +705,7 @@ export class Metadata {
         let failure: unknown;
         for (let index = 0; index < batch.length; index += FREE_ENTRY / 8) {
           try {
-            this.#lower({ offset: batch[index] ?? 0, clusters: batch[index + 1] ?? 0 });
+            this.lower({ offset: batch[index] ?? 0, clusters: batch[index + 1] ?? 0 });
           } catch (error) {
             failure ??= error;
           }
@@ -649,7 +721,7 @@ export class Metadata {
   }
 
   /** Takes one off the refcount of every cluster of the run; those that become free lose their space in the file. */
-  #lower(run: HostRun): void {
+  lower(run: HostRun): void {
     const { arena } = this.#runtime;
     const first = run.offset / this.clusterSize;
     let freeFrom = -1;
@@ -730,7 +802,10 @@ export class Metadata {
     });
   }
 
-  /** Once before the first change: bits of features we do not keep up are cleared, as the specification asks. */
+  /**
+   * Once before the first change of what the guest sees: the file says from then on that the bitmaps which record are
+   * not up to date in it.
+   */
   firstMutation(): void {
     const { state } = this;
     const { i32 } = this.#runtime.arena;
@@ -738,14 +813,21 @@ export class Metadata {
     if (Atomics.load(i32, flag) !== 0) return;
     state.withLock(() => {
       if (Atomics.load(i32, flag) !== 0) return;
-      if (state.get('autoclear') !== 0) {
-        const buffer = state.get('metaBuffer');
-        this.#runtime.arena.view.setBigUint64(buffer, BigInt(state.get('autoclearKept')));
-        this.#file.write(FIELD.autoclearFeatures, buffer, 8);
-        this.#sync(true);
-      }
+      this.clearAutoclear();
+      markInUse(this.#runtime, this.#file, state);
       Atomics.store(i32, flag, 1);
     });
+  }
+
+  /** Clears the bits of features we do not keep up, before the image is changed, as the specification asks. */
+  clearAutoclear(): void {
+    const { state } = this;
+    if (state.get('autoclear') === 0) return;
+    const buffer = state.get('metaBuffer');
+    this.#runtime.arena.view.setBigUint64(buffer, BigInt(state.get('autoclearKept')));
+    this.#file.write(FIELD.autoclearFeatures, buffer, 8);
+    this.#sync(true);
+    state.set('autoclear', 0);
   }
 
   /** Data first: what is durable afterwards may be referred to. */

@@ -1,7 +1,9 @@
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
+import { RecordDirty } from '../filters/record-dirty.js';
 import type { BlockNode, FileDescriptor, NodeDescriptor, Qcow2Descriptor } from '../node.js';
 import { attachFile, type FileNode } from '../raw/file.js';
+import { bitmapsOf, openBitmaps, storeBitmaps } from './bitmaps.js';
 import { type Qcow2Header, readHeader } from './header.js';
 import { type BackingReference, rewriteBacking } from './header-write.js';
 import { headerOfSnapshot, type SnapshotSelector } from './listings.js';
@@ -66,9 +68,12 @@ export function openQcow2(
     control,
   };
   try {
-    new Metadata(runtime, descriptor, node, dataFileOf(runtime, descriptor)).initialise(readOnly);
+    const metadata = new Metadata(runtime, descriptor, node, dataFileOf(runtime, descriptor));
+    metadata.initialise(readOnly);
+    if (!readOnly) openBitmaps(runtime, descriptor, node, header, metadata);
     return descriptor;
   } catch (error) {
+    bitmapsOf(runtime, descriptor).free();
     runtime.arena.free(control);
     throw error;
   }
@@ -96,7 +101,8 @@ export function attachQcow2(
   file: FileNode,
   backing: BlockNode | undefined,
 ): BlockNode {
-  return new Qcow2Node(runtime, descriptor, file, dataFileOf(runtime, descriptor), backing);
+  const node = new Qcow2Node(runtime, descriptor, file, dataFileOf(runtime, descriptor), backing);
+  return descriptor.readOnly ? node : new RecordDirty(runtime, node, bitmapsOf(runtime, descriptor));
 }
 
 function dataFileOf(runtime: Runtime, descriptor: Qcow2Descriptor): FileNode | undefined {
@@ -104,14 +110,20 @@ function dataFileOf(runtime: Runtime, descriptor: Qcow2Descriptor): FileNode | u
 }
 
 /**
- * Writes everything to the disk where the image is writable, and gives the memory back, whatever happens. No thread
- * may use a facade of it any more. The files stay open.
+ * Writes everything to the disk where the image is writable, its dirty bitmaps included, and gives the memory back,
+ * whatever happens. No thread may use a facade of it any more. The files stay open.
  */
 export function closeQcow2(runtime: Runtime, descriptor: Qcow2Descriptor, file: FileNode): void {
   try {
-    if (!descriptor.readOnly)
-      new Metadata(runtime, descriptor, file, dataFileOf(runtime, descriptor)).finish();
+    if (descriptor.readOnly) return;
+    const metadata = new Metadata(runtime, descriptor, file, dataFileOf(runtime, descriptor));
+    try {
+      storeBitmaps(runtime, descriptor, file, metadata);
+    } finally {
+      metadata.finish();
+    }
   } finally {
+    bitmapsOf(runtime, descriptor).free();
     runtime.arena.free(descriptor.control);
   }
 }

@@ -2,7 +2,12 @@ import { StillframeError } from '../../errors.js';
 import type { Arena } from '../../kernels/arena.js';
 import { load, lock, unlock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
-import { AUTOCLEAR_DATA_FILE_RAW, MAX_REFCOUNT_TABLE_BYTES, type Qcow2Header } from './header.js';
+import {
+  AUTOCLEAR_BITMAPS,
+  AUTOCLEAR_DATA_FILE_RAW,
+  MAX_REFCOUNT_TABLE_BYTES,
+  type Qcow2Header,
+} from './header.js';
 import { cacheBytes } from './slice-cache.js';
 
 /**
@@ -16,6 +21,7 @@ import { cacheBytes } from './slice-cache.js';
  *     +24   relieving      int32   a thread is writing metadata back to make room
  *     +28   preallocated   int32   0 not known, 1 no, 2 yes: the holes of the file are looked at as well
  *     +32   damaged        int32   damage was found in a writable image: it takes no more changes
+ *     +40   bitmaps                the dirty bitmaps: see BitmapSet
  *     +64   numbers        float64 × 64, see NUMBERS
  *     +1024 cache slots, caches, tables, deferred frees, scratch buffers (pointers are among the numbers)
  *
@@ -30,6 +36,7 @@ export const READERS = 12;
 export const MUTATED = 20;
 export const RELIEVING = 24;
 export const PREALLOCATED = 28;
+export const BITMAPS = 40;
 const NUMBERS_AT = 64;
 const HEAD_BYTES = 1024;
 
@@ -56,10 +63,6 @@ const NUMBERS = [
   /** Length of the file when it was opened: what lies behind was allocated by us. */
   'openLength',
   'snapshotsOffset',
-  /** The image has autoclear features that the first change has to clear. */
-  'autoclear',
-  /** The autoclear features that it keeps. */
-  'autoclearKept',
   'refcountTable',
   'refcountTableCapacity',
   /** The header names a backing file, opened or not: unallocated is not zero. */
@@ -67,6 +70,12 @@ const NUMBERS = [
   // Variables.
   'refcountTableOffset',
   'refcountTableEntries',
+  /** 1 while the header has autoclear bits that a writer of ours has to clear; those that it keeps. */
+  'autoclear',
+  'autoclearKept',
+  /** Where the bitmap directory is, and its bytes, 0 where there is none. */
+  'bitmapsOffset',
+  'bitmapsBytes',
   /** Counts changes of L1 and L2 entries. */
   'sequence',
   /** Everything that changes up to this sequence rely on (data, refcounts, new tables) is durable. */
@@ -143,7 +152,10 @@ export function allocateState(
   const zeroes = place(zeroBytes);
   const scratch = place(scratchBytes * scratchCount);
 
-  const autoclearKept = header.dataFileRaw ? AUTOCLEAR_DATA_FILE_RAW : 0n;
+  // Bitmaps without the bit are out of date, and the bit without bitmaps means nothing.
+  const autoclearKept =
+    (header.dataFileRaw ? AUTOCLEAR_DATA_FILE_RAW : 0n) |
+    (header.hasBitmaps ? header.autoclearFeatures & AUTOCLEAR_BITMAPS : 0n);
 
   const control = arena.alloc(total, `metadata of '${path}'`);
   const state = new State(runtime.arena, control, path);
@@ -279,9 +291,14 @@ export class State {
     return Atomics.exchange(this.arena.i32, (this.control + DAMAGED) >> 2, 1) === 0;
   }
 
+  /** Whether damage was found. */
+  get damaged(): boolean {
+    return load(this.arena, this.control + DAMAGED) !== 0;
+  }
+
   /** @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE once damage was found */
   checkUndamaged(): void {
-    if (load(this.arena, this.control + DAMAGED) === 0) return;
+    if (!this.damaged) return;
     throw new StillframeError(
       'ERR_STILLFRAME_CORRUPT_IMAGE',
       `'${this.#path}' takes no more changes since damage was found in it; close it and repair it with 'stillframe check --repair all'`,

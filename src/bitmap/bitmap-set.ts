@@ -1,0 +1,104 @@
+import { StillframeError } from '../errors.js';
+import { load, store, withLock } from '../kernels/futex.js';
+import type { Runtime } from '../kernels/runtime.js';
+import { type BitmapOptions, DirtyBitmap, NEXT_BITMAP } from './dirty-bitmap.js';
+
+/** Bytes of the words in the arena that a set needs, zero at first: lock int32, first bitmap uint32. */
+export const BITMAP_SET_BYTES = 8;
+const FIRST = 4;
+
+/** As QMP says it. */
+export function bitmapNotFound(name: string): StillframeError {
+  return new StillframeError('ERR_STILLFRAME_BITMAP_NOT_FOUND', `Dirty bitmap '${name}' not found`);
+}
+
+/**
+ * The dirty bitmaps of a node of the block graph, in the order they were added. One thread's view; the list is in the
+ * arena.
+ */
+export class BitmapSet {
+  readonly #runtime: Runtime;
+  readonly #control: number;
+
+  constructor(runtime: Runtime, control: number) {
+    this.#runtime = runtime;
+    this.#control = control;
+  }
+
+  get empty(): boolean {
+    return load(this.#runtime.arena, this.#control + FIRST) === 0;
+  }
+
+  all(): DirtyBitmap[] {
+    return this.empty ? [] : this.#locked(() => [...this.#each()]);
+  }
+
+  /** @throws StillframeError ERR_STILLFRAME_BITMAP_NOT_FOUND */
+  get(name: string): DirtyBitmap {
+    const found = this.all().find((bitmap) => bitmap.name === name);
+    if (found !== undefined) return found;
+    throw bitmapNotFound(name);
+  }
+
+  /**
+   * Adds a bitmap without bits: see {@link DirtyBitmap.makeBits}. Nothing is recorded before it has them.
+   *
+   * @throws StillframeError ERR_STILLFRAME_BITMAP_EXISTS, …_ARENA_EXHAUSTED
+   */
+  add(options: BitmapOptions): DirtyBitmap {
+    return this.#locked(() => {
+      let link = this.#control + FIRST;
+      for (const bitmap of this.#each()) {
+        if (options.name !== '' && bitmap.name === options.name) {
+          throw new StillframeError('ERR_STILLFRAME_BITMAP_EXISTS', `Bitmap already exists: ${options.name}`);
+        }
+        link = bitmap.pointer + NEXT_BITMAP;
+      }
+      const added = DirtyBitmap.create(this.#runtime, options);
+      store(this.#runtime.arena, link, added.pointer);
+      return added;
+    });
+  }
+
+  /** Takes a bitmap out of the set and gives its memory back. */
+  remove(bitmap: DirtyBitmap): void {
+    const { arena } = this.#runtime;
+    this.#locked(() => {
+      let link = this.#control + FIRST;
+      for (const other of this.#each()) {
+        const next = other.pointer + NEXT_BITMAP;
+        if (other.pointer === bitmap.pointer) store(arena, link, load(arena, next));
+        link = next;
+      }
+    });
+    bitmap.free();
+  }
+
+  /** Marks the range dirty in every bitmap that records: after it was written, whether or not that went well. */
+  record(offset: number, length: number): void {
+    if (this.empty) return;
+    this.#locked(() => {
+      for (const bitmap of this.#each()) {
+        if (bitmap.enabled && bitmap.loaded) bitmap.set(offset, length);
+      }
+    });
+  }
+
+  /** Gives the memory of all bitmaps back; the set is empty then. */
+  free(): void {
+    for (const bitmap of this.all()) this.remove(bitmap);
+  }
+
+  *#each(): Generator<DirtyBitmap> {
+    const { arena } = this.#runtime;
+    for (let pointer = load(arena, this.#control + FIRST) >>> 0; pointer !== 0; ) {
+      const next = load(arena, pointer + NEXT_BITMAP) >>> 0;
+      yield new DirtyBitmap(this.#runtime, pointer);
+      pointer = next;
+    }
+  }
+
+  #locked<T>(body: () => T): T {
+    return withLock(this.#runtime.arena, this.#control, body);
+  }
+}
