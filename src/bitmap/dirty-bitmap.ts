@@ -148,6 +148,10 @@ export class DirtyBitmap {
     return this.#flag(INCONSISTENT);
   }
 
+  set inconsistent(value: boolean) {
+    this.#setFlag(INCONSISTENT, value);
+  }
+
   /** What the image has stored of it is not valid any more. */
   get changed(): boolean {
     return this.#flag(CHANGED);

@@ -36,7 +36,12 @@ export function editBitmap(
   actions: readonly BitmapAction[],
   options: Pick<OpenImageOptions, 'format'>,
 ): void {
-  const image = openImage(runtime, path, { ...options, readOnly: false, backing: false });
+  const image = openImage(runtime, path, {
+    ...options,
+    readOnly: false,
+    backing: false,
+    recordDirty: false,
+  });
   try {
     for (const action of actions) {
       try {

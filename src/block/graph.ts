@@ -57,6 +57,11 @@ export interface OpenImageOptions {
   /** Image lock to take; default `read` or `write` as `readOnly` says. Backing files take `read` or none. */
   readonly lock?: LockMode | undefined;
   /**
+   * For an image that is opened for writing: dirty bitmaps that record get their memory now, so that a write needs
+   * none. Default true. Without it a change of the drive makes them inconsistent.
+   */
+  readonly recordDirty?: boolean | undefined;
+  /**
    * Folders from which image headers may open backing files, external data files and extents; devices only from
    * folders that are given here. Default: the folder of the image itself. `false`: no backing and data file is
    * opened; unallocated ranges read as zeroes, and data in a data file cannot be read (for `info`).
@@ -140,7 +145,8 @@ function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, ch
       const format = formatOfBacking(path, header.backingFormat);
       backing = openBacking(runtime, path, header.backingFile, format, lock, chain);
     }
-    return openQcow2(runtime, file, backing, { readOnly, dataFile, snapshot: options.snapshot });
+    const { snapshot, recordDirty } = options;
+    return openQcow2(runtime, file, backing, { readOnly, dataFile, snapshot, recordDirty });
   } catch (error) {
     if (backing !== undefined) closeNode(runtime, backing);
     if (dataFile !== undefined) closeFile(runtime, dataFile);

@@ -76,7 +76,7 @@ export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename
   const file = attachFile(runtime, descriptor.file);
   const header = readHeader(runtime, file);
   const snapshots = readSnapshots(runtime, file, header).map(({ info }) => info);
-  const bitmaps = readBitmaps(runtime, file, header);
+  const bitmaps = readBitmaps(file, header);
   return {
     ...(snapshots.length === 0 ? {} : { snapshots }),
     ...common,

@@ -45,7 +45,7 @@ function look(path: string): Found {
     const { runtime } = inspector;
     const header = readHeader(runtime, image.file);
     const bitmaps = new Map<string, Area[] | 'in-use'>();
-    for (const { name, flags } of readBitmaps(runtime, image.file, header)) {
+    for (const { name, flags } of readBitmaps(image.file, header)) {
       if (flags.includes('in-use')) {
         bitmaps.set(name, 'in-use');
         continue;

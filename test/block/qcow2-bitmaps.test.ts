@@ -39,7 +39,7 @@ function dirtyInOurs(path: string, name: string): Area[] {
 function listed(path: string): string[] {
   const image = bench.open(path, true);
   try {
-    const bitmaps = readBitmaps(runtime, image.file, readHeader(runtime, image.file));
+    const bitmaps = readBitmaps(image.file, readHeader(runtime, image.file));
     return bitmaps.map(({ name, flags }) => [name, ...flags].join(' '));
   } finally {
     image.close();
@@ -161,7 +161,7 @@ describe.skipIf(!peers)('persistent dirty bitmaps', () => {
 
   function bitmapGranularity(path: string, name: string): number {
     const image = bench.open(path, true);
-    const bitmaps = readBitmaps(runtime, image.file, readHeader(runtime, image.file));
+    const bitmaps = readBitmaps(image.file, readHeader(runtime, image.file));
     image.close();
     return bitmaps.find((bitmap) => bitmap.name === name)?.granularity ?? 0;
   }

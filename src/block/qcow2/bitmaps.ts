@@ -104,11 +104,7 @@ function readBytes(file: FileNode, offset: number, length: number): Buffer {
  *
  * @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE, …_UNSUPPORTED_FEATURE, …_IO
  */
-export function readBitmapDirectory(
-  runtime: Runtime,
-  file: FileNode,
-  header: Qcow2Header,
-): BitmapDirectory | undefined {
+export function readBitmapDirectory(file: FileNode, header: Qcow2Header): BitmapDirectory | undefined {
   const [extension, ...more] = header.extensions.filter(({ type }) => type === EXTENSION_BITMAPS);
   if (extension === undefined || (header.autoclearFeatures & AUTOCLEAR_BITMAPS) === 0n) return undefined;
   const bad = (what: string) => corrupt(file, `the bitmaps extension at offset ${extension.offset} ${what}`);
@@ -135,12 +131,11 @@ export function readBitmapDirectory(
     );
   }
   const directory = { offset: Number(offset), length: Number(length) };
-  const bitmaps = readEntries(runtime, file, header, directory, count);
+  const bitmaps = readEntries(file, header, directory, count);
   return { ...directory, bitmaps };
 }
 
 function readEntries(
-  runtime: Runtime,
   file: FileNode,
   header: Qcow2Header,
   directory: { readonly offset: number; readonly length: number },
@@ -253,8 +248,8 @@ function tableEntriesOf(length: number, granularity: number, clusterSize: number
 }
 
 /** The persistent bitmaps of an image, as `info` lists them. Throws what {@link readBitmapDirectory} throws. */
-export function readBitmaps(runtime: Runtime, file: FileNode, header: Qcow2Header): BitmapInfo[] {
-  const directory = readBitmapDirectory(runtime, file, header);
+export function readBitmaps(file: FileNode, header: Qcow2Header): BitmapInfo[] {
+  const directory = readBitmapDirectory(file, header);
   return (directory?.bitmaps ?? []).map(({ flags, name, granularity }) => ({
     flags: [
       ...((flags & FLAG_IN_USE) !== 0 ? (['in-use'] as const) : []),
@@ -267,7 +262,6 @@ export function readBitmaps(runtime: Runtime, file: FileNode, header: Qcow2Heade
 
 /** One entry of a table: where its cluster is, or -1, and what an entry without a cluster reads as. */
 function* tableOf(
-  runtime: Runtime,
   file: FileNode,
   clusterSize: number,
   stored: StoredBitmap,
@@ -315,7 +309,7 @@ function readBits(
   bitmap.makeBits();
   const { bitsPointer } = bitmap;
   let at = 0;
-  for (const { offset, ones } of tableOf(runtime, file, clusterSize, stored)) {
+  for (const { offset, ones } of tableOf(file, clusterSize, stored)) {
     const count = Math.min(clusterSize, bitBytes - at);
     if (offset >= 0) file.read(offset, bitsPointer + at, count);
     else if (ones) runtime.arena.u8.fill(0xff, bitsPointer + at, bitsPointer + at + count);
@@ -325,11 +319,11 @@ function readBits(
 }
 
 /** The clusters that belong to a stored bitmap: those of its bits and its table. */
-function clustersOf(runtime: Runtime, file: FileNode, clusterSize: number, stored: StoredBitmap): HostRun[] {
+function clustersOf(file: FileNode, clusterSize: number, stored: StoredBitmap): HostRun[] {
   const table = { offset: stored.tableOffset, clusters: Math.ceil((stored.tableEntries * 8) / clusterSize) };
   const runs: HostRun[] = [];
   try {
-    for (const { offset } of tableOf(runtime, file, clusterSize, stored)) {
+    for (const { offset } of tableOf(file, clusterSize, stored)) {
       if (offset >= 0) addRun(runs, { offset, clusters: 1 }, clusterSize);
     }
   } catch (error) {
@@ -356,8 +350,8 @@ export function bitmapsOf(runtime: Runtime, descriptor: Qcow2Descriptor): Bitmap
 }
 
 /**
- * Puts the persistent bitmaps of an image that is opened for writing into its set. Those that record have their bits
- * from then on, the others when {@link loadBitmap} is called.
+ * Puts the persistent bitmaps of an image that is opened for writing into its set. With `load` those that record have
+ * their bits from then on, the others when {@link loadBitmap} is called.
  */
 export function openBitmaps(
   runtime: Runtime,
@@ -365,8 +359,9 @@ export function openBitmaps(
   file: FileNode,
   header: Qcow2Header,
   metadata: Metadata,
+  load: boolean,
 ): void {
-  const directory = readBitmapDirectory(runtime, file, header);
+  const directory = readBitmapDirectory(file, header);
   if (directory === undefined) return;
   // Flags are going to be changed in there.
   const problem = metadata.overlap(directory.offset, directory.length);
@@ -389,7 +384,7 @@ export function openBitmaps(
       inconsistent: inUse,
       place,
     });
-    if (!enabled || inUse) continue;
+    if (!load || !enabled || inUse) continue;
     memory += bitmap.bitBytes;
     if (memory >= MAX_MEMORY_BYTES) {
       throw unsupported(file, `its bitmaps record into ${MAX_MEMORY_BYTES} bytes or more`);
@@ -407,9 +402,7 @@ export function loadBitmap(runtime: Runtime, file: FileNode, bitmap: DirtyBitmap
   if (bitmap.inconsistent) throw inconsistent(bitmap.name);
   if (bitmap.loaded) return;
   const header = readHeader(runtime, file);
-  const stored = readBitmapDirectory(runtime, file, header)?.bitmaps.find(
-    ({ place }) => place === bitmap.place,
-  );
+  const stored = readBitmapDirectory(file, header)?.bitmaps.find(({ place }) => place === bitmap.place);
   if (stored === undefined) throw new Error(`bitmap invariant: '${bitmap.name}' is not where it was stored`);
   readBits(runtime, file, header.clusterSize, stored, bitmap);
 }
@@ -428,7 +421,7 @@ function inconsistent(name: string): StillframeError {
  */
 export function readBitmap(runtime: Runtime, file: FileNode, name: string): DirtyBitmap {
   const header = readHeader(runtime, file);
-  const stored = readBitmapDirectory(runtime, file, header)?.bitmaps.find((bitmap) => bitmap.name === name);
+  const stored = readBitmapDirectory(file, header)?.bitmaps.find((bitmap) => bitmap.name === name);
   if (stored === undefined) throw bitmapNotFound(name);
   if ((stored.flags & FLAG_IN_USE) !== 0) throw inconsistent(name);
   const { granularity, flags } = stored;
@@ -450,20 +443,28 @@ export function readBitmap(runtime: Runtime, file: FileNode, name: string): Dirt
 }
 
 /**
- * Marks the bitmaps that record as in-use in the file, durably. Under the state's lock.
+ * Marks the bitmaps that record as in-use in the file, durably, since the drive is about to change. Those whose bits are
+ * not in memory are inconsistent from then on. Under the state's lock.
  */
 export function markInUse(runtime: Runtime, file: FileNode, state: State): void {
   const set = new BitmapSet(runtime, state.control + BITMAPS);
-  const recording = set.all().filter((bitmap) => bitmap.enabled && bitmap.loaded && !bitmap.changed);
-  const stored = recording.filter((bitmap) => bitmap.place >= 0);
+  const recording = set
+    .all()
+    .filter(({ enabled, inconsistent, changed }) => enabled && !inconsistent && !changed);
   const buffer = state.get('metaBuffer');
-  for (const bitmap of stored) {
+  let marked = false;
+  for (const bitmap of recording) {
+    if (bitmap.place < 0) continue;
     // Entries start at multiples of eight: no power cut leaves half of the flags.
     runtime.arena.view.setUint32(buffer, FLAG_IN_USE | FLAG_AUTO);
     file.write(bitmap.place + FLAGS_AT, buffer, 4);
+    marked = true;
   }
-  if (stored.length > 0) state.sync(() => file.flush(), true);
-  for (const bitmap of recording) bitmap.changed = true;
+  if (marked) state.sync(() => file.flush(), true);
+  for (const bitmap of recording) {
+    if (bitmap.loaded) bitmap.changed = true;
+    else bitmap.inconsistent = true;
+  }
 }
 
 /**
@@ -486,7 +487,7 @@ export function storeBitmaps(
   // What is in use in a damaged image stays so.
   if (state.damaged || (kept.length === 0 && state.get('bitmapsBytes') === 0)) return;
   const header = readHeader(runtime, file);
-  const old = readBitmapDirectory(runtime, file, header);
+  const old = readBitmapDirectory(file, header);
   const isNew = ({ changed, place }: DirtyBitmap) => changed || place < 0;
   const places = new Set(kept.filter((bitmap) => !isNew(bitmap)).map(({ place }) => place));
   const gone = (old?.bitmaps ?? []).filter(({ place }) => !places.has(place));
@@ -518,7 +519,7 @@ class BitmapWriter {
     const extension = new BitmapsExtension(this.#runtime, this.#file, state, header);
     state.withLock(() => this.#metadata.clearAutoclear());
     if (kept.length > 0) extension.makeRoom();
-    const freed = gone.flatMap((stored) => clustersOf(this.#runtime, this.#file, clusterSize, stored));
+    const freed = gone.flatMap((stored) => clustersOf(this.#file, clusterSize, stored));
     if (old !== undefined) {
       freed.push({ offset: old.offset, clusters: Math.ceil(old.length / clusterSize) });
     }

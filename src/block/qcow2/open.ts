@@ -16,10 +16,11 @@ import { allocateState } from './state.js';
  *
  * Memory taken from the arena: the L1 table (at most 32 MiB), 1 MiB of L2 slices and scratch buffers of 6 (read-only)
  * or 12 clusters; for writing also the refcount table with room to grow (at most 8 MiB), 256 KiB of refcount slices
- * and about 0.5 MiB of working memory.
+ * and about 0.5 MiB of working memory, and for dirty bitmaps that record their bits (at most 256 MiB).
  *
  * @param options.dataFile the open external data file; undefined although the image has one: only the tables can be
  *   looked at
+ * @param options.recordDirty default true; without it a change of the drive makes dirty bitmaps that record inconsistent
  * @param backing the open backing node; undefined although the header names one: unallocated ranges read as zeroes,
  *   but are still told apart from zeroes, and writes of parts of unallocated clusters are refused
  * @throws StillframeError what {@link readHeader} throws; ERR_STILLFRAME_CORRUPT_IMAGE where an image that is marked
@@ -34,6 +35,7 @@ export function openQcow2(
     readonly dataFile?: FileDescriptor | undefined;
     /** Read the drive as it is in an internal snapshot; only read-only. */
     readonly snapshot?: SnapshotSelector | undefined;
+    readonly recordDirty?: boolean | undefined;
   },
 ): Qcow2Descriptor {
   const { readOnly, dataFile } = options;
@@ -70,7 +72,7 @@ export function openQcow2(
   try {
     const metadata = new Metadata(runtime, descriptor, node, dataFileOf(runtime, descriptor));
     metadata.initialise(readOnly);
-    if (!readOnly) openBitmaps(runtime, descriptor, node, header, metadata);
+    if (!readOnly) openBitmaps(runtime, descriptor, node, header, metadata, options.recordDirty ?? true);
     return descriptor;
   } catch (error) {
     bitmapsOf(runtime, descriptor).free();
