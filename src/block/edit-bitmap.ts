@@ -45,7 +45,9 @@ export function editBitmap(
   try {
     for (const action of actions) {
       try {
-        if (image.driver !== 'qcow2') throw noBitmaps(path, image.driver);
+        if (image.driver !== 'qcow2') {
+          throw action.action === 'add' ? noBitmaps(path, image.driver) : bitmapNotFound(name);
+        }
         new BitmapEditor(runtime, image).run(name, action);
       } catch (error) {
         const { code, message, errno } = toStillframeError(error);

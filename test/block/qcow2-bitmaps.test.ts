@@ -3,6 +3,7 @@ import { copyFileSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { editBitmap } from '#src/block/edit-bitmap.js';
+import { attachNode, closeNode, openImage } from '#src/block/graph.js';
 import { bitmapsOf, readBitmap, readBitmaps, readHeader } from '#src/block/qcow2/index.js';
 import { closeFile } from '#src/block/raw/file.js';
 import { type Area, areasOf, DirtyModel, dirtyInQemu } from '../support/bitmaps.js';
@@ -261,6 +262,60 @@ describe.skipIf(!peers)('persistent dirty bitmaps', () => {
       expect(listed(path)).toEqual(['b1']);
       expect(dirtyInQemu(path, 'b1')).toEqual(b1);
       check(path);
+    });
+
+    it('opened without memory for them, it makes those that record inconsistent', () => {
+      const { path, b1 } = twoBitmaps('no-memory.qcow2');
+      const used = runtime.arena.usedBytes;
+      const opened = openImage(runtime, path, { readOnly: false, recordDirty: false });
+      attachNode(runtime, opened).writeZeroes(0, 65536, true);
+      closeNode(runtime, opened);
+      expect(runtime.arena.usedBytes).toBe(used);
+      expect(listed(path)).toEqual(['b0 in-use auto', 'b1']);
+      expect(dirtyInQemu(path, 'b1')).toEqual(b1);
+      check(path);
+    });
+
+    it('that takes more than 256 MiB to record, it is refused', () => {
+      const path = at('too-much.qcow2');
+      bench.create(path, { length: 2 ** 39, clusterBits: 21 });
+      edit(path, 'b0', { action: 'add', granularity: 2048 });
+      bench.open(path, true).close();
+      for (let index = 1; index < 8; index++) edit(path, `b${index}`, { action: 'add', granularity: 2048 });
+      const large = new Workbench(400 * 1024 * 1024);
+      expect(() => large.open(path, false)).toThrow(/record into 268435456 bytes or more/);
+      edit(path, 'b7', { action: 'disable' });
+      large.open(path, false).close();
+      const used = runtime.arena.usedBytes;
+      expect(() => bench.open(path, false)).toThrow(
+        expect.objectContaining({ code: 'ERR_STILLFRAME_ARENA_EXHAUSTED' }),
+      );
+      expect(runtime.arena.usedBytes).toBe(used);
+      for (let index = 0; index < 8; index++) edit(path, `b${index}`, { action: 'remove' });
+      check(path);
+    });
+
+    it.each<[string, string[]]>([
+      ['extended L2 entries', ['-o', 'extended_l2=on,cluster_size=16k']],
+      ['an external data file', ['-o', `data_file=${at('data.raw')}`]],
+      ['a raw external data file', ['-o', `data_file=${at('data-raw.raw')},data_file_raw=on`]],
+      ['64-bit refcounts', ['-o', 'refcount_bits=64']],
+      ['zstd', ['-o', 'compression_type=zstd']],
+    ])('with %s records as well', (name, options) => {
+      const { path } = twoBitmaps(`${name}.qcow2`, ...options);
+      const model = new DirtyModel(8 << 20, bitmapGranularity(path, 'b0'));
+      edit(path, 'b0', { action: 'clear' });
+      const opened = openImage(runtime, path, { readOnly: false });
+      const node = attachNode(runtime, opened);
+      const autoclear = readFileSync(path).readBigUInt64BE(88);
+      bench.write(node, 123_456, Buffer.alloc(1000, 3));
+      node.discard(2 << 20, 1 << 20);
+      closeNode(runtime, opened);
+      model.mark(123_456, 1000);
+      model.mark(2 << 20, 1 << 20);
+      check(path);
+      expect(dirtyInQemu(path, 'b0')).toEqual(model.areas());
+      expect(readFileSync(path).readBigUInt64BE(88)).toBe(autoclear);
     });
 
     it('those QEMU left in use are inconsistent to us as well', () => {

@@ -90,22 +90,6 @@ describe.skipIf(!peers)('images that QEMU made', () => {
     }
   });
 
-  it('with persistent bitmaps: a write of ours clears the autoclear bit that vouches for them', () => {
-    const path = at('bitmaps.qcow2');
-    run('qemu-img', ['create', '-q', '-f', 'qcow2', path, '4M']);
-    run('qemu-img', ['bitmap', '--add', path, 'b0']);
-    const autoclear = () => readFileSync(path).readBigUInt64BE(88);
-    expect(autoclear()).toBe(1n);
-    bench.open(path, true).close();
-    bench.open(path, false).close();
-    expect(autoclear()).toBe(1n);
-    const image = bench.open(path, false);
-    bench.write(image.node, 0, Buffer.alloc(512, 1));
-    expect(autoclear()).toBe(0n);
-    image.close();
-    expect(run('qemu-io', ['-f', 'qcow2', '-r', '-c', 'read -P 1 0 512', path])).toContain('read 512/512');
-  });
-
   it('with preallocated and shared zero clusters', () => {
     const path = at('prealloc.qcow2');
     const length = 3 << 20;
