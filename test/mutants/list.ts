@@ -442,6 +442,16 @@ export const mutants: readonly Mutant[] = [
     replace: `if (state.get('l1DirtyTo') > 0) this.#writeL1();`,
   },
   {
+    name: 'extend-without-recheck',
+    what: 'a thread that waited to make a file longer cuts what another has added meanwhile',
+    file: FILE,
+    find: `    withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {
+      if (length <= this.length) return;
+      this`,
+    replace: `    withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {
+      this`,
+  },
+  {
     name: 'slice-too-early',
     what: 'L2 entries are written before what they refer to is durable',
     file: CACHE,

@@ -279,13 +279,13 @@ export class FileNode implements BlockNode {
 
   #allocate(offset: number, length: number): boolean {
     if (syscalls === undefined) return false;
+    this.extend(offset + length);
     try {
       syscalls.allocate(this.descriptor.fd, offset, length);
     } catch (error) {
       if (isUnsupported(error)) return false;
       throw this.#error('preallocate', offset, length, error);
     }
-    this.extend(offset + length);
     return true;
   }
 
@@ -298,7 +298,10 @@ export class FileNode implements BlockNode {
     });
   }
 
-  /** Makes the file at least `length` bytes long. */
+  /**
+   * Makes the file at least `length` bytes long. Nothing else ever does: a file made longer by a write itself could be
+   * cut again by a thread that extends it to less, knowing only the old length.
+   */
   extend(length: number): void {
     if (length <= this.length) return;
     withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {
@@ -310,7 +313,8 @@ export class FileNode implements BlockNode {
 
   #writeBytes(offset: number, bytes: Uint8Array, start: number, length: number): void {
     this.#checkWritable('write', offset, length);
-    const { fd } = this.descriptor;
+    const { fd, blockDevice } = this.descriptor;
+    if (!blockDevice) this.extend(offset + length);
     let done = 0;
     while (done < length) {
       const wanted = Math.min(length - done, CALL_BYTES);
@@ -327,11 +331,6 @@ export class FileNode implements BlockNode {
       done += put;
     }
     if (this.descriptor.writeBehind && length >= WRITE_BEHIND_BYTES) this.#startWriteback(offset, length);
-    if (offset + length > this.length) {
-      withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {
-        if (offset + length > this.length) this.#arena.f64[this.descriptor.control / 8] = offset + length;
-      });
-    }
   }
 
   /** Only a start: what goes wrong shows when the file is flushed. */
