@@ -10,6 +10,24 @@ export {
   bitmapTestAndClear,
 } from './bitmap';
 export {
+  checkAllocated,
+  checkBeginTable,
+  checkCompressed,
+  checkCopiedFlags,
+  checkCountEntries,
+  checkFragmented,
+  checkNoteCompressed,
+  checkNoteData,
+  checkRefcounts,
+  checkResetTotals,
+  checkSetup,
+  checkShared,
+  checkUncopied,
+  countersLastUsed,
+  countersNextFree,
+  countersNextUsed,
+} from './check';
+export {
   claimedCount,
   clusterState,
   clustersClaimAt,

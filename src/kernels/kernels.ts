@@ -37,6 +37,37 @@ interface Exports {
   l2Copied(): number;
   refcountFindFree(block: number, from: number, entries: number, order: number): number;
   refcountFreeRun(block: number, from: number, entries: number, order: number, most: number): number;
+  checkSetup(
+    directory: number,
+    clusters: number,
+    clusterBits: number,
+    extendedL2: number,
+    hasDataFile: number,
+    most: number,
+    fileBytes: number,
+  ): void;
+  checkResetTotals(): void;
+  checkAllocated(): number;
+  checkFragmented(): number;
+  checkCompressed(): number;
+  checkShared(): number;
+  checkUncopied(): number;
+  checkBeginTable(): void;
+  checkNoteData(offset: bigint): void;
+  checkNoteCompressed(): void;
+  checkCountEntries(table: number, from: number, end: number, weight: number, note: number): number;
+  checkCopiedFlags(table: number, from: number, end: number): number;
+  checkRefcounts(
+    block: number,
+    index: number,
+    order: number,
+    counters: number,
+    wide: number,
+    entries: number,
+  ): number;
+  countersNextUsed(counters: number, wide: number, from: number, entries: number): number;
+  countersNextFree(counters: number, wide: number, from: number, entries: number): number;
+  countersLastUsed(counters: number, wide: number, entries: number): number;
 }
 
 /** Kinds of {@link Kernels.l2Extent}. */
@@ -55,6 +86,18 @@ export const L2_FEATURE_ZERO_FLAG = 1;
 export const L2_FEATURE_SUBCLUSTERS = 2;
 /** The data is in an external file, at the guest's offsets. */
 export const L2_FEATURE_DATA_FILE = 4;
+
+export interface CheckTotals {
+  /** Clusters noted. */
+  readonly allocated: number;
+  /** Of them, those that are not behind their neighbour in the file. */
+  readonly fragmented: number;
+  readonly compressed: number;
+  /** References to clusters that had one before. */
+  readonly shared: number;
+  /** Clusters noted, compressed ones apart, without the flag COPIED. */
+  readonly uncopied: number;
+}
 
 /**
  * The WebAssembly kernels on the memory of an arena. Pointers are byte offsets into it, lengths are bytes, cluster
@@ -247,5 +290,108 @@ export class Kernels {
   /** How many entries from `from` on have refcount 0, without a gap, at most `max`. */
   refcountFreeRun(block: number, from: number, entries: number, order: number, max: number): number {
     return this.#exports.refcountFreeRun(block, from, entries, order, max);
+  }
+
+  /**
+   * Says which image the `check…` kernels look at from now on.
+   *
+   * @param directory of the counters: see assembly/check.ts
+   * @param clusters host clusters that have a counter
+   * @param most references a cluster may have
+   * @param fileBytes length of the file; a reference may end less than a cluster behind it
+   */
+  checkSetup(
+    directory: number,
+    clusters: number,
+    clusterBits: number,
+    extendedL2: boolean,
+    hasDataFile: boolean,
+    most: number,
+    fileBytes: number,
+  ): void {
+    const flags = [extendedL2 ? 1 : 0, hasDataFile ? 1 : 0] as const;
+    this.#exports.checkSetup(directory, clusters, clusterBits, ...flags, most, fileBytes);
+  }
+
+  checkResetTotals(): void {
+    this.#exports.checkResetTotals();
+  }
+
+  /** What {@link checkCountEntries} and the notes have come to since {@link checkResetTotals}. */
+  get checkTotals(): CheckTotals {
+    return {
+      allocated: this.#exports.checkAllocated() >>> 0,
+      fragmented: this.#exports.checkFragmented() >>> 0,
+      compressed: this.#exports.checkCompressed() >>> 0,
+      shared: this.#exports.checkShared() >>> 0,
+      uncopied: this.#exports.checkUncopied() >>> 0,
+    };
+  }
+
+  /** The entries that follow are of another L2 table. */
+  checkBeginTable(): void {
+    this.#exports.checkBeginTable();
+  }
+
+  /** Takes a cluster of data at this place in the file into the totals. */
+  checkNoteData(offset: bigint): void {
+    this.#exports.checkNoteData(offset);
+  }
+
+  checkNoteCompressed(): void {
+    this.#exports.checkNoteCompressed();
+  }
+
+  /**
+   * Counts what the entries [from, end) of an L2 table refer to, each `weight` times.
+   *
+   * @param note take the clusters into the totals
+   * @returns the first entry that was not counted, since something about it is wrong or its counter cannot be used as
+   *   it is; `end` where there is none
+   */
+  checkCountEntries(table: number, from: number, end: number, weight: number, note: boolean): number {
+    return this.#exports.checkCountEntries(table, from, end, weight, note ? 1 : 0) >>> 0;
+  }
+
+  /**
+   * Compares the flags COPIED with the counters, which hold refcounts.
+   *
+   * @returns the first entry that disagrees or has no counter; `end` where there is none
+   */
+  checkCopiedFlags(table: number, from: number, end: number): number {
+    return this.#exports.checkCopiedFlags(table, from, end) >>> 0;
+  }
+
+  /**
+   * Compares refcounts, from entry `index` of a block on, with counters.
+   *
+   * @param block 0: all refcounts are 0
+   * @param counters 0: all counters are 0
+   * @returns how many agree
+   */
+  checkRefcounts(
+    block: number,
+    index: number,
+    order: number,
+    counters: number,
+    wide: boolean,
+    entries: number,
+  ): number {
+    return this.#exports.checkRefcounts(block, index, order, counters, wide ? 1 : 0, entries) >>> 0;
+  }
+
+  /** @returns the first counter in [from, entries) that is not 0, or `entries` */
+  countersNextUsed(counters: number, wide: boolean, from: number, entries: number): number {
+    return this.#exports.countersNextUsed(counters, wide ? 1 : 0, from, entries) >>> 0;
+  }
+
+  /** @returns the first counter in [from, entries) that is 0, or `entries` */
+  countersNextFree(counters: number, wide: boolean, from: number, entries: number): number {
+    return this.#exports.countersNextFree(counters, wide ? 1 : 0, from, entries) >>> 0;
+  }
+
+  /** @returns the last counter of `entries` that is not 0, or -1 */
+  countersLastUsed(counters: number, wide: boolean, entries: number): number {
+    return this.#exports.countersLastUsed(counters, wide ? 1 : 0, entries);
   }
 }
