@@ -5,6 +5,7 @@
  */
 export type { OnError } from './backup/backup-job.js';
 export type { SyncMode } from './backup/target.js';
+export type { ImageCheck, Repaired } from './block/check.js';
 export type { CommitOptions } from './block/commit.js';
 export type { CompareResult } from './block/compare.js';
 export type { CreateImageOptions, CreationOptions } from './block/create.js';
@@ -13,10 +14,11 @@ export type { OnCbwError } from './block/filters/copy-before-write.js';
 export type { ImageFormat, TargetFormat } from './block/graph.js';
 export type { ImageInfo } from './block/info.js';
 export type { MapEntry } from './block/map.js';
-export type { Preallocation, SnapshotSelector } from './block/qcow2/index.js';
+export type { Preallocation, RepairMode, SnapshotSelector } from './block/qcow2/index.js';
 export type { RebaseOptions } from './block/rebase.js';
 export type { BackupOptions, DiskHandle as Disk } from './engine/disk.js';
 export {
+  type CheckOptions,
   type CompareOptions,
   createEngine,
   type Engine,

@@ -267,7 +267,7 @@ export function fileIdentity(path: string): string | undefined {
 }
 
 /** The format whose header the file starts with, else `raw`. */
-function probe(file: FileNode): ImageFormat {
+export function probe(file: FileNode): ImageFormat {
   const head = new Uint8Array(PROBE_BYTES);
   file.readBytes(0, head);
   return probeQcow2(head) ? 'qcow2' : (probeForeign(head) ?? 'raw');

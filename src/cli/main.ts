@@ -9,6 +9,7 @@ const commands = new Map<string, () => Promise<Command>>([
   ['create', async () => (await import('./create.js')).create],
   ['info', async () => (await import('./info.js')).info],
   ['map', async () => (await import('./map.js')).map],
+  ['check', async () => (await import('./check.js')).check],
   ['compare', async () => (await import('./compare.js')).compare],
   ['rebase', async () => (await import('./rebase.js')).rebase],
   ['commit', async () => (await import('./commit.js')).commit],

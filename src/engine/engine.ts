@@ -1,6 +1,7 @@
 import { availableParallelism } from 'node:os';
 import { MessageChannel, type MessagePort, type Transferable } from 'node:worker_threads';
 import { Piscina } from 'piscina';
+import type { ImageCheck, Repaired } from '../block/check.js';
 import type { CommitOptions } from '../block/commit.js';
 import type { CompareResult } from '../block/compare.js';
 import type { CreateImageOptions } from '../block/create.js';
@@ -9,7 +10,7 @@ import type { BitmapAction } from '../block/edit-bitmap.js';
 import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
 import type { MapEntry, MapRange } from '../block/map.js';
-import type { SnapshotSelector } from '../block/qcow2/index.js';
+import type { RepairMode, SnapshotSelector } from '../block/qcow2/index.js';
 import type { RebaseOptions } from '../block/rebase.js';
 import { closedError, StillframeError } from '../errors.js';
 import type { Arena } from '../kernels/arena.js';
@@ -59,6 +60,18 @@ export interface CompareOptions {
   readonly second?: ImageOptions;
   /** Called now and then with bytes compared and bytes in all. */
   readonly onProgress?: OnProgress | undefined;
+}
+
+export interface CheckOptions extends Omit<ImageOptions, 'allowBacking'> {
+  /**
+   * What is put right: `leaks`, clusters that take space for nothing; `all`, whatever can be. Default: nothing, and the
+   * image is only read. With it the image is opened for writing, also where it is marked corrupt.
+   */
+  readonly repair?: RepairMode | undefined;
+  /** Takes the lines in which `qemu-img check` says what is wrong, as they are found. */
+  readonly onMessage?: (line: string) => void;
+  /** Called when something was repaired, before the image is checked again. */
+  readonly onRepaired?: (repaired: Repaired) => void;
 }
 
 /** How {@link Engine.mapImage} opens an image, and which part of it it maps. */
@@ -191,6 +204,44 @@ export class Engine {
       await this.run({ kind: 'map', path, options: imageTask(options), range, port: port2 }, [port2]);
       await drained;
     } finally {
+      port1.close();
+    }
+  }
+
+  /**
+   * Checks the metadata of an image, like `qemu-img check`, and repairs it where asked to. Resolves with what is wrong
+   * still: an image is sound where `corruptions`, `leaks` and `check-errors` are absent or 0. No other file is opened.
+   *
+   * @throws StillframeError ERR_STILLFRAME_CHECK_UNSUPPORTED (a raw image has nothing to check), …_CORRUPT_IMAGE (too
+   *   damaged to be checked, or in need of `repair: 'all'`), …_UNSUPPORTED_FEATURE, …_LOCKED, …_IO
+   */
+  async checkImage(path: string, options: CheckOptions = {}): Promise<ImageCheck> {
+    const { repair, onMessage, onRepaired } = options;
+    if (repair !== undefined && options.forceShare === true) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_INVALID_ARGUMENT',
+        'an image that others may be writing (force-share) cannot be repaired; leave one of the two out',
+      );
+    }
+    const { port1, port2 } = new MessageChannel();
+    // The last lines may be on their way still when the task has ended, well or not.
+    const drained = new Promise<void>((resolve) => {
+      port1.on('message', (message: readonly string[] | Repaired | null) => {
+        if (message === null) resolve();
+        else if ('leaks' in message) onRepaired?.(message);
+        else if (onMessage !== undefined) for (const line of message) onMessage(line);
+      });
+      port1.on('close', resolve);
+    });
+    try {
+      return await this.run<ImageCheck>(
+        { kind: 'check', path, options: imageTask(options), repair, port: port2 },
+        [port2],
+      );
+    } finally {
+      // Where it never got to its thread nobody else does.
+      port2.close();
+      await drained;
       port1.close();
     }
   }

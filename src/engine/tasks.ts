@@ -1,5 +1,6 @@
 import type { MessagePort } from 'node:worker_threads';
 import { BackupJob, type BackupJobOptions, helpCopying } from '../backup/backup-job.js';
+import { checkImage, type ImageCheck } from '../block/check.js';
 import { type CommitOptions, commitImage } from '../block/commit.js';
 import { type CompareResult, compareNodes } from '../block/compare.js';
 import { type CreateImageOptions, createImage } from '../block/create.js';
@@ -9,6 +10,7 @@ import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-w
 import { attachNode, closeNode, type OpenImageOptions, openImage } from '../block/graph.js';
 import { type ImageInfo, imageInfo } from '../block/info.js';
 import { type MapEntry, type MapRange, mapNode } from '../block/map.js';
+import type { RepairMode } from '../block/qcow2/index.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
 import { StillframeError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
@@ -64,6 +66,13 @@ export type Task =
       readonly port: MessagePort;
     }
   | {
+      readonly kind: 'check';
+      readonly path: string;
+      readonly options: ImageTask;
+      readonly repair: RepairMode | undefined;
+      readonly port: MessagePort;
+    }
+  | {
       readonly kind: 'compare';
       readonly paths: readonly [string, string];
       readonly options: readonly [ImageTask, ImageTask];
@@ -108,8 +117,8 @@ function progressTo(port: MessagePort): (done: number, total: number) => void {
 
 /** How often a tool says how far it is, in milliseconds. */
 const PROGRESS_MS = 50;
-/** Map entries go to the host thread in batches of this many. */
-const MAP_BATCH = 1024;
+/** Map entries and lines of a check go to the host thread in batches of this many. */
+const BATCH = 1024;
 
 /** Runs tasks on one thread of the engine, keeping its facades of disks from task to task. */
 export class TaskRunner {
@@ -158,6 +167,8 @@ export class TaskRunner {
         return this.#info(task.path, task.options);
       case 'map':
         return this.#map(task);
+      case 'check':
+        return this.#check(task);
       case 'compare':
         return this.#compare(task);
     }
@@ -239,12 +250,38 @@ export class TaskRunner {
         batch = [];
       };
       mapNode(attachNode(this.#runtime, descriptor), path, range, (entry) => {
-        if (batch.push(entry) === MAP_BATCH) flush();
+        if (batch.push(entry) === BATCH) flush();
       });
       flush();
     } finally {
       closeNode(this.#runtime, descriptor);
       // Not by closing the port: the thread goes to sleep without a turn of its event loop.
+      port.postMessage(null);
+    }
+  }
+
+  #check(task: Extract<Task, { kind: 'check' }>): ImageCheck {
+    const { path, options, repair, port } = task;
+    let batch: string[] = [];
+    const flush = () => {
+      port.postMessage(batch);
+      batch = [];
+    };
+    try {
+      return checkImage(this.#runtime, path, {
+        format: options.format,
+        lock: options.lock,
+        repair,
+        onMessage: (line) => {
+          if (batch.push(line) === BATCH) flush();
+        },
+        onRepaired: (repaired) => {
+          flush();
+          port.postMessage(repaired);
+        },
+      });
+    } finally {
+      flush();
       port.postMessage(null);
     }
   }

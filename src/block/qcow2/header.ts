@@ -136,9 +136,12 @@ class HeaderReader {
   readonly #path: string;
   readonly bytes: Uint8Array;
   readonly #view: DataView;
+  /** What tables are like is for somebody else to judge. */
+  readonly lenient: boolean;
 
-  constructor(path: string, bytes: Uint8Array) {
+  constructor(path: string, bytes: Uint8Array, lenient: boolean) {
     this.#path = path;
+    this.lenient = lenient;
     this.bytes = bytes;
     this.#view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   }
@@ -185,11 +188,13 @@ class HeaderReader {
  *
  * Source: the qcow2 specification, sections "Header" and "Header extensions".
  *
+ * @param purpose with `check`, tables may be missing, outside of the file or in each other's place, and there may be
+ *   any number of snapshots: those are what a check is for
  * @throws StillframeError ERR_STILLFRAME_FORMAT (not qcow2), …_CORRUPT_IMAGE, …_UNSUPPORTED_FEATURE
  */
-export function readHeader(runtime: Runtime, file: FileNode): Qcow2Header {
+export function readHeader(runtime: Runtime, file: FileNode, purpose: 'use' | 'check' = 'use'): Qcow2Header {
   const path = file.descriptor.path;
-  const start = new HeaderReader(path, readStart(runtime, file, 512));
+  const start = new HeaderReader(path, readStart(runtime, file, 512), false);
   if (file.length < HEADER_LENGTH_V2 || start.u32(0) !== QCOW2_MAGIC) {
     throw new StillframeError(
       'ERR_STILLFRAME_FORMAT',
@@ -198,7 +203,7 @@ export function readHeader(runtime: Runtime, file: FileNode): Qcow2Header {
   }
   const clusterBits = checkClusterBits(start);
   // Everything the header may hold is in the first cluster.
-  const first = new HeaderReader(path, readStart(runtime, file, 2 ** clusterBits));
+  const first = new HeaderReader(path, readStart(runtime, file, 2 ** clusterBits), purpose === 'check');
   return parseHeader(first, clusterBits, file.length);
 }
 
@@ -469,7 +474,7 @@ function readTables(
   checkInFile(header, 'l1_table_offset', FIELD.l1TableOffset, l1TableOffset, l1Size * 8, fileLength);
 
   const refcountTableClusters = header.u32(FIELD.refcountTableClusters);
-  if (refcountTableClusters === 0) {
+  if (refcountTableClusters === 0 && !header.lenient) {
     throw header.corrupt('refcount_table_clusters', FIELD.refcountTableClusters, 'is 0');
   }
   if (refcountTableClusters * clusterSize > MAX_REFCOUNT_TABLE_BYTES) {
@@ -485,6 +490,7 @@ function readTables(
   const least = (refcountTableClusters - 1) * clusterSize + 8;
   checkInFile(header, 'refcount_table_offset', field, refcountTableOffset, least, fileLength);
   if (
+    !header.lenient &&
     l1Size > 0 &&
     l1TableOffset < refcountTableOffset + refcountTableClusters * clusterSize &&
     refcountTableOffset < l1TableOffset + l1Size * 8
@@ -509,7 +515,8 @@ function tableOffset(
   if (offset % clusterSize !== 0) {
     throw header.corrupt(field, at, `is ${offset}, not a multiple of the cluster size ${clusterSize}`);
   }
-  if (offset === 0 && required) throw header.corrupt(field, at, 'is 0, the place of the header itself');
+  if (offset === 0 && required && !header.lenient)
+    throw header.corrupt(field, at, 'is 0, the place of the header itself');
   return offset;
 }
 
@@ -521,7 +528,7 @@ function checkInFile(
   bytes: number,
   fileLength: number,
 ): void {
-  if (bytes > 0 && offset + bytes > fileLength) {
+  if (bytes > 0 && offset + bytes > fileLength && !header.lenient) {
     throw header.corrupt(
       field,
       at,
@@ -531,6 +538,8 @@ function checkInFile(
 }
 
 function readSnapshots(header: HeaderReader, clusterSize: number, fileLength: number) {
+  // The check reads the table by itself.
+  if (header.lenient) return { snapshotCount: 0, snapshotsOffset: 0 };
   const snapshotCount = header.u32(FIELD.snapshotCount);
   if (snapshotCount > MAX_SNAPSHOTS) {
     throw header.corrupt(

@@ -1,4 +1,5 @@
 export { type BitmapInfo, bitmapsOf, loadBitmap, readBitmap, readBitmaps } from './bitmaps.js';
+export { checkQcow2, type Qcow2Check, type RepairMode } from './check/check.js';
 export { type CreateQcow2Options, checkQcow2Options, createQcow2, type Preallocation } from './create.js';
 export { probeQcow2, type Qcow2Header, readHeader } from './header.js';
 export { readSnapshots, type SnapshotInfo, type SnapshotSelector } from './listings.js';
