@@ -4,6 +4,7 @@ import { RecordDirty } from '../filters/record-dirty.js';
 import type { BlockNode, FileDescriptor, NodeDescriptor, Qcow2Descriptor } from '../node.js';
 import { attachFile, type FileNode } from '../raw/file.js';
 import { bitmapsOf, openBitmaps, storeBitmaps } from './bitmaps.js';
+import { repairDirty } from './check/check.js';
 import { type Qcow2Header, readHeader } from './header.js';
 import { type BackingReference, rewriteBacking } from './header-write.js';
 import { headerOfSnapshot, type SnapshotSelector } from './listings.js';
@@ -18,13 +19,15 @@ import { allocateState } from './state.js';
  * or 12 clusters; for writing also the refcount table with room to grow (at most 8 MiB), 256 KiB of refcount slices
  * and about 0.5 MiB of working memory, and for dirty bitmaps that record their bits (at most 256 MiB).
  *
+ * An image that was not closed cleanly (dirty bit) gets its refcounts put right when it is opened for writing.
+ *
  * @param options.dataFile the open external data file; undefined although the image has one: only the tables can be
  *   looked at
  * @param options.recordDirty default true; without it a change of the drive makes dirty bitmaps that record inconsistent
  * @param backing the open backing node; undefined although the header names one: unallocated ranges read as zeroes,
  *   but are still told apart from zeroes, and writes of parts of unallocated clusters are refused
  * @throws StillframeError what {@link readHeader} throws; ERR_STILLFRAME_CORRUPT_IMAGE where an image that is marked
- *   corrupt, or whose refcounts are out of date, is opened for writing
+ *   corrupt, or that has more than wrong refcounts after it was not closed cleanly, is opened for writing
  */
 export function openQcow2(
   runtime: Runtime,
@@ -40,10 +43,13 @@ export function openQcow2(
 ): Qcow2Descriptor {
   const { readOnly, dataFile } = options;
   const node = attachFile(runtime, file);
-  const current = readHeader(runtime, node);
+  let current = readHeader(runtime, node);
+  if (!readOnly) {
+    checkWritable(file.path, current);
+    if (current.dirty) current = repairDirty(runtime, node);
+  }
   const header =
     options.snapshot === undefined ? current : headerOfSnapshot(runtime, node, current, options.snapshot);
-  if (!readOnly) checkWritable(file.path, header);
   const control = allocateState(runtime, file.path, header, node.length, readOnly);
   const descriptor: Qcow2Descriptor = {
     driver: 'qcow2',
@@ -85,13 +91,7 @@ function checkWritable(path: string, header: Qcow2Header): void {
   if (header.corrupt) {
     throw new StillframeError(
       'ERR_STILLFRAME_CORRUPT_IMAGE',
-      `'${path}' is marked corrupt and can only be opened read-only; repair it with 'qemu-img check -r all'`,
-    );
-  }
-  if (header.dirty) {
-    throw new StillframeError(
-      'ERR_STILLFRAME_CORRUPT_IMAGE',
-      `'${path}' was not closed cleanly and its refcounts are out of date (dirty bit), so it can only be opened read-only; repair it with 'qemu-img check -r all'`,
+      `'${path}' is marked corrupt and can only be opened read-only; repair it with 'stillframe check --repair all'`,
     );
   }
 }
