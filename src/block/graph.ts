@@ -5,6 +5,7 @@ import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import {
   attachForeign,
+  checkParent,
   FOREIGN_NAMES,
   foreignDescriptor,
   openForeign,
@@ -202,8 +203,12 @@ function openForeignLayer(
       const opening = openNamedFile(runtime, path, 'extent', extentPath, chain, { readOnly: true, lock });
       return { index: extents.push(opening), file: opening };
     });
-    if (opened.backingFile !== undefined && options.backing !== false) {
-      backing = openBacking(runtime, path, opened.backingFile, format, lock, chain);
+    if (options.backing !== false) {
+      const { backingFile } = opened;
+      if (backingFile !== undefined) {
+        backing = openBacking(runtime, path, backingFile, format, lock, chain);
+      }
+      checkParent(path, opened, backing);
     }
     return foreignDescriptor(opened, file, extents, backing);
   } catch (error) {

@@ -1,3 +1,4 @@
+import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { BlockNode, FileDescriptor, ForeignDescriptor, ForeignName, NodeDescriptor } from '../node.js';
 import { attachFile, type FileNode } from '../raw/file.js';
@@ -66,10 +67,34 @@ export function openForeign(
 }
 
 /**
+ * @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE where the parent has changed since the image was made,
+ *   …_BACKING_MISSING where there should be one and its name is not known
+ */
+export function checkParent(
+  path: string,
+  { layout }: OpenedForeign,
+  parent: NodeDescriptor | undefined,
+): void {
+  if (layout.format !== 'vmdk' || layout.parentCid === NO_PARENT) return;
+  const wanted = layout.parentCid.toString(16);
+  if (parent === undefined) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_MISSING',
+      `'${path}' holds the changes to a parent (CID ${wanted}), but its descriptor does not name it; add parentFileNameHint="NAME" to it`,
+    );
+  }
+  if (!('layout' in parent) || parent.layout.format !== 'vmdk' || parent.layout.cid === layout.parentCid)
+    return;
+  throw corrupt(
+    path,
+    `its parent '${parent.path}' has changed since: its CID is ${parent.layout.cid.toString(16)}, and should be ${wanted}`,
+  );
+}
+
+/**
  * The node of an opened image.
  *
  * @param extents the further files it asked for, by index
- * @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE where the parent has changed since the image was made
  */
 export function foreignDescriptor(
   opened: OpenedForeign,
@@ -78,15 +103,6 @@ export function foreignDescriptor(
   backing: NodeDescriptor | undefined,
 ): ForeignDescriptor {
   const { name, layout, length, clusterSize, backingFile } = opened;
-  if (layout.format === 'vmdk' && layout.parentCid !== NO_PARENT && backing?.driver === 'vmdk') {
-    const parent = backing.layout.format === 'vmdk' ? backing.layout.cid : NO_PARENT;
-    if (parent !== layout.parentCid) {
-      throw corrupt(
-        file.path,
-        `its parent '${backing.path}' has changed since: its CID is ${parent.toString(16)}, and should be ${layout.parentCid.toString(16)}`,
-      );
-    }
-  }
   return {
     driver: name,
     path: file.path,

@@ -20,6 +20,7 @@ export interface LogPosition {
 }
 
 const SECTOR = 4096;
+const MIB = 1024 * 1024;
 const ENTRY_HEADER_BYTES = 64;
 const DESCRIPTOR_BYTES = 32;
 /** Logs are 1 MiB as programs make them. */
@@ -102,7 +103,12 @@ export function findLog(file: Source, offset: number, length: number, guid: stri
         `it is cut off: its log says that the file has ${head.flushedFileOffset} bytes at least, but it has ${file.length}`,
       );
     }
-    return { offset, length, entries: chain, fileLength: Math.max(file.length, head.lastFileOffset) };
+    // Files have whole MiB; a sum beyond all files is only a limit.
+    const fileLength = Math.max(file.length, Math.ceil(head.lastFileOffset / MIB) * MIB);
+    return { offset, length, entries: chain, fileLength };
+  }
+  if (entries.size > 0) {
+    throw corrupt(path, `its log, at offset ${offset}, has entries to replay, but not all of them`);
   }
   return undefined;
 }

@@ -19,7 +19,6 @@ import { TableCache } from './table-cache.js';
 import {
   type ExtentLine,
   looksLikeDescriptor,
-  NO_PARENT,
   parseDescriptor,
   readText,
   type VmdkDescriptor,
@@ -72,7 +71,7 @@ const FLAG_ZERO_GRAINS = 1 << 2;
 const FLAG_MARKERS = 1 << 17;
 const DEFLATE = 1;
 /** The grain directory is where the footer says. */
-const DIRECTORY_AT_END = 2 ** 64;
+const DIRECTORY_AT_END = 2n ** 64n - 1n;
 const MARKER_END_OF_STREAM = 0;
 const MARKER_FOOTER = 3;
 const MAX_VERSION = 3;
@@ -108,11 +107,8 @@ export function openVmdk(image: OpeningImage): Opened<VmdkLayout> {
   const head = new Uint8Array(SECTOR);
   file.readBytes(0, head);
   switch (magicOf(head)) {
-    case COWD_MAGIC: {
-      const { length, grains } = openCowd(path, file);
-      const text = { cid: 0, parentCid: NO_PARENT, createType: 'vmfsSparse', parent: undefined };
-      return finish(path, text, [{ start: 0, length, file: 0, name: undefined, type: '', data: grains }]);
-    }
+    case COWD_MAGIC:
+      throw extentAlone(path);
     case SPARSE_MAGIC:
       return openMonolithic(image);
     default: {
@@ -124,6 +120,15 @@ export function openVmdk(image: OpeningImage): Opened<VmdkLayout> {
       return openListed(image, descriptor);
     }
   }
+}
+
+/** What it is a part of, and what it is to be read on top of, nobody can tell. */
+function extentAlone(path: string): Error {
+  return unsupported(
+    path,
+    'it is one extent of a drive in several files and has no descriptor',
+    'name the descriptor file instead, the small .vmdk that lists the extents',
+  );
 }
 
 function finish(
@@ -151,13 +156,7 @@ function openMonolithic(image: OpeningImage): Opened<VmdkLayout> {
   const { path, file } = image;
   const head = viewOf(file, 0, SECTOR);
   const descriptorOffset = u64(head, 28, true) * SECTOR;
-  if (descriptorOffset === 0) {
-    throw unsupported(
-      path,
-      'it is one extent of a drive in several files and has no descriptor',
-      'name the descriptor file instead, the small .vmdk that lists the extents',
-    );
-  }
+  if (descriptorOffset === 0) throw extentAlone(path);
   const text = readText(file, descriptorOffset, u64(head, 36, true) * SECTOR);
   const descriptor = parseDescriptor(path, text);
   const empty = u64(head, 12, true) === 0;
@@ -269,7 +268,7 @@ function openSparse(path: string, file: Source): SparseExtent {
 /** The header; where it says that the grain directory is at the end, the copy of it there. */
 function sparseHeader(path: string, file: Source): DataView {
   const header = viewOf(file, 0, SECTOR);
-  if (u64(header, 56, true) !== DIRECTORY_AT_END) return header;
+  if (header.getBigUint64(56, true) !== DIRECTORY_AT_END) return header;
   // Marker, footer, end of stream: one sector each.
   const end = Math.ceil(file.length / SECTOR) * SECTOR;
   const offset = end - 3 * SECTOR;
@@ -280,7 +279,7 @@ function sparseHeader(path: string, file: Source): DataView {
     tail.getUint32(8, true) === 0 &&
     tail.getUint32(12, true) === MARKER_FOOTER &&
     magicOf(new Uint8Array(footer.buffer, footer.byteOffset, 4)) === SPARSE_MAGIC &&
-    u64(footer, 56, true) !== DIRECTORY_AT_END &&
+    footer.getBigUint64(56, true) !== DIRECTORY_AT_END &&
     u64(tail, 2 * SECTOR, true) === 0 &&
     tail.getUint32(2 * SECTOR + 8, true) === 0 &&
     tail.getUint32(2 * SECTOR + 12, true) === MARKER_END_OF_STREAM;
