@@ -150,7 +150,7 @@ function readEntries(
     if (at + ENTRY_BYTES > bytes.length) {
       throw corrupt(
         file,
-        `the bitmap directory of ${bytes.length} bytes ends before entry ${index} of ${count}`,
+        `the bitmap directory of ${bytes.length} bytes at offset ${directory.offset} ends before entry ${index} of ${count}`,
       );
     }
     const extraBytes = bytes.readUInt32BE(at + 20);
@@ -170,7 +170,7 @@ function readEntries(
   if (at !== bytes.length) {
     throw corrupt(
       file,
-      `the bitmap directory has ${bytes.length} bytes, but its ${count} entries have ${at}`,
+      `the bitmap directory at offset ${directory.offset} has ${bytes.length} bytes, but its ${count} entries have ${at}`,
     );
   }
   return bitmaps;
@@ -197,7 +197,7 @@ function readEntry(
   if (type !== TYPE_DIRTY_TRACKING) throw unsupported(file, `${what} has type ${type}`);
   const granularity = 2 ** granularityBits;
   if (granularity < MIN_GRANULARITY || granularity > MAX_GRANULARITY) {
-    throw unsupported(file, `${what} has ${granularityBits} granularity bits, not 9 to 31`);
+    throw corrupt(file, `${what} has ${granularityBits} granularity bits, not 9 to 31`);
   }
   if (nameBytes === 0) throw corrupt(file, `${what} has no name`);
   if (nameBytes > MAX_NAME_BYTES) {
