@@ -16,6 +16,7 @@ export type { ImageInfo } from './block/info.js';
 export type { MapEntry } from './block/map.js';
 export type { Preallocation, RepairMode, SnapshotSelector } from './block/qcow2/index.js';
 export type { RebaseOptions } from './block/rebase.js';
+export type { ResizeOptions } from './block/resize.js';
 export type { BackupOptions, DiskHandle as Disk } from './engine/disk.js';
 export {
   type CheckOptions,

@@ -1,4 +1,4 @@
-import { basename, resolve } from 'node:path';
+import { resolve } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 import {
@@ -12,7 +12,7 @@ import {
 } from './graph.js';
 import { type BlockNode, type NodeDescriptor, STATUS_ALLOCATED, STATUS_ZERO } from './node.js';
 import { emptyQcow2 } from './qcow2/index.js';
-import { attachFile } from './raw/file.js';
+import { resizeOpen } from './resize.js';
 import { chainStatus } from './status.js';
 
 export interface CommitOptions {
@@ -36,7 +36,7 @@ const BUFFER_BYTES = 2 * 1024 * 1024;
  *
  * @param onProgress called with bytes done and bytes in all
  * @throws StillframeError ERR_STILLFRAME_BACKING_MISSING (no backing file, or `base` is not in the chain),
- *   …_SIZE_MISMATCH (a smaller qcow2 base) and what opening, reading and writing throw
+ *   and what opening, resizing (a smaller base), reading and writing throw
  */
 export function commitImage(
   runtime: Runtime,
@@ -107,17 +107,7 @@ function openTarget(
   const base = open();
   const length = lengthOf(layers[0]);
   if (lengthOf(base) >= length) return base;
-  try {
-    if (base.driver !== 'raw') {
-      throw new StillframeError(
-        'ERR_STILLFRAME_SIZE_MISMATCH',
-        `'${path}' has ${lengthOf(base)} bytes, less than the ${length} of the image; make it as large first with 'stillframe resize ${basename(path)} ${length}'`,
-      );
-    }
-    attachFile(runtime, base.file).truncate(length);
-  } finally {
-    closeNode(runtime, base);
-  }
+  resizeOpen(runtime, base, length);
   return open();
 }
 

@@ -396,15 +396,20 @@ export function closeNode(runtime: Runtime, descriptor: NodeDescriptor): void {
     closeFile(runtime, descriptor);
     return;
   }
-  const backing = backingOf(descriptor);
   try {
     if (descriptor.driver === 'qcow2') closeQcow2(runtime, descriptor, attachFile(runtime, descriptor.file));
   } finally {
-    closeAll([
-      ...ownFilesOf(descriptor).map((file) => () => closeFile(runtime, file)),
-      ...(backing === undefined ? [] : [closeNode.bind(undefined, runtime, backing)]),
-    ]);
+    closeFiles(runtime, descriptor);
   }
+}
+
+/** Closes the files of a node and its chain, where its state is gone already. */
+export function closeFiles(runtime: Runtime, descriptor: Exclude<NodeDescriptor, FileDescriptor>): void {
+  const backing = backingOf(descriptor);
+  closeAll([
+    ...ownFilesOf(descriptor).map((file) => () => closeFile(runtime, file)),
+    ...(backing === undefined ? [] : [closeNode.bind(undefined, runtime, backing)]),
+  ]);
 }
 
 /** Runs all of them; the first error is thrown then. */

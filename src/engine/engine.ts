@@ -12,6 +12,7 @@ import type { ImageInfo } from '../block/info.js';
 import type { MapEntry, MapRange } from '../block/map.js';
 import type { RepairMode, SnapshotSelector } from '../block/qcow2/index.js';
 import type { RebaseOptions } from '../block/rebase.js';
+import type { ResizeOptions } from '../block/resize.js';
 import { closedError, StillframeError } from '../errors.js';
 import type { Arena } from '../kernels/arena.js';
 import { createRuntime } from '../kernels/runtime.js';
@@ -244,6 +245,11 @@ export class Engine {
       await drained;
       port1.close();
     }
+  }
+
+  /** Resizes an image, like `qemu-img resize`. @returns its new virtual size in bytes */
+  resizeImage(path: string, options: ResizeOptions): Promise<number> {
+    return this.run({ kind: 'resize', path, options });
   }
 
   /** Gives an image another backing file, like `qemu-img rebase`. */

@@ -12,6 +12,7 @@ import { type ImageInfo, imageInfo } from '../block/info.js';
 import { type MapEntry, type MapRange, mapNode } from '../block/map.js';
 import type { RepairMode } from '../block/qcow2/index.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
+import { type ResizeOptions, resizeImage } from '../block/resize.js';
 import { StillframeError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
 import type { Runtime } from '../kernels/runtime.js';
@@ -38,6 +39,7 @@ export type Task =
       readonly control: number;
     }
   | { readonly kind: 'create'; readonly path: string; readonly options: CreateImageOptions }
+  | { readonly kind: 'resize'; readonly path: string; readonly options: ResizeOptions }
   | {
       readonly kind: 'rebase';
       readonly path: string;
@@ -157,6 +159,8 @@ export class TaskRunner {
         );
       case 'create':
         return createImage(this.#runtime, task.path, task.options);
+      case 'resize':
+        return resizeImage(this.#runtime, task.path, task.options);
       case 'rebase':
         return rebaseImage(this.#runtime, task.path, task.options, progressTo(task.port));
       case 'commit':

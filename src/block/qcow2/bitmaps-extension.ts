@@ -54,7 +54,7 @@ export class BitmapsExtension {
   makeRoom(): void {
     if (this.#usable !== undefined) return;
     this.#state.withLock(() => {
-      this.#remove(EXTENSION_BITMAPS);
+      this.#removeAll();
       if (this.#clear(this.#end + WHOLE_BYTES)) return;
       // The names of features are a courtesy.
       this.#remove(EXTENSION_FEATURE_TABLE);
@@ -83,7 +83,7 @@ export class BitmapsExtension {
       }
       if (counts) this.#setBit(false);
       if (fields === undefined) {
-        this.#remove(EXTENSION_BITMAPS);
+        this.#removeAll();
         return;
       }
       if (usable !== undefined) this.#write(usable.offset, encode(fields));
@@ -92,10 +92,14 @@ export class BitmapsExtension {
     });
   }
 
-  /** The extension, where there is one that can be changed in its place. */
+  /** The extension, where there is one, and that can be changed in its place. */
   get #usable(): HeaderExtension | undefined {
-    const found = this.#find(EXTENSION_BITMAPS);
-    return found?.length === EXTENSION_BITMAPS_BYTES ? found : undefined;
+    const [found, ...more] = this.#header.extensions.filter(({ type }) => type === EXTENSION_BITMAPS);
+    return found?.length === EXTENSION_BITMAPS_BYTES && more.length === 0 ? found : undefined;
+  }
+
+  #removeAll(): void {
+    while (this.#find(EXTENSION_BITMAPS) !== undefined) this.#remove(EXTENSION_BITMAPS);
   }
 
   #find(type: number): HeaderExtension | undefined {

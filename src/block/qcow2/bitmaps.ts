@@ -443,27 +443,60 @@ export function readBitmap(runtime: Runtime, file: FileNode, name: string): Dirt
 }
 
 /**
- * Marks the bitmaps that record as in-use in the file, durably, since the drive is about to change. Those whose bits are
- * not in memory are inconsistent from then on. Under the state's lock.
+ * The drive is about to change: marks the bitmaps that record as in-use in the file, durably. Those whose bits are not
+ * in memory are inconsistent from then on. Under the state's lock.
  */
-export function markInUse(runtime: Runtime, file: FileNode, state: State): void {
+export function beginRecording(runtime: Runtime, file: FileNode, state: State): void {
   const set = new BitmapSet(runtime, state.control + BITMAPS);
-  const recording = set
-    .all()
-    .filter(({ enabled, inconsistent, changed }) => enabled && !inconsistent && !changed);
+  const recording = set.all().filter(({ enabled, inconsistent }) => enabled && !inconsistent);
+  markInUse(runtime, file, state, recording);
+  for (const bitmap of recording) if (!bitmap.loaded) bitmap.inconsistent = true;
+}
+
+/** From then on what the file has of these bitmaps does not count. Under the state's lock. */
+function markInUse(runtime: Runtime, file: FileNode, state: State, bitmaps: readonly DirtyBitmap[]): void {
   const buffer = state.get('metaBuffer');
+  const valid = bitmaps.filter(({ changed }) => !changed);
   let marked = false;
-  for (const bitmap of recording) {
-    if (bitmap.place < 0) continue;
+  for (const { place, enabled } of valid) {
+    if (place < 0) continue;
     // Entries start at multiples of eight: no power cut leaves half of the flags.
-    runtime.arena.view.setUint32(buffer, FLAG_IN_USE | FLAG_AUTO);
-    file.write(bitmap.place + FLAGS_AT, buffer, 4);
+    runtime.arena.view.setUint32(buffer, FLAG_IN_USE | (enabled ? FLAG_AUTO : 0));
+    file.write(place + FLAGS_AT, buffer, 4);
     marked = true;
   }
   if (marked) state.sync(() => file.flush(), true);
-  for (const bitmap of recording) {
-    if (bitmap.loaded) bitmap.changed = true;
-    else bitmap.inconsistent = true;
+  for (const bitmap of valid) bitmap.changed = true;
+}
+
+/**
+ * Gives the bitmaps the length that `body` gives the drive. What is new is clean. They are in use in the file until
+ * they are stored, since a table has the length of its drive. Nobody may use the image meanwhile.
+ *
+ * @throws StillframeError ERR_STILLFRAME_BITMAP_INCONSISTENT and what {@link loadBitmap} throws, before anything is
+ *   changed; …_ARENA_EXHAUSTED, …_INVALID_ARGUMENT (too many bits), and the bitmaps are inconsistent then
+ */
+export function resizeBitmaps(
+  runtime: Runtime,
+  descriptor: Qcow2Descriptor,
+  file: FileNode,
+  metadata: Metadata,
+  length: number,
+  body: () => void,
+): void {
+  const bitmaps = bitmapsOf(runtime, descriptor).all();
+  for (const bitmap of bitmaps) loadBitmap(runtime, file, bitmap);
+  const { state } = metadata;
+  state.withLock(() => {
+    metadata.clearAutoclear();
+    markInUse(runtime, file, state, bitmaps);
+  });
+  try {
+    for (const bitmap of bitmaps) bitmap.resize(length);
+    body();
+  } catch (error) {
+    for (const bitmap of bitmaps) bitmap.inconsistent = true;
+    throw error;
   }
 }
 
@@ -488,7 +521,8 @@ export function storeBitmaps(
   if (state.damaged || (kept.length === 0 && state.get('bitmapsBytes') === 0)) return;
   const header = readHeader(runtime, file);
   const old = readBitmapDirectory(file, header);
-  const isNew = ({ changed, place }: DirtyBitmap) => changed || place < 0;
+  // One that became inconsistent keeps the entry that says so.
+  const isNew = ({ changed, inconsistent, place }: DirtyBitmap) => !inconsistent && (changed || place < 0);
   const places = new Set(kept.filter((bitmap) => !isNew(bitmap)).map(({ place }) => place));
   const gone = (old?.bitmaps ?? []).filter(({ place }) => !places.has(place));
   if (gone.length === 0 && !kept.some(isNew)) return;
@@ -572,7 +606,7 @@ class BitmapWriter {
 
   /** The bitmap's entry of the directory, the rest of it written. */
   #entry(bitmap: DirtyBitmap, stored: StoredBitmap | undefined): Buffer {
-    if (stored !== undefined && !bitmap.changed) return stored.raw;
+    if (stored !== undefined && (!bitmap.changed || bitmap.inconsistent)) return stored.raw;
     const nameBytes = stored?.raw.readUInt16BE(18) ?? Buffer.byteLength(bitmap.name);
     const name = stored?.raw.subarray(ENTRY_BYTES, ENTRY_BYTES + nameBytes) ?? Buffer.from(bitmap.name);
     const table = this.#writeBits(bitmap);

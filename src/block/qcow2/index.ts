@@ -4,3 +4,4 @@ export { type CreateQcow2Options, checkQcow2Options, createQcow2, type Prealloca
 export { probeQcow2, type Qcow2Header, readHeader } from './header.js';
 export { readSnapshots, type SnapshotInfo, type SnapshotSelector } from './listings.js';
 export { attachQcow2, changeBacking, closeQcow2, emptyQcow2, openQcow2 } from './open.js';
+export { resizeQcow2 } from './resize.js';

@@ -2,7 +2,7 @@ import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { Qcow2Descriptor } from '../node.js';
 import type { FileNode } from '../raw/file.js';
-import { markInUse } from './bitmaps.js';
+import { beginRecording } from './bitmaps.js';
 import { FIELD, INCOMPATIBLE_CORRUPT, SUBCLUSTERS } from './header.js';
 import { decrementRefcount, fillRefcounts, loadRefcount, storeRefcount } from './refcount-entry.js';
 import { SliceCache } from './slice-cache.js';
@@ -104,6 +104,11 @@ export class Metadata {
     );
   }
 
+  /** Entries of the L1 table. */
+  get l1Entries(): number {
+    return this.state.get('l1Entries');
+  }
+
   /** Reads the tables, once at open. */
   initialise(readOnly: boolean): void {
     const { state } = this;
@@ -165,13 +170,29 @@ export class Metadata {
     }
     this.l2.forget(fresh, fresh + clusterSize);
     const sequence = state.nextSequence();
-    this.#runtime.arena.view.setBigUint64(this.#l1 + l1Index * 8, BigInt(fresh) | COPIED);
+    this.#setL1Entry(l1Index, BigInt(fresh) | COPIED, sequence, sequence);
+    if (old !== 0) this.#deferFree({ offset: old, clusters: 1 }, sequence);
+  }
+
+  /** Forgets an L2 table whose clusters are all unallocated. */
+  dropL2(l1Index: number): void {
+    const table = this.l2TableOffset(l1Index);
+    if (table === 0) return;
+    const sequence = this.state.nextSequence();
+    this.#setL1Entry(l1Index, 0n, sequence, 0);
+    this.l2.forget(table, table + this.clusterSize);
+    this.#deferFree({ offset: table, clusters: 1 }, sequence);
+  }
+
+  /** @param needed see {@link SliceCache.markDirty} */
+  #setL1Entry(l1Index: number, entry: bigint, sequence: number, needed: number): void {
+    const { state } = this;
+    this.#runtime.arena.view.setBigUint64(this.#l1 + l1Index * 8, entry);
     const dirty = state.get('l1DirtyTo') > 0;
     state.set('l1DirtyFrom', dirty ? Math.min(state.get('l1DirtyFrom'), l1Index) : l1Index);
     state.set('l1DirtyTo', Math.max(state.get('l1DirtyTo'), l1Index + 1));
     if (!dirty) state.set('l1Since', sequence);
-    state.set('l1Needed', sequence);
-    if (old !== 0) this.#deferFree({ offset: old, clusters: 1 }, sequence);
+    state.set('l1Needed', Math.max(state.get('l1Needed'), needed));
   }
 
   /** One raw L2 entry (an extended one: without its bitmap); 0 where there is no table. */
@@ -443,6 +464,23 @@ export class Metadata {
     let blocks = this.state.get('refcountTableEntries');
     while (blocks > 0 && this.#blockOffset(blocks - 1) === 0) blocks--;
     return blocks;
+  }
+
+  /** Bytes from the start of the file to the end of the last cluster in use. */
+  usedEnd(): number {
+    let index = Math.ceil(this.#file.length / this.clusterSize);
+    while (index > 0) {
+      const last = index - 1;
+      const block = Math.floor(last / this.#perBlock);
+      if (this.#blockOffset(block) === 0) {
+        index = block * this.#perBlock;
+        continue;
+      }
+      const slice = this.#refcounts.pointer(this.#refcountSlice(last));
+      if (loadRefcount(this.#runtime.arena, slice, last % this.#perSlice, this.#order) !== 0) break;
+      index = last;
+    }
+    return index * this.clusterSize;
   }
 
   /** Gives clusters back that no entry ever referred to. */
@@ -814,7 +852,7 @@ export class Metadata {
     state.withLock(() => {
       if (Atomics.load(i32, flag) !== 0) return;
       this.clearAutoclear();
-      markInUse(this.#runtime, this.#file, state);
+      beginRecording(this.#runtime, this.#file, state);
       Atomics.store(i32, flag, 1);
     });
   }

@@ -769,6 +769,51 @@ export class Qcow2Node implements BlockNode {
     });
   }
 
+  /** Makes whatever lies behind the first `length` bytes unallocated, and drops the tables nobody needs then. */
+  cutTo(length: number): void {
+    this.#beginMutation('cut', length, 0);
+    const first = Math.ceil(length / this.clusterSize);
+    const end = Math.ceil(this.length / this.clusterSize);
+    this.#changeClusters(first, end, (kind) => (kind === L2_UNALLOCATED ? 'keep' : 'clear'));
+    this.flush();
+    const meta = this.#meta;
+    for (let l1 = Math.ceil(first / meta.l2Entries); l1 < meta.l1Entries; l1++) {
+      this.#withRoomForFrees(1, () => meta.dropL2(l1));
+    }
+    this.flush();
+  }
+
+  /**
+   * Gives unallocated clusters from `offset` on a place in the file, read as zeroes.
+   *
+   * @param mode what is made sure of their space, see `Preallocation`
+   */
+  preallocate(offset: number, mode: 'metadata' | 'falloc' | 'full'): void {
+    this.#beginMutation('preallocate', offset, this.length - offset);
+    const meta = this.#meta;
+    const { clusterSize } = this;
+    const end = Math.ceil(this.length / clusterSize);
+    for (let cluster = Math.ceil(offset / clusterSize); cluster < end; ) {
+      const inSlice = meta.sliceEntries - (cluster % meta.sliceEntries);
+      const wanted = Math.min(inSlice, end - cluster);
+      const run = meta.state.withLock(() => {
+        meta.prepareL2(Math.floor(cluster / meta.l2Entries));
+        if (this.descriptor.hasDataFile) return { offset: cluster * clusterSize, clusters: wanted };
+        return meta.allocate(wanted);
+      });
+      const bytes = run.clusters * clusterSize;
+      const inFile = this.descriptor.hasDataFile ? Math.min(bytes, this.length - run.offset) : bytes;
+      // A place that was used before.
+      if (mode !== 'full' && run.offset < this.#data.length) this.#data.writeZeroes(run.offset, inFile, true);
+      if (mode !== 'metadata') this.#data.preallocate(run.offset, inFile, mode);
+      else this.#data.extend(run.offset + inFile);
+      meta.state.withLock(() => meta.mapData(cluster, run.clusters, run.offset));
+      cluster += run.clusters;
+      this.#relieveIfCrowded();
+    }
+    this.flush();
+  }
+
   /** Makes every cluster unallocated, so that the backing file shows through (QEMU's `bdrv_make_empty`). */
   makeEmpty(): void {
     this.#beginMutation('empty', 0, 0);

@@ -38,6 +38,8 @@ export function openQcow2(
     readonly dataFile?: FileDescriptor | undefined;
     /** Read the drive as it is in an internal snapshot; only read-only. */
     readonly snapshot?: SnapshotSelector | undefined;
+    /** Size and L1 table to use instead of the header's, while the image is resized. */
+    readonly layout?: Layout | undefined;
     readonly recordDirty?: boolean | undefined;
   },
 ): Qcow2Descriptor {
@@ -48,8 +50,9 @@ export function openQcow2(
     checkWritable(file.path, current);
     if (current.dirty) current = repairDirty(runtime, node);
   }
-  const header =
+  const seen =
     options.snapshot === undefined ? current : headerOfSnapshot(runtime, node, current, options.snapshot);
+  const header = { ...seen, ...options.layout };
   const control = allocateState(runtime, file.path, header, node.length, readOnly);
   const descriptor: Qcow2Descriptor = {
     driver: 'qcow2',
@@ -78,7 +81,7 @@ export function openQcow2(
   try {
     const metadata = new Metadata(runtime, descriptor, node, dataFileOf(runtime, descriptor));
     metadata.initialise(readOnly);
-    if (!readOnly) openBitmaps(runtime, descriptor, node, header, metadata, options.recordDirty ?? true);
+    if (!readOnly) openBitmaps(runtime, descriptor, node, current, metadata, options.recordDirty ?? true);
     return descriptor;
   } catch (error) {
     bitmapsOf(runtime, descriptor).free();
@@ -95,6 +98,9 @@ function checkWritable(path: string, header: Qcow2Header): void {
     );
   }
 }
+
+/** Size of a drive in bytes and the L1 table that maps it. */
+export type Layout = Pick<Qcow2Header, 'length' | 'l1Size' | 'l1TableOffset'>;
 
 /** This thread's facade of an open image. */
 export function attachQcow2(
@@ -141,12 +147,22 @@ export function changeBacking(
   backing: BackingReference | undefined,
 ): void {
   const file = attachFile(runtime, descriptor.file);
-  new Metadata(runtime, descriptor, file, dataFileOf(runtime, descriptor)).firstMutation();
+  const metadata = new Metadata(runtime, descriptor, file, dataFileOf(runtime, descriptor));
+  metadata.state.withLock(() => metadata.clearAutoclear());
   rewriteBacking(runtime, file, backing);
 }
 
 /** Makes every cluster of a writable image unallocated: its backing file shows through everywhere. */
 export function emptyQcow2(runtime: Runtime, descriptor: Qcow2Descriptor): void {
+  bareNode(runtime, descriptor, undefined).makeEmpty();
+}
+
+/** The driver itself, without what a guest's requests pass. */
+export function bareNode(
+  runtime: Runtime,
+  descriptor: Qcow2Descriptor,
+  backing: BlockNode | undefined,
+): Qcow2Node {
   const file = attachFile(runtime, descriptor.file);
-  new Qcow2Node(runtime, descriptor, file, dataFileOf(runtime, descriptor), undefined).makeEmpty();
+  return new Qcow2Node(runtime, descriptor, file, dataFileOf(runtime, descriptor), backing);
 }
