@@ -167,6 +167,8 @@ describe.skipIf(!peers)('commit', () => {
       { base: LENGTH, other: 512, mid: LENGTH - (1 << 19) },
     ],
     ['into a shorter base', { base: 'base.raw' }, '', { base: 1 << 20, other: 512, mid: LENGTH }],
+    ['into a shorter qcow2 image', {}, '', { base: 1 << 19, other: 512, mid: 1 << 20 }],
+    ['into one over a longer one', {}, '', { base: LENGTH, other: 512, mid: 1 << 20 }],
   ] as const)('%s: the images are those that QEMU leaves', async (name, options, more, lengths) => {
     const { at, theirs } = chain(`commit ${name}`, name.length + 100, more, lengths);
     const whole = contentOf(at('top.qcow2'));
