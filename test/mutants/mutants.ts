@@ -15,7 +15,7 @@ const { values } = parseArgs({
   options: {
     only: { type: 'string' },
     write: { type: 'boolean', default: false },
-    seeds: { type: 'string', default: '2000' },
+    seeds: { type: 'string', default: '6000' },
   },
 });
 const root = fileURLToPath(new URL('../../../..', import.meta.url));
