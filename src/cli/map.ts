@@ -1,5 +1,5 @@
 import { StillframeError } from '../errors.js';
-import { createEngine, type MapEntry } from '../index.js';
+import { createEngine, type MapBatch, type MapEntry } from '../index.js';
 import {
   ALLOW_BACKING,
   type Command,
@@ -13,14 +13,83 @@ import {
 } from './command.js';
 import { printable } from './units.js';
 
-/** The line of qemu-img's JSON map; the list is printed piece by piece, since it can be very long. */
-function jsonLine({ start, length, depth, present, zero, data, offset }: MapEntry): string {
-  const place = offset === undefined ? '' : `, "offset": ${offset}`;
-  return (
-    `{ "start": ${start}, "length": ${length}, "depth": ${depth}, "present": ${present}, ` +
-    `"zero": ${zero}, "data": ${data}${place}}`
-  );
+/**
+ * Writes qemu-img's JSON map. A fragmented image has millions of lines, so their digits are put into a buffer one by one:
+ * numbers of this size are slow to make strings of.
+ */
+class JsonLines {
+  #bytes = Buffer.alloc(0);
+  #used = 0;
+  #lines = 0;
+  /** What follows an extent's length, and what its offset, by its kind. */
+  readonly #middles = new Map<number, Buffer>();
+
+  lines(batch: MapBatch): Buffer {
+    this.#bytes = Buffer.allocUnsafe(batch.size * LONGEST_LINE);
+    this.#used = 0;
+    for (let index = 0; index < batch.size; index++) {
+      this.#text(this.#lines++ === 0 ? FIRST : NEXT);
+      this.#number(batch.startOf(index));
+      this.#text(LENGTH);
+      this.#number(batch.lengthOf(index));
+      const offset = batch.offsetOf(index);
+      this.#text(this.#middle(batch, index, offset < 0));
+      if (offset < 0) continue;
+      this.#number(offset);
+      this.#text(END);
+    }
+    return this.#bytes.subarray(0, this.#used);
+  }
+
+  end(): string {
+    return this.#lines === 0 ? '[]\n' : ']\n';
+  }
+
+  #middle(batch: MapBatch, index: number, ends: boolean): Buffer {
+    const key = batch.kindOf(index) * 2 + (ends ? 1 : 0);
+    let middle = this.#middles.get(key);
+    if (middle === undefined) {
+      const { depth, present, zero, data } = batch.entry(index);
+      const flags = `, "depth": ${depth}, "present": ${present}, "zero": ${zero}, "data": ${data}`;
+      middle = Buffer.from(ends ? `${flags}}` : `${flags}, "offset": `);
+      this.#middles.set(key, middle);
+    }
+    return middle;
+  }
+
+  #text(text: Buffer): void {
+    for (let at = 0; at < text.length; at++) this.#bytes[this.#used + at] = text[at] ?? 0;
+    this.#used += text.length;
+  }
+
+  /** @param value an integer from 0 to 2^53 */
+  #number(value: number): void {
+    let high = Math.floor(value / 1e8);
+    let low = value - high * 1e8;
+    let digits = 1;
+    for (let more = value; more >= 10; more /= 10) digits++;
+    const end = this.#used + digits;
+    let at = end;
+    for (let count = Math.min(digits, 8); count > 0; count--) {
+      const rest = Math.floor(low / 10);
+      this.#bytes[--at] = 48 + low - rest * 10;
+      low = rest;
+    }
+    while (at > this.#used) {
+      const rest = Math.floor(high / 10);
+      this.#bytes[--at] = 48 + high - rest * 10;
+      high = rest;
+    }
+    this.#used = end;
+  }
 }
+
+const FIRST = Buffer.from('[{ "start": ');
+const NEXT = Buffer.from(',\n{ "start": ');
+const LENGTH = Buffer.from(', "length": ');
+const END = Buffer.from('}');
+/** Bytes: three numbers of 16 digits, and the words. */
+const LONGEST_LINE = 192;
 
 function humanLine(entry: MapEntry): string | undefined {
   if (!entry.data || entry.zero) return undefined;
@@ -53,17 +122,20 @@ export const map: Command = {
     const file = args.positionals[0] ?? '';
     const engine = await createEngine({ workers: 1 });
     let failure: unknown;
-    let lines = 0;
+    const lines = new JsonLines();
     try {
       if (!json) console.log('Offset          Length          Mapped to       File');
-      const print = (entries: readonly MapEntry[]): void => {
+      const print = (batch: MapBatch): void => {
         if (failure !== undefined) return;
         try {
+          if (json) {
+            process.stdout.write(lines.lines(batch));
+            return;
+          }
           const printed: string[] = [];
-          for (const entry of entries) {
-            const line = json ? jsonLine(entry) : humanLine(entry);
-            if (line === undefined) continue;
-            printed.push(json ? `${lines++ === 0 ? '[' : ',\n'}${line}` : `${line}\n`);
+          for (const entry of batch) {
+            const line = humanLine(entry);
+            if (line !== undefined) printed.push(`${line}\n`);
           }
           process.stdout.write(printed.join(''));
         } catch (error) {
@@ -79,7 +151,7 @@ export const map: Command = {
         forceShare: args.flag('force-share'),
       });
       if (failure !== undefined) throw failure;
-      if (json) console.log(lines === 0 ? '[]' : ']');
+      if (json) process.stdout.write(lines.end());
       return 0;
     } finally {
       await engine.close();

@@ -9,7 +9,7 @@ import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapAction } from '../block/edit-bitmap.js';
 import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
-import type { MapEntry, MapRange } from '../block/map.js';
+import { MapBatch, type MapRange, type PackedMap } from '../block/map.js';
 import type { RepairMode, SnapshotSelector } from '../block/qcow2/index.js';
 import type { RebaseOptions } from '../block/rebase.js';
 import type { ResizeOptions } from '../block/resize.js';
@@ -188,21 +188,33 @@ export class Engine {
   /** The extents `qemu-img map --output=json` lists, in order, as they are found. */
   async mapImage(
     path: string,
-    onEntries: (entries: readonly MapEntry[]) => void,
+    onEntries: (entries: MapBatch) => void,
     options: MapOptions = {},
   ): Promise<void> {
     const { port1, port2 } = new MessageChannel();
+    const taken = new Int32Array(new SharedArrayBuffer(4));
     // The last batch may be on its way still when the task has ended.
     const drained = new Promise<void>((resolve) => {
-      port1.on('message', (entries: readonly MapEntry[] | null) => {
-        if (entries === null) resolve();
-        else onEntries(entries);
+      let files: readonly (readonly string[])[] = [];
+      port1.on('message', (message: PackedMap | typeof files | null) => {
+        if (message === null) return resolve();
+        if (!(message instanceof Float64Array)) {
+          files = message;
+          return;
+        }
+        try {
+          onEntries(new MapBatch(message, files));
+        } finally {
+          Atomics.add(taken, 0, 1);
+          Atomics.notify(taken, 0);
+        }
       });
     });
     try {
       const { start, length } = options;
       const range = { start, length };
-      await this.run({ kind: 'map', path, options: imageTask(options), range, port: port2 }, [port2]);
+      const task = { kind: 'map', path, options: imageTask(options), range, port: port2, taken } as const;
+      await this.run(task, [port2]);
       await drained;
     } finally {
       port1.close();

@@ -9,7 +9,7 @@ import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
 import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-write.js';
 import { attachNode, closeNode, type OpenImageOptions, openImage } from '../block/graph.js';
 import { type ImageInfo, imageInfo } from '../block/info.js';
-import { type MapEntry, type MapRange, mapNode } from '../block/map.js';
+import { type MapRange, mapFiles, mapNode } from '../block/map.js';
 import type { RepairMode } from '../block/qcow2/index.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
 import { type ResizeOptions, resizeImage } from '../block/resize.js';
@@ -66,6 +66,8 @@ export type Task =
       readonly options: ImageTask;
       readonly range: MapRange;
       readonly port: MessagePort;
+      /** Batches that the host has taken; it notifies. */
+      readonly taken: Int32Array;
     }
   | {
       readonly kind: 'check';
@@ -121,6 +123,8 @@ function progressTo(port: MessagePort): (done: number, total: number) => void {
 const PROGRESS_MS = 50;
 /** Map entries and lines of a check go to the host thread in batches of this many. */
 const BATCH = 1024;
+/** Batches of a map that may wait for the host to take them. */
+const BATCHES_AHEAD = 16;
 
 /** Runs tasks on one thread of the engine, keeping its facades of disks from task to task. */
 export class TaskRunner {
@@ -245,18 +249,19 @@ export class TaskRunner {
     }
   }
 
-  #map({ path, options, range, port }: Extract<Task, { kind: 'map' }>): void {
+  #map({ path, options, range, port, taken }: Extract<Task, { kind: 'map' }>): void {
     const descriptor = openImage(this.#runtime, path, { ...options, readOnly: true });
     try {
-      let batch: MapEntry[] = [];
-      const flush = (): void => {
-        port.postMessage(batch);
-        batch = [];
-      };
-      mapNode(attachNode(this.#runtime, descriptor), path, range, (entry) => {
-        if (batch.push(entry) === BATCH) flush();
+      const node = attachNode(this.#runtime, descriptor);
+      port.postMessage(mapFiles(node, path));
+      let posted = 0;
+      mapNode(node, range, (batch) => {
+        port.postMessage(batch, [batch.buffer]);
+        posted++;
+        for (let got = Atomics.load(taken, 0); posted - got > BATCHES_AHEAD; got = Atomics.load(taken, 0)) {
+          Atomics.wait(taken, 0, got);
+        }
       });
-      flush();
     } finally {
       closeNode(this.#runtime, descriptor);
       // Not by closing the port: the thread goes to sleep without a turn of its event loop.

@@ -5,10 +5,11 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, expect } from 'vitest';
 import { attachNode, closeNode, type OpenImageOptions, openImage } from '#src/block/graph.js';
-import { type MapEntry, mapNode } from '#src/block/map.js';
+import type { MapEntry } from '#src/block/map.js';
 import type { BlockNode } from '#src/block/node.js';
 import { createRuntime } from '#src/kernels/runtime.js';
 import { firstDifference, Random } from '../support/data.js';
+import { mapEntries } from '../support/map.js';
 import { hasPeer, run } from '../support/peers.js';
 
 export const runtime = createRuntime(64 << 20);
@@ -59,8 +60,14 @@ export function read(node: BlockNode, offset: number, length: number): Buffer {
 }
 
 export function mapOf(name: string, options: Partial<OpenImageOptions> = {}): MapEntry[] {
-  const entries: MapEntry[] = [];
-  withImage(name, (node) => mapNode(node, at(name), {}, (entry) => entries.push(entry)), options);
+  let entries: MapEntry[] = [];
+  withImage(
+    name,
+    (node) => {
+      entries = mapEntries(node, at(name));
+    },
+    options,
+  );
   return entries;
 }
 

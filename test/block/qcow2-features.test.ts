@@ -2,9 +2,10 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { attachNode, closeNode, openImage } from '#src/block/graph.js';
-import { type MapEntry, mapNode } from '#src/block/map.js';
+import type { MapEntry } from '#src/block/map.js';
 import type { BlockNode } from '#src/block/node.js';
 import { firstDifference, Random } from '../support/data.js';
+import { mapEntries } from '../support/map.js';
 import { hasPeer, run } from '../support/peers.js';
 import { temporaryFolder, Workbench } from './qcow2-support.js';
 
@@ -58,9 +59,7 @@ function change(node: BlockNode, model: Buffer, random: Random): void {
 
 function mapOf(path: string): Omit<MapEntry, 'filename' | 'compressed'>[] {
   return withImage(path, true, (node) => {
-    const entries: Omit<MapEntry, 'filename' | 'compressed'>[] = [];
-    mapNode(node, path, {}, ({ filename, compressed, ...rest }) => entries.push(rest));
-    return entries;
+    return mapEntries(node, path).map(({ filename, compressed, ...rest }) => rest);
   });
 }
 

@@ -7,7 +7,7 @@ import {
   openImage,
 } from '#src/block/graph.js';
 import { imageInfo } from '#src/block/info.js';
-import { mapNode } from '#src/block/map.js';
+import { MapBatch, mapNode } from '#src/block/map.js';
 import {
   type BlockNode,
   type NodeDescriptor,
@@ -166,12 +166,14 @@ export class Exercise {
     let end = 0;
     try {
       this.#attempt(() =>
-        mapNode(node, this.#path, {}, ({ start, length }) => {
-          if (start !== end || (length <= 0 && node.length > 0)) {
-            throw new Defect(`the map goes on at ${start} with ${length} bytes, not at ${end}`);
+        mapNode(node, {}, (batch) => {
+          for (const { start, length } of new MapBatch(batch, [])) {
+            if (start !== end || (length <= 0 && node.length > 0)) {
+              throw new Defect(`the map goes on at ${start} with ${length} bytes, not at ${end}`);
+            }
+            end = start + length;
+            if (++entries > MOST_EXTENTS) throw new Enough();
           }
-          end = start + length;
-          if (++entries > MOST_EXTENTS) throw new Enough();
         }),
       );
     } catch (error) {

@@ -1,7 +1,7 @@
 import { attachNode, closeNode, openImage } from '#src/block/graph.js';
-import { mapNode } from '#src/block/map.js';
 import type { BlockNode, NodeDescriptor } from '#src/block/node.js';
 import { createRuntime, type Runtime } from '#src/kernels/runtime.js';
+import { mapEntries } from '../map.js';
 import type { Operation, Patterns } from './operation.js';
 import type { MapLine } from './qemu.js';
 
@@ -111,11 +111,7 @@ export class OpenImage {
 
   /** As `qemu-img map --output=json` lists it. */
   map(): MapLine[] {
-    const lines: MapLine[] = [];
-    mapNode(this.node, this.descriptor.path, {}, (entry) => {
-      const { filename, compressed, ...line } = entry;
-      lines.push(line);
-    });
-    return lines;
+    const entries = mapEntries(this.node, this.descriptor.path);
+    return entries.map(({ filename, compressed, ...line }) => line);
   }
 }
