@@ -46,6 +46,18 @@ export interface BlockNode {
    */
   writeUnits(offset: number, pointer: number, length: number, unit: number, skip: number): void;
 
+  /**
+   * Writes whole clusters (`offset` is aligned to {@link clusterSize}; the range may end with the drive), each of them
+   * compressed where that takes less than a cluster; whatever they were before is replaced. The memory of the buffer is
+   * used for the compressed data: what it holds afterwards is undefined. Compressing is done without any lock held, so
+   * that threads that write different clusters at once share the work.
+   *
+   * Only where clusters can be compressed at all: see `checkCompression`, which says why not.
+   *
+   * @throws StillframeError as {@link write}, and ERR_STILLFRAME_UNSUPPORTED_FEATURE
+   */
+  writeCompressed?(offset: number, pointer: number, length: number): void;
+
   /** The range reads as zeroes afterwards. `mayUnmap`: the driver may free space. */
   writeZeroes(offset: number, length: number, mayUnmap: boolean): void;
 

@@ -14,10 +14,10 @@ export class RecordDirty implements BlockNode {
   readonly clusterSize: number | undefined;
   readonly backing: BlockNode | undefined;
   readonly #runtime: Runtime;
-  readonly #node: BlockNode;
+  readonly #node: Required<BlockNode>;
   readonly #bitmaps: BitmapSet;
 
-  constructor(runtime: Runtime, node: BlockNode, bitmaps: BitmapSet) {
+  constructor(runtime: Runtime, node: Required<BlockNode>, bitmaps: BitmapSet) {
     this.descriptor = node.descriptor;
     this.length = node.length;
     this.readOnly = node.readOnly;
@@ -45,6 +45,14 @@ export class RecordDirty implements BlockNode {
       this.#node.writeUnits(offset, pointer, length, unit, skip);
     } finally {
       if (!this.#bitmaps.empty) this.#recordUnits(offset, length, unit, skip);
+    }
+  }
+
+  writeCompressed(offset: number, pointer: number, length: number): void {
+    try {
+      this.#node.writeCompressed(offset, pointer, length);
+    } finally {
+      this.#bitmaps.record(offset, length);
     }
   }
 

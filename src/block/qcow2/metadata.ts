@@ -4,7 +4,13 @@ import type { Qcow2Descriptor } from '../node.js';
 import type { FileNode } from '../raw/file.js';
 import { beginRecording } from './bitmaps.js';
 import { FIELD, INCOMPATIBLE_CORRUPT, SUBCLUSTERS } from './header.js';
-import { decrementRefcount, fillRefcounts, loadRefcount, storeRefcount } from './refcount-entry.js';
+import {
+  decrementRefcount,
+  fillRefcounts,
+  incrementRefcount,
+  loadRefcount,
+  storeRefcount,
+} from './refcount-entry.js';
 import { SliceCache } from './slice-cache.js';
 import { FREE_ENTRY, MUTATED, READERS, State } from './state.js';
 
@@ -242,6 +248,25 @@ export class Metadata {
       this.l2.markDirty(slot, sequence, sequence);
       if (old !== 0n) this.#freeEntry(old, sequence, place);
     }
+  }
+
+  /**
+   * Makes a cluster (the table is {@link prepareL2}d) the compressed data at `host`, which is written already and has
+   * its place from {@link allocateBytes}. What it was before is freed.
+   *
+   * @param bytes of the compressed data
+   */
+  mapCompressed(cluster: number, host: number, bytes: number): void {
+    const { view } = this.#runtime.arena;
+    const slot = this.#preparedSlice(cluster);
+    const sequence = this.state.nextSequence();
+    const at = this.l2.pointer(slot) + (cluster % this.sliceEntries) * this.#entryBytes;
+    const old = view.getBigUint64(at);
+    const further = Math.floor((host + bytes - 1) / 512) - Math.floor(host / 512);
+    view.setBigUint64(at, COMPRESSED | (BigInt(further) << BigInt(this.#compressedBits)) | BigInt(host));
+    if (this.#entryBytes === 16) view.setBigUint64(at + 8, 0n);
+    this.l2.markDirty(slot, sequence, sequence);
+    if (old !== 0n) this.#freeEntry(old, sequence, -1);
   }
 
   /** Makes a cluster unallocated, or `zero`: one that reads as zeroes; what it referred to is freed. */
@@ -483,6 +508,65 @@ export class Metadata {
     return index * this.clusterSize;
   }
 
+  /**
+   * Takes space for `bytes` bytes of compressed data, less than a cluster: behind the compressed data that was placed
+   * last where there is room. Each cluster it touches counts it once.
+   *
+   *     | data | data | room |      the next cluster is taken along only where it lies right behind
+   *                   packAt
+   *
+   * @returns the offset in the file; whoever does not come to use it gives it back by {@link releaseBytes}
+   * @throws StillframeError ERR_STILLFRAME_NO_SPACE, …_CORRUPT_IMAGE
+   */
+  allocateBytes(bytes: number): number {
+    const { state, clusterSize } = this;
+    let at = this.#packAt;
+    const room = at === 0 ? 0 : clusterSize - (at % clusterSize);
+    // A refcount that is as large as it can be: no more fits into this cluster, whatever its room.
+    if (bytes > room || !this.#countOnce(at)) {
+      const fresh = this.allocate(1);
+      try {
+        const follows = bytes > room && fresh.offset === at + room && this.#packAt === at;
+        if (!follows || !this.#countOnce(at)) at = fresh.offset;
+      } catch (error) {
+        this.release(fresh);
+        throw error;
+      }
+    }
+    const end = at + bytes;
+    if (end > 2 ** this.#compressedBits) {
+      this.releaseBytes(at, bytes);
+      throw this.#noSpace(`compressed data beyond ${2 ** this.#compressedBits} bytes has no address`);
+    }
+    state.set('packAt', end % clusterSize === 0 ? 0 : end);
+    return at;
+  }
+
+  /** Gives space from {@link allocateBytes} back that no entry ever referred to. */
+  releaseBytes(offset: number, bytes: number): void {
+    const first = offset - (offset % this.clusterSize);
+    this.lower({ offset: first, clusters: Math.ceil((offset + bytes - first) / this.clusterSize) });
+  }
+
+  get #packAt(): number {
+    return this.state.get('packAt');
+  }
+
+  /** Counts the cluster of an offset once more. False where its refcount takes no more. */
+  #countOnce(offset: number): boolean {
+    const index = Math.floor(offset / this.clusterSize);
+    const slot = this.#refcountSlice(index);
+    const block = this.#refcounts.pointer(slot);
+    if (!incrementRefcount(this.#runtime.arena, block, index % this.#perSlice, this.#order)) return false;
+    this.#refcounts.markDirty(slot, this.state.get('sequence'), 0);
+    return true;
+  }
+
+  /** Bits of a compressed entry that say where its data is. */
+  get #compressedBits(): number {
+    return 62 - (Math.log2(this.clusterSize) - 8);
+  }
+
   /** Gives clusters back that no entry ever referred to. */
   release(run: HostRun): void {
     const first = run.offset / this.clusterSize;
@@ -684,7 +768,7 @@ export class Metadata {
 
   /** The host clusters that a compressed cluster touches, each of which counts it once. */
   compressedClusters(entry: bigint): HostRun {
-    const x = BigInt(62 - (Math.log2(this.clusterSize) - 8));
+    const x = BigInt(this.#compressedBits);
     const offset = Number(entry & ((1n << x) - 1n));
     const sectors = Number((entry & ((1n << 62n) - 1n)) >> x) + 1;
     const first = Math.floor(offset / this.clusterSize);
@@ -785,6 +869,7 @@ export class Metadata {
       }
       this.#refcounts.markDirty(slot, this.state.get('sequence'), 0);
       if (decrementRefcount(arena, block, within, this.#order)) {
+        if (Math.floor(this.#packAt / this.clusterSize) === index) this.state.set('packAt', 0);
         if (freeFrom < 0) freeFrom = index;
       } else {
         punch(index);

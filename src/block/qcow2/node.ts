@@ -12,6 +12,7 @@ import {
   L2_ZERO_PLAIN,
 } from '../../kernels/kernels.js';
 import type { Runtime } from '../../kernels/runtime.js';
+import { checkCompression } from '../compression.js';
 import {
   type BlockNode,
   type Extent,
@@ -22,6 +23,7 @@ import {
   STATUS_ZERO,
 } from '../node.js';
 import type { FileNode } from '../raw/file.js';
+import { compressCluster } from './compress.js';
 import { decompressCluster } from './decompress.js';
 import { type HostRun, Metadata } from './metadata.js';
 import { looksPreallocated } from './preallocation.js';
@@ -66,6 +68,21 @@ type Change =
   /** Zeroes have to be written. */
   | 'write';
 
+/** A compressed cluster on its way into the file. */
+interface CompressedPiece {
+  readonly cluster: number;
+  /** Where it is in the buffer. */
+  readonly at: number;
+  /** Bytes. */
+  readonly length: number;
+  /** Its place in the file, -1: none yet. */
+  host: number;
+}
+
+/** The smallest part of the file that others look at. */
+const SECTOR = 512;
+/** Clusters that are compressed before the first of them is written, at most: as many frees as surely have room. */
+const COMPRESSED_STEP_CLUSTERS = 512;
 /** Slices that one status call looks at, at most. */
 const STATUS_SLICES = 64;
 /** How long a mutation waits for reads in flight, so that frees can be applied. */
@@ -583,6 +600,97 @@ export class Qcow2Node implements BlockNode {
     this.#writeBulk(offset, pointer, bytes, unit, runs);
   }
 
+  writeCompressed(offset: number, pointer: number, length: number): void {
+    const { clusterSize } = this;
+    this.#beginMutation('write', offset, length);
+    checkCompression(this.descriptor);
+    const end = offset + length;
+    if (offset % clusterSize !== 0 || (end % clusterSize !== 0 && end !== this.length)) {
+      throw new RangeError(`${length} bytes at ${offset} are not whole clusters of ${clusterSize}`);
+    }
+    const step = COMPRESSED_STEP_CLUSTERS * clusterSize;
+    for (let done = 0; done < length; done += step) {
+      this.#writeCompressedStep(offset + done, pointer + done, Math.min(step, length - done));
+    }
+  }
+
+  /**
+   * Compresses whole clusters and writes them. The compressed data moves together in the buffer; clusters that do not
+   * compress stay where they are, and are written last so that they do not part the compressed ones in the file:
+   *
+   *     | cluster 0 | cluster 1 | cluster 2 | cluster 3 |      becomes, where 1 does not compress,
+   *     | 0 | -     | cluster 1 | 2 | 3 | -             |
+   */
+  #writeCompressedStep(offset: number, pointer: number, length: number): void {
+    const { clusterSize } = this;
+    const { u8 } = this.#runtime.arena;
+    const pieces: CompressedPiece[] = [];
+    const plain: { offset: number; length: number }[] = [];
+    let packed = 0;
+    for (let at = 0; at < length; at += clusterSize) {
+      const bytes = Math.min(clusterSize, length - at);
+      const compressed = this.#compress(pointer + at, bytes);
+      if (compressed === undefined) {
+        const last = plain.at(-1);
+        if (last !== undefined && last.offset + last.length === at) last.length += bytes;
+        else plain.push({ offset: at, length: bytes });
+        packed = at + bytes;
+        continue;
+      }
+      u8.set(compressed, pointer + packed);
+      pieces.push({ cluster: (offset + at) / clusterSize, at: packed, length: compressed.length, host: -1 });
+      packed += compressed.length;
+    }
+    if (pieces.length > 0) this.#writePieces(pointer, pieces);
+    for (const run of plain) this.write(offset + run.offset, pointer + run.offset, run.length);
+    this.#relieveIfCrowded();
+  }
+
+  /** @param bytes a cluster, or what the drive has of its last one */
+  #compress(pointer: number, bytes: number): Uint8Array | undefined {
+    const { clusterSize } = this;
+    const { u8 } = this.#runtime.arena;
+    const { compressionType } = this.descriptor;
+    if (bytes === clusterSize) return compressCluster(u8.subarray(pointer, pointer + bytes), compressionType);
+    return this.#scratch.with((scratch) => {
+      u8.copyWithin(scratch, pointer, pointer + bytes);
+      u8.fill(0, scratch + bytes, scratch + clusterSize);
+      return compressCluster(u8.subarray(scratch, scratch + clusterSize), compressionType);
+    });
+  }
+
+  /** Takes space for compressed clusters, which are one behind the other in the buffer, writes and maps them. */
+  #writePieces(pointer: number, pieces: readonly CompressedPiece[]): void {
+    const meta = this.#meta;
+    let mapped = 0;
+    try {
+      meta.state.withLock(() => {
+        for (const piece of pieces) piece.host = meta.allocateBytes(piece.length);
+      });
+      for (let first = 0; first < pieces.length; ) {
+        const run = contiguous(pieces, first);
+        // Whoever reads a compressed cluster reads whole sectors.
+        this.#file.extend(Math.ceil((run.host + run.length) / SECTOR) * SECTOR);
+        this.#file.write(run.host, pointer + run.at, run.length);
+        first = run.end;
+      }
+      this.#withRoomForFrees(pieces.length, () => {
+        for (const { cluster, host, length } of pieces) {
+          meta.prepareL2(Math.floor(cluster / meta.l2Entries));
+          meta.mapCompressed(cluster, host, length);
+          mapped++;
+        }
+      });
+    } finally {
+      const unused = pieces.slice(mapped).filter((piece) => piece.host >= 0);
+      if (unused.length > 0) {
+        meta.state.withLock(() => {
+          for (const { host, length } of unused) meta.releaseBytes(host, length);
+        });
+      }
+    }
+  }
+
   /** Whether every unit to write is of whole clusters without a host cluster so far. */
   #canWriteBulk(
     offset: number,
@@ -957,6 +1065,18 @@ export class Qcow2Node implements BlockNode {
       `cannot ${what} ${length} bytes at ${offset}: '${this.descriptor.path}' has ${this.length} bytes`,
     );
   }
+}
+
+/** The pieces from `first` on that lie in a row both in the buffer and in the file. */
+function contiguous(pieces: readonly CompressedPiece[], first: number) {
+  const { at = 0, host = 0 } = pieces[first] ?? {};
+  let end = first;
+  let length = 0;
+  for (let next = pieces[end]; next?.host === host + length && next.at === at + length; next = pieces[end]) {
+    length += next.length;
+    end++;
+  }
+  return { at, host, length, end };
 }
 
 function isUnallocated(kind: number): boolean {

@@ -61,6 +61,23 @@ export function storeRefcount(
   }
 }
 
+/**
+ * Adds one; exact for all widths. Returns false, with nothing done, where the entry is 0 (the cluster is free) or as
+ * large as it can be.
+ */
+export function incrementRefcount(arena: Arena, block: number, index: number, order: number): boolean {
+  if (order === 6) {
+    const value = arena.view.getBigUint64(block + index * 8);
+    if (value === 0n || value === 2n ** 64n - 1n) return false;
+    arena.view.setBigUint64(block + index * 8, value + 1n);
+    return true;
+  }
+  const value = loadRefcount(arena, block, index, order);
+  if (value === 0 || value === 2 ** (2 ** order) - 1) return false;
+  storeRefcount(arena, block, index, order, value + 1);
+  return true;
+}
+
 /** Takes one off; exact for all widths. The refcount must not be 0. Returns whether it became 0. */
 export function decrementRefcount(arena: Arena, block: number, index: number, order: number): boolean {
   if (order === 6) {

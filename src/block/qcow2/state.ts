@@ -86,6 +86,8 @@ const NUMBERS = [
   'firstFree',
   /** Counts the times freed clusters became allocatable. */
   'generation',
+  /** Where compressed data goes next: inside of a cluster that has some and room for more; 0 where none has. */
+  'packAt',
   'l1DirtyFrom',
   'l1DirtyTo',
   'l1Since',
