@@ -11,17 +11,16 @@ export interface WasmModule {
   readonly [Symbol.toStringTag]: string;
 }
 
-interface WasmInstance {
+export interface WasmInstance {
   readonly exports: Readonly<Record<string, unknown>>;
 }
+
+export type WasmImports = Readonly<Record<string, Readonly<Record<string, unknown>>>>;
 
 interface Api {
   readonly Memory: new (descriptor: { initial: number; maximum: number; shared: true }) => WasmMemory;
   readonly Module: new (bytes: Uint8Array) => WasmModule;
-  readonly Instance: new (
-    module: WasmModule,
-    imports: Readonly<Record<string, Readonly<Record<string, unknown>>>>,
-  ) => WasmInstance;
+  readonly Instance: new (module: WasmModule, imports: WasmImports) => WasmInstance;
 }
 
 export const { Memory, Module, Instance }: Api = Reflect.get(globalThis, 'WebAssembly');

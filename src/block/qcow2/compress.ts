@@ -1,11 +1,13 @@
+import { readFileSync } from 'node:fs';
+import { createRequire } from 'node:module';
 import * as zlib from 'node:zlib';
-import { StillframeError } from '../../errors.js';
+import { Instance, Module, type WasmImports, type WasmInstance } from '../../kernels/webassembly.js';
 
 /**
  * Compresses one cluster as QEMU reads it: raw deflate with a window of 4 KiB, or one Zstandard frame.
  *
  * @param compressionType of the image's header: 0 deflate, 1 Zstandard
- * @returns the compressed data, or undefined where it would not be smaller than the cluster
+ * @returns the compressed data, good until the next call, or undefined where it would not be smaller than the cluster
  */
 export function compressCluster(cluster: Uint8Array, compressionType: number): Uint8Array | undefined {
   const output = compressionType === 1 ? zstd(cluster) : deflate(cluster);
@@ -28,16 +30,64 @@ function deflate(cluster: Uint8Array): Uint8Array {
 type SyncCompressor = (input: Uint8Array) => Uint8Array;
 
 /** Node has it from 22.15 on. */
-const native: SyncCompressor | undefined = nativeZstd();
-
 function nativeZstd(): SyncCompressor | undefined {
   const candidate: unknown = Reflect.get(zlib, 'zstdCompressSync');
   return typeof candidate === 'function' ? (input) => Reflect.apply(candidate, zlib, [input]) : undefined;
 }
 
+let compressor: SyncCompressor | undefined = nativeZstd();
+
 function zstd(cluster: Uint8Array): Uint8Array {
-  if (native === undefined) {
-    throw new StillframeError('ERR_STILLFRAME_UNSUPPORTED_FEATURE', 'zstd needs Node 22.15 or later');
-  }
-  return native(cluster);
+  compressor ??= wasmZstd();
+  return compressor(cluster);
+}
+
+/** What the package's module has once it is set up, as Emscripten names it. */
+interface ZstdModule {
+  instantiateWasm: (imports: WasmImports, ready: (instance: WasmInstance) => void) => unknown;
+  readonly HEAPU8: Uint8Array;
+  readonly _malloc: (bytes: number) => number;
+  readonly _free: (pointer: number) => void;
+  readonly _compressBound: (bytes: number) => number;
+  /** Bytes of the frame, -1 on failure. */
+  readonly _compress: (to: number, capacity: number, from: number, bytes: number, level: number) => number;
+}
+
+/** The level that Zstandard takes by itself, and QEMU and Node with it. */
+const ZSTD_LEVEL = 3;
+
+/**
+ * The same library as WebAssembly. Its package sets it up asynchronously; Emscripten's hook does it at once, since the
+ * threads that compress never return to their event loop in between.
+ */
+function wasmZstd(): SyncCompressor {
+  const require = createRequire(import.meta.url);
+  const code = readFileSync(require.resolve('@foxglove/wasm-zstd/dist/wasm-zstd.wasm'));
+  const factory = require('@foxglove/wasm-zstd/dist/wasm-zstd.js') as (module: object) => unknown;
+  const setup: Pick<ZstdModule, 'instantiateWasm'> = {
+    instantiateWasm: (imports, ready) => {
+      const instance = new Instance(new Module(code), imports);
+      ready(instance);
+      return instance.exports;
+    },
+  };
+  factory(setup);
+  // The hook has put everything else there by now.
+  const module = setup as ZstdModule;
+  let capacity = 0;
+  let from = 0;
+  let to = 0;
+  return (input) => {
+    if (input.length > capacity) {
+      for (const pointer of [from, to]) if (pointer !== 0) module._free(pointer);
+      capacity = input.length;
+      from = module._malloc(capacity);
+      to = module._malloc(module._compressBound(capacity));
+      if (from === 0 || to === 0) throw new RangeError('zstd: out of memory');
+    }
+    module.HEAPU8.set(input, from);
+    const bytes = module._compress(to, module._compressBound(capacity), from, input.length, ZSTD_LEVEL);
+    if (bytes < 0) throw new Error('zstd: the cluster could not be compressed');
+    return module.HEAPU8.subarray(to, to + bytes);
+  };
 }
