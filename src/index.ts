@@ -4,7 +4,7 @@
  * @packageDocumentation
  */
 export type { OnError } from './backup/backup-job.js';
-export type { SyncMode } from './backup/target.js';
+export type { CompressionType, SyncMode } from './backup/target.js';
 export type { ImageCheck, Repaired } from './block/check.js';
 export type { CommitOptions } from './block/commit.js';
 export type { CompareResult } from './block/compare.js';

@@ -20,6 +20,7 @@ import {
   commitTarget,
   copyClusterSize,
   effectiveSync,
+  isCompressed,
   openTarget,
   type SyncMode,
   type Target,
@@ -146,6 +147,7 @@ export class BackupJob {
         clusters,
         targetReadsZero: this.#target.readsZero,
         skipUnallocated: this.#sync === 'top',
+        compress: isCompressed(this.#options.compress),
         onCbwError: this.#options.onCbwError,
         owner: this.#control.wakeWord,
       };

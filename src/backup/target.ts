@@ -10,6 +10,7 @@ import {
   unlinkSync,
 } from 'node:fs';
 import { basename, dirname, join, resolve } from 'node:path';
+import { checkCompression } from '../block/compression.js';
 import {
   attachNode,
   closeNode,
@@ -28,6 +29,8 @@ import type { Runtime } from '../kernels/runtime.js';
 /** Sync modes of a backup (QAPI `MirrorSyncMode`). */
 export type SyncMode = 'full' | 'top' | 'none';
 
+export type CompressionType = 'zlib' | 'zstd';
+
 /** What a backup's target is to be. */
 export interface TargetOptions {
   /** Path of the image to make (or, with `existing`, to write into). */
@@ -41,6 +44,11 @@ export interface TargetOptions {
   readonly force?: boolean | undefined;
   /** Cluster size in bytes of a new qcow2 target; default 65536. */
   readonly targetClusterSize?: number | undefined;
+  /**
+   * Compress clusters where that makes them smaller; only qcow2. A type is that of a new target (`true`: zlib), or has
+   * to be that of an existing one. Default false.
+   */
+  readonly compress?: boolean | CompressionType | undefined;
 }
 
 /** A target that is ready to be written, until {@link commitTarget} or {@link abandonTarget}. */
@@ -119,6 +127,12 @@ function openExisting(
     backing: false,
     writeBehind: true,
   });
+  try {
+    checkTargetCompression(descriptor, options.compress);
+  } catch (error) {
+    closeNode(runtime, descriptor);
+    throw error;
+  }
   if (lengthOf(descriptor) !== lengthOf(source)) {
     closeNode(runtime, descriptor);
     throw new StillframeError(
@@ -128,6 +142,23 @@ function openExisting(
     );
   }
   return { descriptor, readsZero: false, finalPath: path, partialPath: undefined, force: true };
+}
+
+function checkTargetCompression(target: NodeDescriptor, compress: TargetOptions['compress']): void {
+  if (!isCompressed(compress)) return;
+  checkCompression(target);
+  if (target.driver !== 'qcow2' || compress === true) return;
+  const type = target.compressionType === 1 ? 'zstd' : 'zlib';
+  if (compress === type) return;
+  throw new StillframeError(
+    'ERR_STILLFRAME_INVALID_ARGUMENT',
+    `'${target.path}' has the compression type ${type}, which cannot be changed to ${compress}; compress with ${type} or let the backup make a new target`,
+  );
+}
+
+/** Whether what is asked for is to be compressed. */
+export function isCompressed(compress: TargetOptions['compress']): compress is true | CompressionType {
+  return compress !== undefined && compress !== false;
 }
 
 function createTarget(
@@ -145,6 +176,8 @@ function createTarget(
       `Backing file not supported for file format 'raw': sync mode '${sync}' needs one; use format 'qcow2'`,
     );
   }
+  const { compress } = options;
+  if (isCompressed(compress)) checkCompression({ driver: format, path });
   const finalPath = exists ? realpathSync(path) : path;
   if (exists) checkReplaceable(finalPath, options.force === true);
   const partialPath = `${finalPath}.partial`;
@@ -171,6 +204,7 @@ function createTarget(
       createQcow2(runtime, node, {
         length: lengthOf(source),
         clusterBits: Math.log2(options.targetClusterSize ?? 65536),
+        compressionType: compress === 'zstd' ? 1 : 0,
         ...backingOf(source, sync, finalPath),
       });
       descriptor = openQcow2(runtime, file, undefined, { readOnly: false });

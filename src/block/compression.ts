@@ -1,12 +1,15 @@
 import { StillframeError } from '../errors.js';
-import type { NodeDescriptor } from './node.js';
 
 /**
  * Checks that clusters of an image can be written compressed, with QEMU's words where they cannot.
  *
  * @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE
  */
-export function checkCompression(image: NodeDescriptor): void {
+export function checkCompression(image: {
+  readonly driver: string;
+  readonly path: string;
+  readonly hasDataFile?: boolean;
+}): void {
   if (image.driver !== 'qcow2') {
     throw new StillframeError(
       'ERR_STILLFRAME_UNSUPPORTED_FEATURE',

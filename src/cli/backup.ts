@@ -16,6 +16,7 @@ import { PROGRESS_STYLES, showProgress } from './progress.js';
 import { formatBytes } from './units.js';
 
 const MODES = ['full', 'top', 'none'] as const;
+const COMPRESSION = ['zlib', 'zstd'] as const;
 const POLICIES = ['report', 'ignore', 'enospc', 'stop', 'auto'] as const;
 
 function human({
@@ -83,6 +84,12 @@ export const backup: Command = {
     SNAPSHOT,
     { long: 'cluster-size', value: 'SIZE', help: 'cluster size of a new qcow2 target (64k)' },
     {
+      long: 'compress',
+      value: '[zlib|zstd]',
+      optional: COMPRESSION,
+      help: 'compress the clusters of a qcow2 target (zlib, or the type of an existing one)',
+    },
+    {
       long: 'speed',
       short: 'r',
       value: 'RATE',
@@ -119,6 +126,7 @@ export const backup: Command = {
       existing: args.flag('existing'),
       force: args.flag('force'),
       targetClusterSize: args.size('cluster-size'),
+      compress: args.text('compress') === '' || args.choice('compress', COMPRESSION),
       speed: args.size('speed'),
       workers: workers === undefined ? undefined : parseSize(workers, '--workers'),
       onSourceError: args.choice('on-source-error', POLICIES, 'report'),

@@ -8,6 +8,8 @@ export interface Option {
   readonly short?: string;
   /** What stands for the value in the help; absent for a switch. */
   readonly value?: string;
+  /** Words of which one may follow as the value; without one the value is empty. */
+  readonly optional?: readonly string[];
   readonly multiple?: boolean;
   readonly help: string;
 }
@@ -156,7 +158,7 @@ export function parseArguments(command: Command, argv: readonly string[]): Argum
   const hint = `see 'stillframe ${command.name} --help'`;
   let parsed: ReturnType<typeof parseWords>;
   try {
-    parsed = parseWords(argv, options);
+    parsed = parseWords(withOptionalValues(argv, command.options), options);
   } catch (error) {
     const reason = error instanceof Error ? (error.message.split('. ')[0] ?? '') : String(error);
     throw usageError(`${reason}; ${hint}`);
@@ -170,6 +172,24 @@ export function parseArguments(command: Command, argv: readonly string[]): Argum
     token.kind === 'option' ? [{ name: token.name, value: token.value }] : [],
   );
   return new Arguments(positionals, values, given);
+}
+
+/** Gives every option whose value may be left out its value. */
+function withOptionalValues(argv: readonly string[], options: readonly Option[]): string[] {
+  const words: string[] = [];
+  for (let index = 0; index < argv.length; index++) {
+    const word = argv[index] ?? '';
+    if (word === '--') return [...words, ...argv.slice(index)];
+    const choices = options.find(({ long }) => word === `--${long}`)?.optional;
+    if (choices === undefined) {
+      words.push(word);
+      continue;
+    }
+    const given = choices.find((choice) => choice === argv[index + 1]);
+    if (given !== undefined) index++;
+    words.push(`${word}=${given ?? ''}`);
+  }
+  return words;
 }
 
 function parseWords(argv: readonly string[], options: NonNullable<ParseArgsConfig['options']>) {

@@ -333,6 +333,10 @@ function checkOptions(options: BackupOptions): void {
   if (!['full', 'top', 'none'].includes(options.sync)) {
     invalid(`Parameter 'sync' does not accept value '${options.sync}'; it takes full, top and none`);
   }
+  const { compress = false } = options;
+  if (![true, false, 'zlib', 'zstd'].includes(compress)) {
+    invalid(`compress must be true, false, 'zlib' or 'zstd', not '${compress}'`);
+  }
   const workers = options.workers ?? 1;
   if (!Number.isInteger(workers) || workers < 1 || workers > 32) {
     invalid(`workers must be a whole number from 1 to 32, not ${workers}`);
@@ -402,6 +406,7 @@ export async function startBackup(
         existing: options.existing,
         force: options.force,
         targetClusterSize: options.targetClusterSize,
+        compress: options.compress,
         onSourceError: options.onSourceError ?? 'report',
         onTargetError: options.onTargetError ?? 'report',
         onCbwError: options.onCbwError ?? 'break-guest-write',

@@ -107,6 +107,7 @@ beforeEach(() => {
     clusters: CLUSTERS,
     targetReadsZero: true,
     skipUnallocated: false,
+    compress: false,
     onCbwError: 'break-guest-write',
     owner: arena.alloc(64, 'owner'),
   };

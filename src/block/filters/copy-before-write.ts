@@ -40,6 +40,8 @@ export interface FrameDescriptor {
   readonly targetReadsZero: boolean;
   /** Sync mode `top`: clusters without allocation in the top layer are not part of the plan. */
   readonly skipUnallocated: boolean;
+  /** The target takes compressed clusters: see `checkCompression`. */
+  readonly compress: boolean;
   readonly onCbwError: OnCbwError;
   /** Word of the arena to advance when the frame breaks: its owner sleeps there. */
   readonly owner: number;
@@ -382,10 +384,27 @@ export class Frame {
     const unit = targetReadsZero ? Math.max(HOLE_BYTES, this.target.clusterSize ?? 0) : clusterSize;
     if (unit < clusterSize) kernels.zeroMask(data, bytes, unit, mask);
     const units = Math.ceil(bytes / unit);
-    this.target.writeUnits(start, data, bytes, unit, mask);
+    if (this.descriptor.compress) this.#writeCompressed(start, bytes, unit);
+    else this.target.writeUnits(start, data, bytes, unit, mask);
     const skipped = kernels.bitmapCount(mask, 0, units) * unit;
     // The last unit may be short.
     return bytes - skipped + (kernels.bitmapTest(mask, units - 1) ? units * unit - bytes : 0);
+  }
+
+  /** Writes the units that the mask does not call zero, compressed. */
+  #writeCompressed(start: number, bytes: number, unit: number): void {
+    const { target } = this;
+    const { kernels } = this.#runtime;
+    const { data, mask } = this.#buffer;
+    if (target.writeCompressed === undefined) throw new TypeError('the target cannot be compressed');
+    const units = Math.ceil(bytes / unit);
+    for (let first = kernels.bitmapNextClear(mask, 0, units); first >= 0; ) {
+      const next = kernels.bitmapNextSet(mask, first, units);
+      const end = next < 0 ? units : next;
+      const from = first * unit;
+      target.writeCompressed(start + from, data + from, Math.min(end * unit, bytes) - from);
+      first = end < units ? kernels.bitmapNextClear(mask, end, units) : -1;
+    }
   }
 
   /** Zeroes the target under the units that the mask calls zero. */

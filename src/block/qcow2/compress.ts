@@ -29,16 +29,11 @@ function deflate(cluster: Uint8Array): Uint8Array {
 
 type SyncCompressor = (input: Uint8Array) => Uint8Array;
 
-/** Node has it from 22.15 on. */
-function nativeZstd(): SyncCompressor | undefined {
-  const candidate: unknown = Reflect.get(zlib, 'zstdCompressSync');
-  return typeof candidate === 'function' ? (input) => Reflect.apply(candidate, zlib, [input]) : undefined;
-}
-
-let compressor: SyncCompressor | undefined = nativeZstd();
+/** Set up with the first cluster that needs it. */
+let compressor: SyncCompressor | undefined;
 
 function zstd(cluster: Uint8Array): Uint8Array {
-  compressor ??= wasmZstd();
+  compressor ??= setUpZstd();
   return compressor(cluster);
 }
 
@@ -53,14 +48,15 @@ interface ZstdModule {
   readonly _compress: (to: number, capacity: number, from: number, bytes: number, level: number) => number;
 }
 
-/** The level that Zstandard takes by itself, and QEMU and Node with it. */
+/** The level that Zstandard takes by itself, and QEMU with it. */
 const ZSTD_LEVEL = 3;
 
 /**
- * The same library as WebAssembly. Its package sets it up asynchronously; Emscripten's hook does it at once, since the
- * threads that compress never return to their event loop in between.
+ * The Zstandard library as WebAssembly. Node's own, which Node 20 does not have, is no faster and makes garbage with
+ * every cluster. The package sets itself up asynchronously; Emscripten's hook does it at once, since the threads that
+ * compress do not return to their event loop in between.
  */
-function wasmZstd(): SyncCompressor {
+function setUpZstd(): SyncCompressor {
   const require = createRequire(import.meta.url);
   const code = readFileSync(require.resolve('@foxglove/wasm-zstd/dist/wasm-zstd.wasm'));
   const factory = require('@foxglove/wasm-zstd/dist/wasm-zstd.js') as (module: object) => unknown;
@@ -80,10 +76,10 @@ function wasmZstd(): SyncCompressor {
   return (input) => {
     if (input.length > capacity) {
       for (const pointer of [from, to]) if (pointer !== 0) module._free(pointer);
-      capacity = input.length;
-      from = module._malloc(capacity);
-      to = module._malloc(module._compressBound(capacity));
+      from = module._malloc(input.length);
+      to = module._malloc(module._compressBound(input.length));
       if (from === 0 || to === 0) throw new RangeError('zstd: out of memory');
+      capacity = input.length;
     }
     module.HEAPU8.set(input, from);
     const bytes = module._compress(to, module._compressBound(capacity), from, input.length, ZSTD_LEVEL);
