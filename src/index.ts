@@ -21,6 +21,7 @@ export type { BackupOptions, DiskHandle as Disk } from './engine/disk.js';
 export {
   type CheckOptions,
   type CompareOptions,
+  type ConvertImageOptions,
   createEngine,
   type Engine,
   type EngineOptions,

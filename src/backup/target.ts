@@ -254,7 +254,7 @@ function backingOf(
  * Flushes and closes the target and gives it its name: the commit point of a backup. Where it cannot be made
  * durable it is given up.
  */
-export function commitTarget(runtime: Runtime, target: Target): void {
+export function commitTarget(runtime: Runtime, target: Target, beforeRename?: () => void): void {
   try {
     attachNode(runtime, target.descriptor).flush();
   } catch (error) {
@@ -263,6 +263,7 @@ export function commitTarget(runtime: Runtime, target: Target): void {
   }
   try {
     closeNode(runtime, target.descriptor);
+    beforeRename?.();
   } catch (error) {
     // Closed it is, but nobody knows what of it is on the disk.
     if (target.partialPath !== undefined) rmSync(target.partialPath, { force: true });

@@ -1,4 +1,4 @@
-import { type BackupJob, type BackupResult, createEngine } from '../index.js';
+import { type BackupResult, createEngine } from '../index.js';
 import {
   ALLOW_BACKING,
   type Command,
@@ -13,6 +13,7 @@ import {
   usageError,
 } from './command.js';
 import { PROGRESS_STYLES, showProgress } from './progress.js';
+import { cancelOnSignal, tellInterrupted } from './signals.js';
 import { formatBytes } from './units.js';
 
 const MODES = ['full', 'top', 'none'] as const;
@@ -40,29 +41,6 @@ function human({
     `data:      ${formatBytes(bytes.read)} read, ${formatBytes(bytes.written)} written in ${seconds.toFixed(2)} s${rate}`,
     `checksum:  ${checksum.algorithm} ${checksum.root}`,
   ].join('\n');
-}
-
-/** Cancels the job on the first signal; the second one ends the process at once. */
-function cancelOnSignal(job: BackupJob): { readonly interrupted: () => boolean; readonly stop: () => void } {
-  let interrupted = false;
-  const onSignal = (): void => {
-    if (interrupted) process.exit(130);
-    interrupted = true;
-    process.stderr.write('\nCancelling; once more to end at once.\n');
-    try {
-      job.cancel();
-    } catch {
-      // At its commit point already: it ends by itself.
-    }
-  };
-  const signals = ['SIGINT', 'SIGTERM'] as const;
-  for (const signal of signals) process.on(signal, onSignal);
-  return {
-    interrupted: () => interrupted,
-    stop: () => {
-      for (const signal of signals) process.off(signal, onSignal);
-    },
-  };
 }
 
 export const backup: Command = {
@@ -143,7 +121,7 @@ export const backup: Command = {
         forceShare: args.flag('force-share'),
       });
       const job = await disk.backup(options);
-      const signals = cancelOnSignal(job);
+      const signals = cancelOnSignal(() => job.cancel());
       try {
         if (job.sync === 'none') job.cancel();
         const shown = showProgress(job.progress(), style);
@@ -155,14 +133,7 @@ export const backup: Command = {
         return 0;
       } catch (error) {
         if (!signals.interrupted()) throw error;
-        if (json)
-          console.log(
-            JSON.stringify({ type: 'error', code: 'ERR_STILLFRAME_JOB_CANCELLED', message: 'interrupted' }),
-          );
-        process.stderr.write(
-          'stillframe: interrupted; nothing was left behind [ERR_STILLFRAME_JOB_CANCELLED]\n',
-        );
-        return 130;
+        return tellInterrupted(json);
       } finally {
         signals.stop();
       }

@@ -11,6 +11,7 @@ const commands = new Map<string, () => Promise<Command>>([
   ['map', async () => (await import('./map.js')).map],
   ['check', async () => (await import('./check.js')).check],
   ['compare', async () => (await import('./compare.js')).compare],
+  ['convert', async () => (await import('./convert.js')).convert],
   ['resize', async () => (await import('./resize.js')).resize],
   ['rebase', async () => (await import('./rebase.js')).rebase],
   ['commit', async () => (await import('./commit.js')).commit],

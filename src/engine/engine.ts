@@ -1,6 +1,7 @@
 import { availableParallelism } from 'node:os';
 import { MessageChannel, type MessagePort, type Transferable } from 'node:worker_threads';
 import { Piscina } from 'piscina';
+import type { ConvertOptions } from '../backup/convert.js';
 import type { ImageCheck, Repaired } from '../block/check.js';
 import type { CommitOptions } from '../block/commit.js';
 import type { CompareResult } from '../block/compare.js';
@@ -14,10 +15,11 @@ import type { RepairMode, SnapshotSelector } from '../block/qcow2/index.js';
 import type { RebaseOptions } from '../block/rebase.js';
 import type { ResizeOptions } from '../block/resize.js';
 import { closedError, StillframeError } from '../errors.js';
+import { Team } from '../job/team.js';
 import type { Arena } from '../kernels/arena.js';
 import { createRuntime } from '../kernels/runtime.js';
 import { DiskHandle } from './disk.js';
-import type { ImageTask, Task, ToolProgress } from './tasks.js';
+import type { ConvertMessage, ImageTask, Task, ToolProgress } from './tasks.js';
 import type { Answer } from './worker.js';
 
 export interface EngineOptions {
@@ -61,6 +63,19 @@ export interface CompareOptions {
   readonly second?: ImageOptions;
   /** Called now and then with bytes compared and bytes in all. */
   readonly onProgress?: OnProgress | undefined;
+}
+
+/** How {@link Engine.convertImage} reads its sources and what it makes of them. */
+export interface ConvertImageOptions extends ConvertOptions {
+  /** How the sources are opened. */
+  readonly source?: ImageOptions | undefined;
+  /** Threads that copy. Default: those of the engine. */
+  readonly workers?: number | undefined;
+  /** Ends the conversion; nothing is left of the target then. */
+  readonly signal?: AbortSignal | undefined;
+  readonly onProgress?: OnProgress | undefined;
+  /** Takes a line for each thing that is worth a warning. */
+  readonly onMessage?: ((line: string) => void) | undefined;
 }
 
 export interface CheckOptions extends Omit<ImageOptions, 'allowBacking'> {
@@ -283,6 +298,61 @@ export class Engine {
       return await this.run<T>(task(port2), [port2]);
     } finally {
       port1.close();
+    }
+  }
+
+  /**
+   * Converts an image into another one, like `qemu-img convert`; of several the second follows the first and so on. The
+   * target is `TARGET.partial` until it is complete and durable, and replaces what has its name then.
+   */
+  async convertImage(
+    sources: string | readonly string[],
+    target: string,
+    options: ConvertImageOptions = {},
+  ): Promise<void> {
+    const { source, workers = this.workers, signal, onProgress, onMessage, ...how } = options;
+    signal?.throwIfAborted();
+    const paths = typeof sources === 'string' ? [sources] : sources;
+    const team = Team.memory();
+    const stop = (): void => new Team(team).stop();
+    const helpers: Promise<void>[] = [];
+    const ports: MessagePort[] = [];
+    const channel = (): MessagePort => {
+      const { port1, port2 } = new MessageChannel();
+      port1.on('message', (message: ConvertMessage) => {
+        if ('line' in message) onMessage?.(message.line);
+        else if (!('started' in message)) onProgress?.(message);
+        else {
+          for (let index = 1; index < workers; index++) {
+            const port = channel();
+            const task = { kind: 'help-convert', conversion: message.started, team, port } as const;
+            helpers.push(this.run<void>(task, [port]));
+            helpers.at(-1)?.catch(() => undefined);
+          }
+        }
+      });
+      port1.unref();
+      ports.push(port1);
+      return port2;
+    };
+    signal?.addEventListener('abort', stop);
+    try {
+      const port = channel();
+      const from = paths.map((path) => ({ path, options: imageTask(source) }));
+      await this.run({ kind: 'convert', sources: from, target, options: how, team, port }, [port]).then(
+        async (complete) => {
+          // A thread that helped tells why it failed.
+          await Promise.all(helpers);
+          if (complete !== true) signal?.throwIfAborted();
+        },
+        async (error: unknown) => {
+          await Promise.allSettled(helpers);
+          throw error;
+        },
+      );
+    } finally {
+      signal?.removeEventListener('abort', stop);
+      for (const port of ports) port.close();
     }
   }
 

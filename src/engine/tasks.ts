@@ -1,5 +1,7 @@
 import type { MessagePort } from 'node:worker_threads';
 import { BackupJob, type BackupJobOptions, helpCopying } from '../backup/backup-job.js';
+import { type Conversion, type ConversionListener, copyPart } from '../backup/conversion.js';
+import { type ConvertOptions, type ConvertSource, convertImages } from '../backup/convert.js';
 import { checkImage, type ImageCheck } from '../block/check.js';
 import { type CommitOptions, commitImage } from '../block/commit.js';
 import { type CompareResult, compareNodes } from '../block/compare.js';
@@ -15,6 +17,7 @@ import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
 import { type ResizeOptions, resizeImage } from '../block/resize.js';
 import { StillframeError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
+import { Team, type TeamMemory } from '../job/team.js';
 import type { Runtime } from '../kernels/runtime.js';
 
 /** Work the host thread hands to a thread of the engine, as plain data. */
@@ -37,6 +40,20 @@ export type Task =
       readonly disk: DiskDescriptor;
       readonly frame: FrameDescriptor;
       readonly control: number;
+    }
+  | {
+      readonly kind: 'convert';
+      readonly sources: readonly ConvertSource[];
+      readonly target: string;
+      readonly options: ConvertOptions;
+      readonly team: TeamMemory;
+      readonly port: MessagePort;
+    }
+  | {
+      readonly kind: 'help-convert';
+      readonly conversion: Conversion;
+      readonly team: TeamMemory;
+      readonly port: MessagePort;
     }
   | { readonly kind: 'create'; readonly path: string; readonly options: CreateImageOptions }
   | { readonly kind: 'resize'; readonly path: string; readonly options: ResizeOptions }
@@ -119,6 +136,14 @@ function progressTo(port: MessagePort): (done: number, total: number) => void {
   };
 }
 
+function listenerOf(port: MessagePort): ConversionListener {
+  const progress = progressTo(port);
+  return { progress, message: (line) => port.postMessage({ line } satisfies ConvertMessage) };
+}
+
+/** What the threads of a conversion tell the host thread. */
+export type ConvertMessage = ToolProgress | { readonly started: Conversion } | { readonly line: string };
+
 /** How often a tool says how far it is, in milliseconds. */
 const PROGRESS_MS = 50;
 /** Map entries and lines of a check go to the host thread in batches of this many. */
@@ -163,6 +188,10 @@ export class TaskRunner {
         );
       case 'create':
         return createImage(this.#runtime, task.path, task.options);
+      case 'convert':
+        return this.#convert(task);
+      case 'help-convert':
+        return this.#helpConvert(task);
       case 'resize':
         return resizeImage(this.#runtime, task.path, task.options);
       case 'rebase':
@@ -238,6 +267,25 @@ export class TaskRunner {
         disk.flush();
         break;
     }
+  }
+
+  #convert({ sources, target, options, team, port }: Extract<Task, { kind: 'convert' }>): boolean {
+    return convertImages(this.#runtime, sources, target, options, team, this.#copyBuffer(), {
+      started: (conversion) => port.postMessage({ started: conversion } satisfies ConvertMessage),
+      ...listenerOf(port),
+    });
+  }
+
+  #helpConvert({ conversion, team: memory, port }: Extract<Task, { kind: 'help-convert' }>): void {
+    const team = new Team(memory);
+    team.help(() => {
+      try {
+        copyPart(this.#runtime, conversion, team, this.#copyBuffer(), listenerOf(port));
+      } catch (error) {
+        team.stop();
+        throw error;
+      }
+    });
   }
 
   #info(path: string, options: ImageTask): ImageInfo {
