@@ -20,6 +20,8 @@ interface Case {
   readonly operations: number;
   readonly most: number;
   readonly snapshot: boolean;
+  /** A part of the writes is compressed, 0 by deflate, 1 by zstd. */
+  readonly compressed: 0 | 1 | undefined;
 }
 
 const cases: readonly Case[] = [
@@ -32,6 +34,7 @@ const cases: readonly Case[] = [
     operations: 700,
     most: 200_000,
     snapshot: false,
+    compressed: undefined,
   },
   {
     name: '512-byte clusters: tables and refcounts grow',
@@ -42,6 +45,7 @@ const cases: readonly Case[] = [
     operations: 900,
     most: 20_000,
     snapshot: false,
+    compressed: undefined,
   },
   {
     name: '512-byte clusters with 1-bit refcounts, version 3',
@@ -52,6 +56,7 @@ const cases: readonly Case[] = [
     operations: 900,
     most: 20_000,
     snapshot: false,
+    compressed: undefined,
   },
   {
     name: '4 KiB clusters, version 2',
@@ -62,6 +67,7 @@ const cases: readonly Case[] = [
     operations: 900,
     most: 60_000,
     snapshot: false,
+    compressed: undefined,
   },
   {
     name: '4 KiB clusters over an internal snapshot',
@@ -72,6 +78,7 @@ const cases: readonly Case[] = [
     operations: 900,
     most: 60_000,
     snapshot: true,
+    compressed: undefined,
   },
   {
     name: 'more L2 slices than the cache has',
@@ -82,6 +89,40 @@ const cases: readonly Case[] = [
     operations: 6000,
     most: 600,
     snapshot: false,
+    compressed: undefined,
+  },
+  {
+    name: 'compressed clusters of 4 KiB over an internal snapshot, deflate',
+    clusterBits: 12,
+    version: 3,
+    refcountBits: 16,
+    length: 4 << 20,
+    operations: 900,
+    most: 60_000,
+    snapshot: true,
+    compressed: 0,
+  },
+  {
+    name: 'compressed clusters of 64 KiB with 2-bit refcounts, zstd',
+    clusterBits: 16,
+    version: 3,
+    refcountBits: 2,
+    length: 6 << 20,
+    operations: 500,
+    most: 300_000,
+    snapshot: false,
+    compressed: 1,
+  },
+  {
+    name: 'compressed clusters of 512 bytes with 4-bit refcounts, zstd',
+    clusterBits: 9,
+    version: 3,
+    refcountBits: 4,
+    length: 2 << 20,
+    operations: 900,
+    most: 10_000,
+    snapshot: false,
+    compressed: 1,
   },
 ];
 
@@ -93,9 +134,10 @@ describe.skipIf(!hasPeer('qemu-img'))(
       const random = new Random(seed);
       const below = (limit: number): number => random.between(0, limit - 1);
       const randomBytes = (length: number): Buffer => Buffer.from(random.noise(length));
-      const path = join(folder, `cut-${seed}-${test.snapshot}.qcow2`);
+      const path = join(folder, `cut-${seed}-${test.snapshot}-${test.compressed}.qcow2`);
       const { version, length, clusterBits, refcountBits } = test;
-      bench.create(path, { length, clusterBits, version, refcountBits });
+      const compressionType = test.compressed ?? 0;
+      bench.create(path, { length, clusterBits, version, refcountBits, compressionType });
       const model = Buffer.alloc(length);
       if (test.snapshot) {
         const first = bench.open(path, false);
@@ -145,7 +187,15 @@ describe.skipIf(!hasPeer('qemu-img'))(
         const offset = below(length);
         const bytes = Math.min(length - offset, 1 + below(test.most));
         const kind = below(20);
-        if (kind < 11) {
+        if (test.compressed !== undefined && kind < 8) {
+          const clusterSize = 2 ** clusterBits;
+          const start = offset - (offset % clusterSize);
+          const end = Math.ceil((offset + bytes) / clusterSize) * clusterSize;
+          touch(start, end - start);
+          const data = random.mixture(end - start, clusterSize);
+          bench.writeCompressed(image.node, start, data);
+          data.copy(model, start);
+        } else if (kind < 11) {
           touch(offset, bytes);
           const data = randomBytes(bytes);
           bench.write(image.node, offset, data);

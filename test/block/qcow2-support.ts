@@ -79,6 +79,13 @@ export class Workbench {
     node.write(offset, this.buffer, bytes.length);
   }
 
+  /** Whole clusters, or up to the end of the drive. */
+  writeCompressed(node: BlockNode, offset: number, bytes: Uint8Array): void {
+    if (node.writeCompressed === undefined) throw new TypeError('the node does not compress');
+    this.runtime.arena.u8.set(bytes, this.buffer);
+    node.writeCompressed(offset, this.buffer, bytes.length);
+  }
+
   read(node: BlockNode, offset: number, length: number): Buffer {
     const parts: Uint8Array[] = [];
     for (let done = 0; done < length; done += BUFFER_BYTES) {

@@ -43,6 +43,22 @@ export class Random {
     return bytes;
   }
 
+  /** Bytes of which some compress well, some a little and some not at all, in pieces of about `unit` bytes. */
+  mixture(length: number, unit: number): Buffer {
+    const bytes = Buffer.alloc(length);
+    for (let at = 0; at < length; ) {
+      const size = Math.min(length - at, this.between(1, unit * 2));
+      const noise = this.noise(size);
+      const kind = this.between(0, 3);
+      if (kind === 0) bytes.set(noise, at);
+      else if (kind === 1)
+        for (let index = 0; index < size; index++) bytes[at + index] = (noise[index] ?? 0) & 15;
+      else if (kind === 2) bytes.fill(noise.subarray(0, Math.min(size, 16)), at, at + size);
+      at += size;
+    }
+    return bytes;
+  }
+
   /** Random bytes with runs of one value, now and then zero, as drives have. */
   bytes(length: number): Uint8Array {
     const data = new Uint8Array(length);

@@ -93,7 +93,8 @@ export class OpenImage {
         for (let done = 0; done < length; done += BUFFER_BYTES) {
           const step = Math.min(BUFFER_BYTES, length - done);
           runtime.arena.u8.set(bytes.subarray(done, done + step), buffer);
-          node.write(offset + done, buffer, step);
+          if (operation.kind === 'write') node.write(offset + done, buffer, step);
+          else node.writeCompressed?.(offset + done, buffer, step);
         }
         break;
       }
