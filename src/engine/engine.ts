@@ -10,7 +10,7 @@ import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapAction } from '../block/edit-bitmap.js';
 import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
-import { MapBatch, type MapRange, type PackedMap } from '../block/map.js';
+import { MapBatch, type MapRange, type PackedMap } from '../block/map-batch.js';
 import type { RepairMode, SnapshotSelector } from '../block/qcow2/index.js';
 import type { RebaseOptions } from '../block/rebase.js';
 import type { ResizeOptions } from '../block/resize.js';

@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, expect } from 'vitest';
 import { attachNode, closeNode, type OpenImageOptions, openImage } from '#src/block/graph.js';
-import type { MapEntry } from '#src/block/map.js';
+import type { MapEntry } from '#src/block/map-batch.js';
 import type { BlockNode } from '#src/block/node.js';
 import { createRuntime } from '#src/kernels/runtime.js';
 import { firstDifference, Random } from '../support/data.js';

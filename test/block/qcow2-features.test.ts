@@ -2,7 +2,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { attachNode, closeNode, openImage } from '#src/block/graph.js';
-import type { MapEntry } from '#src/block/map.js';
+import type { MapEntry } from '#src/block/map-batch.js';
 import type { BlockNode } from '#src/block/node.js';
 import { firstDifference, Random } from '../support/data.js';
 import { mapEntries } from '../support/map.js';

@@ -7,7 +7,8 @@ import {
   openImage,
 } from '#src/block/graph.js';
 import { imageInfo } from '#src/block/info.js';
-import { MapBatch, mapNode } from '#src/block/map.js';
+import { mapNode } from '#src/block/map.js';
+import { MapBatch } from '#src/block/map-batch.js';
 import {
   type BlockNode,
   type NodeDescriptor,

@@ -1,4 +1,5 @@
-import { MapBatch, type MapEntry, mapFiles, mapNode } from '#src/block/map.js';
+import { mapFiles, mapNode } from '#src/block/map.js';
+import { MapBatch, type MapEntry } from '#src/block/map-batch.js';
 import type { BlockNode } from '#src/block/node.js';
 
 /** Every extent of a node, in this thread. */
