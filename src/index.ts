@@ -7,7 +7,7 @@ export type { OnError } from './backup/backup-job.js';
 export type { CompressionType, SyncMode } from './backup/target.js';
 export type { ImageCheck, Repaired } from './block/check.js';
 export type { CommitOptions } from './block/commit.js';
-export type { CompareResult } from './block/compare.js';
+export type { CompareResult } from './block/comparison.js';
 export type { CreateImageOptions, CreationOptions } from './block/create.js';
 export type { BitmapAction, BitmapSource } from './block/edit-bitmap.js';
 export type { OnCbwError } from './block/filters/copy-before-write.js';

@@ -1,20 +1,15 @@
+import { toStillframeError } from '../errors.js';
+import type { Team } from '../job/team.js';
 import type { Runtime } from '../kernels/runtime.js';
+import type { Comparison, Finding } from './comparison.js';
+import { attachNode } from './graph.js';
 import { type BlockNode, STATUS_COMPRESSED, STATUS_ZERO } from './node.js';
 import { type ChainExtent, chainStatus, shownStatus } from './status.js';
 
-/** How a comparison of two images ended. */
-export interface CompareResult {
-  readonly identical: boolean;
-  /** The images have different sizes; no difference where the longer one is zero beyond, unless strict. */
-  readonly sizesDiffer: boolean;
-  /** Why they differ: content, allocation (strict only) or size (strict only). */
-  readonly reason?: 'content' | 'allocation' | 'size';
-  /** First byte that differs; for allocation the start of the range. */
-  readonly offset?: number;
-}
-
 /** Bytes compared in one step. */
 const STEP = 1024 * 1024;
+/** Bytes that a thread claims at once. */
+const CLAIM = 8 * 1024 * 1024;
 
 /** Whether two extents are held in the same way, as strict mode sees it: flags, and whether there is a place. */
 function sameStatus(one: ChainExtent, other: ChainExtent): boolean {
@@ -23,71 +18,73 @@ function sameStatus(one: ChainExtent, other: ChainExtent): boolean {
 }
 
 /**
- * Compares what two images read as, like `qemu-img compare`. Ranges that are zero on both sides by their block
- * status are not read.
+ * Compares what two images read as along with the other threads of the team, like `qemu-img compare`. Ranges that are
+ * zero on both sides by their block status are not read; the longer image must be zero where the other one has ended.
  *
+ * @param buffer twice {@link STEP} bytes
  * @param onProgress called with bytes done and bytes in all
+ * @returns undefined where nothing differs in the parts this thread claimed
  */
-export function compareNodes(
+export function comparePart(
   runtime: Runtime,
-  first: BlockNode,
-  second: BlockNode,
-  options: { readonly strict: boolean },
-  onProgress?: (done: number, total: number) => void,
-): CompareResult {
-  const { arena, kernels } = runtime;
-  const sizesDiffer = first.length !== second.length;
-  if (sizesDiffer && options.strict) return { identical: false, sizesDiffer, reason: 'size' };
-  const common = Math.min(first.length, second.length);
-  const longer = first.length > second.length ? first : second;
-  const total = longer.length;
-  const a = arena.alloc(2 * STEP, 'buffers of a comparison');
-  const b = a + STEP;
-  let reported = 0;
-  const report = (done: number): void => {
-    if (onProgress === undefined || done - reported < total / 1000) return;
-    reported = done;
-    onProgress(done, total);
+  { first, second, strict }: Comparison,
+  team: Team,
+  buffer: number,
+  onProgress: (done: number, total: number) => void,
+): Finding | undefined {
+  const { kernels } = runtime;
+  const [a, b] = [attachNode(runtime, first), attachNode(runtime, second)];
+  const total = Math.max(a.length, b.length);
+  /** What a range is, with nothing behind the end. */
+  const status = (node: BlockNode, offset: number, length: number): ChainExtent => {
+    if (offset < node.length) return chainStatus(node, offset, Math.min(length, node.length - offset));
+    return { length, flags: STATUS_ZERO, depth: 0, hostOffset: -1, node: undefined };
   };
-  const differ = (reason: 'content' | 'allocation', offset: number): CompareResult => ({
-    identical: false,
-    sizesDiffer,
-    reason,
-    offset,
-  });
-  try {
-    for (let offset = 0; offset < common; ) {
-      const one = chainStatus(first, offset, common - offset);
-      const other = chainStatus(second, offset, one.length);
-      if (options.strict && !sameStatus(shownStatus(one), shownStatus(other)))
-        return differ('allocation', offset);
-      let bytes = other.length;
-      if (!(one.flags & other.flags & STATUS_ZERO)) {
-        bytes = Math.min(bytes, STEP);
-        first.read(offset, a, bytes);
-        second.read(offset, b, bytes);
-        const index = kernels.firstDifference(a, b, bytes);
-        if (index >= 0) return differ('content', offset + index);
-      }
-      offset += bytes;
-      report(offset);
+  const read = (node: BlockNode, offset: number, pointer: number, length: number): void => {
+    const inside = Math.max(0, Math.min(length, node.length - offset));
+    if (inside > 0) node.read(offset, pointer, inside);
+    if (inside < length) runtime.arena.u8.fill(0, pointer + inside, pointer + length);
+  };
+  /** Compares what starts at `offset`. @returns its bytes, or what was found */
+  const step = (offset: number, most: number): number | Finding => {
+    const one = status(a, offset, most);
+    const other = status(b, offset, one.length);
+    const common = offset < a.length && offset < b.length;
+    if (strict && common && !sameStatus(shownStatus(one), shownStatus(other))) {
+      return { offset, found: 'allocation' };
     }
-    for (let offset = common; offset < longer.length; ) {
-      const extent = chainStatus(longer, offset, longer.length - offset);
-      let bytes = extent.length;
-      if (!(extent.flags & STATUS_ZERO)) {
-        bytes = Math.min(bytes, STEP);
-        longer.read(offset, a, bytes);
-        if (!kernels.isZero(a, bytes)) {
-          const index = arena.u8.subarray(a, a + bytes).findIndex((byte) => byte !== 0);
-          return differ('content', offset + index);
-        }
+    if (one.flags & other.flags & STATUS_ZERO) return other.length;
+    const bytes = Math.min(other.length, STEP);
+    read(a, offset, buffer, bytes);
+    read(b, offset, buffer + STEP, bytes);
+    const index = kernels.firstDifference(buffer, buffer + STEP, bytes);
+    return index < 0 ? bytes : { offset: offset + index, found: 'content' };
+  };
+  for (;;) {
+    const start = team.claim(CLAIM, total);
+    if (start === undefined) return undefined;
+    let end = Math.min(start + CLAIM, total);
+    for (let offset = start; offset < end; ) {
+      let done: number | Finding;
+      try {
+        // A hole that goes on is looked at as a whole.
+        done = step(offset, total - offset);
+      } catch (error) {
+        done = { offset, found: { error: toStillframeError(error).toPlain() } };
       }
-      offset += bytes;
-      report(offset);
+      if (typeof done !== 'number') {
+        // Whoever claimed a part before this one looks at the rest of it still.
+        team.stop();
+        return done;
+      }
+      const stop = offset + done;
+      if (stop > end && team.claimOn(end, stop)) end = stop;
+      team.addDone(Math.min(stop, end) - offset);
+      onProgress(team.done, total);
+      offset = stop;
     }
-    return { identical: true, sizesDiffer };
-  } finally {
-    arena.free(a);
   }
 }
+
+/** Bytes of the buffer that {@link comparePart} needs. */
+export const COMPARE_BUFFER_BYTES = 2 * STEP;

@@ -62,7 +62,7 @@ export const compare: Command = {
     };
     const formats = [args.choice('format', FORMATS), args.choice('second-format', FORMATS)] as const;
     const line = new ProgressLine(process.stderr);
-    const engine = await createEngine({ workers: 1 });
+    const engine = await createEngine();
     try {
       const result = await engine.compareImages(first, second, {
         strict: args.flag('strict'),

@@ -4,7 +4,7 @@ import { Piscina } from 'piscina';
 import type { ConvertOptions } from '../backup/convert.js';
 import type { ImageCheck, Repaired } from '../block/check.js';
 import type { CommitOptions } from '../block/commit.js';
-import type { CompareResult } from '../block/compare.js';
+import { type CompareResult, compareResult, type Finding } from '../block/comparison.js';
 import type { CreateImageOptions } from '../block/create.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapAction } from '../block/edit-bitmap.js';
@@ -15,11 +15,11 @@ import type { RepairMode, SnapshotSelector } from '../block/qcow2/index.js';
 import type { RebaseOptions } from '../block/rebase.js';
 import type { ResizeOptions } from '../block/resize.js';
 import { closedError, StillframeError } from '../errors.js';
-import { Team } from '../job/team.js';
+import { Team, type TeamMemory } from '../job/team.js';
 import type { Arena } from '../kernels/arena.js';
 import { createRuntime } from '../kernels/runtime.js';
 import { DiskHandle } from './disk.js';
-import type { ConvertMessage, ImageTask, Task, ToolProgress } from './tasks.js';
+import type { Compared, ImageTask, Task, TeamMessage, ToolProgress } from './tasks.js';
 import type { Answer } from './worker.js';
 
 export interface EngineOptions {
@@ -53,6 +53,8 @@ export interface OpenDiskOptions extends ImageOptions {
   readonly discard?: 'unmap' | 'ignore' | undefined;
 }
 
+type Started = Extract<TeamMessage, { readonly started: unknown }>['started'];
+
 /** Called now and then with bytes done and bytes in all. */
 export type OnProgress = (progress: ToolProgress) => void;
 
@@ -61,6 +63,8 @@ export interface CompareOptions {
   readonly strict?: boolean;
   readonly first?: ImageOptions;
   readonly second?: ImageOptions;
+  /** Threads that compare. Default: those of the engine. */
+  readonly workers?: number | undefined;
   /** Called now and then with bytes compared and bytes in all. */
   readonly onProgress?: OnProgress | undefined;
 }
@@ -313,58 +317,74 @@ export class Engine {
     const { source, workers = this.workers, signal, onProgress, onMessage, ...how } = options;
     signal?.throwIfAborted();
     const paths = typeof sources === 'string' ? [sources] : sources;
-    const team = Team.memory();
-    const stop = (): void => new Team(team).stop();
-    const helpers: Promise<void>[] = [];
+    const from = paths.map((path) => ({ path, options: imageTask(source) }));
+    const { result } = await this.#runTeam<boolean, void>(
+      (team, port) => ({ kind: 'convert', sources: from, target, options: how, team, port }),
+      (started, team, port) =>
+        'target' in started ? { kind: 'help-convert', conversion: started, team, port } : undefined,
+      { workers, signal, onProgress, onMessage },
+    );
+    if (!result) signal?.throwIfAborted();
+  }
+
+  /** Compares two images, like `qemu-img compare`. */
+  async compareImages(first: string, second: string, options: CompareOptions = {}): Promise<CompareResult> {
+    const { strict = false, workers = this.workers, onProgress } = options;
+    const images = [imageTask(options.first), imageTask(options.second)] as const;
+    const { result, helped } = await this.#runTeam<Compared, Finding | undefined>(
+      (team, port) => ({ kind: 'compare', paths: [first, second], options: images, strict, team, port }),
+      (started, team, port) =>
+        'first' in started ? { kind: 'help-compare', comparison: started, team, port } : undefined,
+      { workers, onProgress },
+    );
+    return compareResult(result.comparison, [result.finding, ...helped]);
+  }
+
+  /** Runs a tool whose threads share the work: one leads, the others help once it has opened everything. */
+  async #runTeam<Result, Helped>(
+    lead: (team: TeamMemory, port: MessagePort) => Task,
+    help: (started: Started, team: TeamMemory, port: MessagePort) => Task | undefined,
+    options: Pick<ConvertImageOptions, 'signal' | 'onProgress' | 'onMessage'> & { readonly workers: number },
+  ): Promise<{ readonly result: Result; readonly helped: Helped[] }> {
+    const { workers, signal, onProgress, onMessage } = options;
+    const memory = Team.memory();
+    const stop = (): void => new Team(memory).stop();
+    const helpers: Promise<Helped>[] = [];
     const ports: MessagePort[] = [];
     const channel = (): MessagePort => {
       const { port1, port2 } = new MessageChannel();
-      port1.on('message', (message: ConvertMessage) => {
+      port1.on('message', (message: TeamMessage) => {
         if ('line' in message) onMessage?.(message.line);
-        else if (!('started' in message)) onProgress?.(message);
-        else {
-          for (let index = 1; index < workers; index++) {
-            const port = channel();
-            const task = { kind: 'help-convert', conversion: message.started, team, port } as const;
-            helpers.push(this.run<void>(task, [port]));
-            helpers.at(-1)?.catch(() => undefined);
-          }
-        }
+        else if ('started' in message) callHelp(message.started);
+        else onProgress?.(message);
       });
       port1.unref();
       ports.push(port1);
       return port2;
     };
+    const callHelp = (started: Started): void => {
+      for (let index = 1; index < workers; index++) {
+        const port = channel();
+        const task = help(started, memory, port);
+        if (task === undefined) throw new TypeError('a team does one kind of work');
+        const helper = this.run<Helped>(task, [port]);
+        // It is looked at when the lead has ended.
+        helper.catch(() => undefined);
+        helpers.push(helper);
+      }
+    };
     signal?.addEventListener('abort', stop);
     try {
       const port = channel();
-      const from = paths.map((path) => ({ path, options: imageTask(source) }));
-      await this.run({ kind: 'convert', sources: from, target, options: how, team, port }, [port]).then(
-        async (complete) => {
-          // A thread that helped tells why it failed.
-          await Promise.all(helpers);
-          if (complete !== true) signal?.throwIfAborted();
-        },
-        async (error: unknown) => {
-          await Promise.allSettled(helpers);
-          throw error;
-        },
+      const result = await this.run<Result>(lead(memory, port), [port]).finally(() =>
+        Promise.allSettled(helpers),
       );
+      // One that failed tells why.
+      return { result, helped: await Promise.all(helpers) };
     } finally {
       signal?.removeEventListener('abort', stop);
       for (const port of ports) port.close();
     }
-  }
-
-  /** Compares two images, like `qemu-img compare`. */
-  compareImages(first: string, second: string, options: CompareOptions = {}): Promise<CompareResult> {
-    return this.#withProgress(options.onProgress, (port) => ({
-      kind: 'compare',
-      paths: [first, second],
-      options: [imageTask(options.first), imageTask(options.second)],
-      strict: options.strict ?? false,
-      port,
-    }));
   }
 
   /** Closes what is still open and ends the threads. Jobs are cancelled. */

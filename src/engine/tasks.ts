@@ -4,7 +4,8 @@ import { type Conversion, type ConversionListener, copyPart } from '../backup/co
 import { type ConvertOptions, type ConvertSource, convertImages } from '../backup/convert.js';
 import { checkImage, type ImageCheck } from '../block/check.js';
 import { type CommitOptions, commitImage } from '../block/commit.js';
-import { type CompareResult, compareNodes } from '../block/compare.js';
+import { comparePart } from '../block/compare.js';
+import { type Comparison, type Finding, lengthOf } from '../block/comparison.js';
 import { type CreateImageOptions, createImage } from '../block/create.js';
 import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '../block/disk.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
@@ -13,10 +14,10 @@ import { attachNode, closeNode, type OpenImageOptions, openImage } from '../bloc
 import { type ImageInfo, imageInfo } from '../block/info.js';
 import { mapFiles, mapNode } from '../block/map.js';
 import type { MapRange } from '../block/map-batch.js';
+import type { NodeDescriptor } from '../block/node.js';
 import type { RepairMode } from '../block/qcow2/index.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
 import { type ResizeOptions, resizeImage } from '../block/resize.js';
-import { StillframeError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
 import { Team, type TeamMemory } from '../job/team.js';
 import type { Runtime } from '../kernels/runtime.js';
@@ -99,6 +100,13 @@ export type Task =
       readonly paths: readonly [string, string];
       readonly options: readonly [ImageTask, ImageTask];
       readonly strict: boolean;
+      readonly team: TeamMemory;
+      readonly port: MessagePort;
+    }
+  | {
+      readonly kind: 'help-compare';
+      readonly comparison: Comparison;
+      readonly team: TeamMemory;
       readonly port: MessagePort;
     };
 
@@ -139,15 +147,24 @@ function progressTo(port: MessagePort): (done: number, total: number) => void {
 
 function listenerOf(port: MessagePort): ConversionListener {
   const progress = progressTo(port);
-  return { progress, message: (line) => port.postMessage({ line } satisfies ConvertMessage) };
+  return { progress, message: (line) => port.postMessage({ line } satisfies TeamMessage) };
 }
 
-/** What the threads of a conversion tell the host thread. */
-export type ConvertMessage = ToolProgress | { readonly started: Conversion } | { readonly line: string };
+/** What the threads of a team tell the host thread. `started`: others may help from now on. */
+export type TeamMessage =
+  | ToolProgress
+  | { readonly started: Conversion | Comparison }
+  | { readonly line: string };
+
+/** What the thread that leads a comparison answers. */
+export interface Compared {
+  readonly comparison: Comparison;
+  readonly finding: Finding | undefined;
+}
 
 /** How often a tool says how far it is, in milliseconds. */
 const PROGRESS_MS = 50;
-/** Map entries and lines of a check go to the host thread in batches of this many. */
+/** Lines of a check go to the host thread in batches of this many. */
 const BATCH = 1024;
 /** Batches of a map that may wait for the host to take them. */
 const BATCHES_AHEAD = 16;
@@ -209,6 +226,8 @@ export class TaskRunner {
         return this.#check(task);
       case 'compare':
         return this.#compare(task);
+      case 'help-compare':
+        return new Team(task.team).help(() => this.#comparePart(task));
     }
   }
 
@@ -272,7 +291,7 @@ export class TaskRunner {
 
   #convert({ sources, target, options, team, port }: Extract<Task, { kind: 'convert' }>): boolean {
     return convertImages(this.#runtime, sources, target, options, team, this.#copyBuffer(), {
-      started: (conversion) => port.postMessage({ started: conversion } satisfies ConvertMessage),
+      started: (conversion) => port.postMessage({ started: conversion } satisfies TeamMessage),
       ...listenerOf(port),
     });
   }
@@ -344,23 +363,32 @@ export class TaskRunner {
     }
   }
 
-  #compare(task: Extract<Task, { kind: 'compare' }>): CompareResult {
-    const { paths, options, strict, port } = task;
-    const first = openImage(this.#runtime, paths[0], { ...options[0], readOnly: true });
+  /** What the lead found of a comparison; the images themselves are closed again. */
+  #compare({ paths, options, strict, team: memory, port }: Extract<Task, { kind: 'compare' }>): Compared {
+    const opened: NodeDescriptor[] = [];
+    const team = new Team(memory);
     try {
-      const second = openImage(this.#runtime, paths[1], { ...options[1], readOnly: true });
+      const [first, second] = [0, 1].map((index) => {
+        const node = openImage(this.#runtime, paths[index] ?? '', { ...options[index], readOnly: true });
+        opened.push(node);
+        return node;
+      });
+      if (first === undefined || second === undefined) throw new TypeError('two images are compared');
+      const comparison = { first, second, strict };
+      if (strict && lengthOf(first) !== lengthOf(second)) return { comparison, finding: undefined };
       try {
-        const [a, b] = [attachNode(this.#runtime, first), attachNode(this.#runtime, second)];
-        return compareNodes(this.#runtime, a, b, { strict }, progressTo(port));
-      } catch (error) {
-        // One code for everything that goes wrong once both images are open.
-        const { message, errno } = toStillframeError(error);
-        throw new StillframeError('ERR_STILLFRAME_IO', message, { cause: error, errno });
+        port.postMessage({ started: comparison } satisfies TeamMessage);
+        return { comparison, finding: this.#comparePart({ comparison, team: memory, port }) };
       } finally {
-        closeNode(this.#runtime, second);
+        team.close();
       }
     } finally {
-      closeNode(this.#runtime, first);
+      for (const node of opened) closeNode(this.#runtime, node);
     }
+  }
+
+  #comparePart(task: Omit<Extract<Task, { kind: 'help-compare' }>, 'kind'>): Finding | undefined {
+    const team = new Team(task.team);
+    return comparePart(this.#runtime, task.comparison, team, this.#copyBuffer().data, progressTo(task.port));
   }
 }
