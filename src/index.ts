@@ -14,6 +14,7 @@ export type { OnCbwError } from './block/filters/copy-before-write.js';
 export type { ImageFormat, TargetFormat } from './block/graph.js';
 export type { ImageInfo } from './block/info.js';
 export type { MapBatch, MapEntry } from './block/map-batch.js';
+export type { Measure, MeasureOptions } from './block/measure.js';
 export type { Preallocation, RepairMode, SnapshotSelector } from './block/qcow2/index.js';
 export type { RebaseOptions } from './block/rebase.js';
 export type { ResizeOptions } from './block/resize.js';

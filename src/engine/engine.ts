@@ -11,6 +11,7 @@ import type { BitmapAction } from '../block/edit-bitmap.js';
 import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
 import { MapBatch, type MapRange, type PackedMap } from '../block/map-batch.js';
+import type { Measure, MeasureOptions } from '../block/measure.js';
 import type { RepairMode, SnapshotSelector } from '../block/qcow2/index.js';
 import type { RebaseOptions } from '../block/rebase.js';
 import type { ResizeOptions } from '../block/resize.js';
@@ -202,6 +203,21 @@ export class Engine {
   /** What `qemu-img info --output=json` says, with its field names. Backing files are not opened. */
   imageInfo(path: string, options?: ImageOptions): Promise<ImageInfo> {
     return this.run({ kind: 'info', path, options: imageTask(options) });
+  }
+
+  /**
+   * How large the file of a new image will be, like `qemu-img measure`.
+   *
+   * @param measured virtual size in bytes, or the path of an image whose content is to go into it
+   */
+  measureImage(
+    measured: number | string,
+    options: MeasureOptions & { readonly source?: ImageOptions | undefined } = {},
+  ): Promise<Measure> {
+    const { source, ...how } = options;
+    const what =
+      typeof measured === 'number' ? { length: measured } : { path: measured, options: imageTask(source) };
+    return this.run({ kind: 'measure', measured: what, options: how });
   }
 
   /** The extents `qemu-img map --output=json` lists, in order, as they are found. */

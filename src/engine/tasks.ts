@@ -14,6 +14,7 @@ import { attachNode, closeNode, type OpenImageOptions, openImage } from '../bloc
 import { type ImageInfo, imageInfo } from '../block/info.js';
 import { mapFiles, mapNode } from '../block/map.js';
 import type { MapRange } from '../block/map-batch.js';
+import { type Measured, type MeasureOptions, measureImage } from '../block/measure.js';
 import type { NodeDescriptor } from '../block/node.js';
 import type { RepairMode } from '../block/qcow2/index.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
@@ -78,6 +79,7 @@ export type Task =
       readonly actions: readonly BitmapAction[];
       readonly options: Pick<ImageTask, 'format'>;
     }
+  | { readonly kind: 'measure'; readonly measured: Measured; readonly options: MeasureOptions }
   | { readonly kind: 'info'; readonly path: string; readonly options: ImageTask }
   | {
       readonly kind: 'map';
@@ -218,6 +220,8 @@ export class TaskRunner {
         return commitImage(this.#runtime, task.path, task.options, progressTo(task.port));
       case 'bitmap':
         return editBitmap(this.#runtime, task.path, task.name, task.actions, task.options);
+      case 'measure':
+        return measureImage(this.#runtime, task.measured, task.options);
       case 'info':
         return this.#info(task.path, task.options);
       case 'map':
