@@ -1,6 +1,7 @@
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
+import { constants, inflateRawSync } from 'node:zlib';
 import { describe, expect, it } from 'vitest';
 import { checkCompression } from '#src/block/compression.js';
 import { createImage } from '#src/block/create.js';
@@ -174,6 +175,22 @@ describe('compressed data', () => {
       image.close();
       if (peers) run('qemu-img', ['check', path]);
     }
+  });
+
+  it('of a cluster that the drive ends in is padded with zeroes', () => {
+    const path = join(folder, 'tail.qcow2');
+    bench.create(path, { length: 3 * CLUSTER + 512, clusterBits: 16 });
+    const image = bench.open(path, false);
+    // Old data is in the memory that clusters are filled up in.
+    bench.write(image.node, 0, Buffer.alloc(2 * CLUSTER, 1));
+    bench.writeCompressed(image.node, 2 * CLUSTER, Buffer.alloc(CLUSTER, 2));
+    bench.write(image.node, 2 * CLUSTER + 512, Buffer.alloc(512, 3));
+    bench.writeCompressed(image.node, 3 * CLUSTER, Buffer.alloc(512, 4));
+    image.close();
+    const file = Qcow2Bytes.read(path);
+    const place = Number(file.u64(file.l2() + 3 * 8) & ((1n << 54n) - 1n));
+    const cluster = inflateRawSync(file.bytes.subarray(place), { finishFlush: constants.Z_SYNC_FLUSH });
+    expect(firstDifference(cluster, Buffer.alloc(CLUSTER).fill(4, 0, 512))).toBe(-1);
   });
 
   it('does not go on in a cluster that was given up meanwhile', () => {

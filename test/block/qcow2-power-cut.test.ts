@@ -220,5 +220,42 @@ describe.skipIf(!hasPeer('qemu-img'))(
       image.close();
       run('qemu-img', ['check', path]);
     });
+
+    it.each(['plain', 'compressed'] as const)(
+      'and syncs that a %s write falls into do not make it durable without its refcounts',
+      (kind) => {
+        const path = join(folder, `during-${kind}.qcow2`);
+        bench.create(path, { length: 8 << 20, clusterBits: 16 });
+        let write: (() => void) | undefined;
+        class BusyFile extends VolatileFile {
+          override flush(): void {
+            super.flush();
+            const now = write;
+            write = undefined;
+            now?.();
+          }
+        }
+        let file: VolatileFile | undefined;
+        const image = bench.open(path, false, undefined, (plain) => {
+          file = new BusyFile(bench.runtime.arena, plain);
+          return file;
+        });
+        const put = (cluster: number): void => {
+          const bytes = Buffer.alloc(65536).fill(cluster + 1, 0, 32768);
+          if (kind === 'plain') bench.write(image.node, cluster * 65536, bytes);
+          else bench.writeCompressed(image.node, cluster * 65536, bytes);
+        };
+        for (let cluster = 0; cluster < 20; cluster++) {
+          put(cluster);
+          write = () => put(40 + cluster);
+          image.node.flush();
+          const cutPath = join(folder, 'cut.qcow2');
+          writeFileSync(cutPath, file?.durable ?? '');
+          run('qemu-img', ['check', '-q', cutPath], [0, 3]);
+        }
+        image.close();
+        run('qemu-img', ['check', path]);
+      },
+    );
   },
 );

@@ -30,6 +30,7 @@ const rounds = ['test/backup/rounds.test.ts'];
 const power = ['test/block/qcow2-power-cut.test.ts'];
 const qcow2 = ['test/block/qcow2.test.ts'];
 const contract = ['test/block/conformance.test.ts'];
+const compressed = ['test/block/qcow2-compressed.test.ts'];
 const durable = ['test/backup/durable.test.ts'];
 
 export const mutants: readonly Mutant[] = [
@@ -541,5 +542,39 @@ export const mutants: readonly Mutant[] = [
     find: `    abandonTarget(runtime, target);
     throw error;`,
     replace: '    throw error;',
+  },
+  {
+    name: 'packed-into-freed',
+    what: 'compressed data goes on in a cluster that was given up, and may be another one by now',
+    file: METADATA,
+    find: "if (Math.floor(this.#packAt / this.clusterSize) === index) this.state.set('packAt', 0);",
+    replace: '',
+    tests: compressed,
+  },
+  {
+    name: 'compressed-too-early',
+    what: 'the entry of a compressed cluster is written before what it refers to is durable',
+    file: METADATA,
+    find: `    if (this.#entryBytes === 16) view.setBigUint64(at + 8, 0n);
+    this.l2.markDirty(slot, sequence, sequence);`,
+    replace: `    if (this.#entryBytes === 16) view.setBigUint64(at + 8, 0n);
+    this.l2.markDirty(slot, sequence, 0);`,
+    tests: power,
+  },
+  {
+    name: 'packed-over-plain',
+    what: 'compressed data moves over a cluster of the buffer that is still to be written as it is',
+    file: NODE,
+    find: '        packed = at + bytes;\n',
+    replace: '',
+    tests: compressed,
+  },
+  {
+    name: 'packed-uncounted',
+    what: 'the space that compressed data did not come to use stays counted',
+    file: NODE,
+    find: 'for (const { host, length } of unused) meta.releaseBytes(host, length);',
+    replace: '',
+    tests: compressed,
   },
 ];
