@@ -162,6 +162,23 @@ describe('compressed data', () => {
     }
   });
 
+  it('fills what room is left in clusters where no more fitted in', () => {
+    const path = newImage('room.qcow2');
+    const image = bench.open(path, false);
+    const random = new Random(11);
+    const large = Buffer.alloc(CLUSTER);
+    large.set(random.noise(60_000));
+    bench.writeCompressed(image.node, 0, quarters(random, 1));
+    bench.write(image.node, 8 * CLUSTER, random.noise(CLUSTER));
+    for (const cluster of [1, 2]) bench.writeCompressed(image.node, cluster * CLUSTER, large);
+    for (const cluster of [3, 4]) bench.writeCompressed(image.node, cluster * CLUSTER, quarters(random, 1));
+    image.close();
+    const place = (entry: bigint | undefined) => ((entry ?? 0n) & ((1n << 54n) - 1n)) / BigInt(CLUSTER);
+    const [first, ...more] = compressedEntries(path).map(place);
+    expect(more.map((host) => host - (first ?? 0n))).toEqual([2n, 2n, 0n, 0n]);
+    if (peers) run('qemu-img', ['check', path]);
+  });
+
   it('is stored as it is where it does not get smaller', () => {
     for (const compressionType of [0, 1]) {
       const path = newImage(`noise-${compressionType}.qcow2`, { compressionType });

@@ -547,7 +547,7 @@ export const mutants: readonly Mutant[] = [
     name: 'packed-into-freed',
     what: 'compressed data goes on in a cluster that was given up, and may be another one by now',
     file: METADATA,
-    find: "if (Math.floor(this.#packAt / this.clusterSize) === index) this.state.set('packAt', 0);",
+    find: 'if (Math.floor(this.state.get(place) / this.clusterSize) === index) this.state.set(place, 0);',
     replace: '',
     tests: compressed,
   },

@@ -509,47 +509,61 @@ export class Metadata {
   }
 
   /**
-   * Takes space for `bytes` bytes of compressed data, less than a cluster: behind the compressed data that was placed
-   * last where there is room. Each cluster it touches counts it once.
+   * Takes space for `bytes` bytes of compressed data, less than a cluster: behind other compressed data where there is
+   * room. Each cluster it touches counts it once.
    *
-   *     | data | data | room |      the next cluster is taken along only where it lies right behind
-   *                   packAt
+   *     | data | room |  …  | data | data | room |      the next cluster is taken along only where it lies right behind
+   *            spareAt                    packAt
    *
    * @returns the offset in the file; whoever does not come to use it gives it back by {@link releaseBytes}
    * @throws StillframeError ERR_STILLFRAME_NO_SPACE, …_CORRUPT_IMAGE
    */
   allocateBytes(bytes: number): number {
-    const { state, clusterSize } = this;
-    let at = this.#packAt;
-    const room = at === 0 ? 0 : clusterSize - (at % clusterSize);
-    // A refcount that is as large as it can be: no more fits into this cluster, whatever its room.
-    if (bytes > room || !this.#countOnce(at)) {
+    const { state } = this;
+    let at = this.#packInto('spareAt', bytes) || this.#packInto('packAt', bytes);
+    if (at === 0) {
       const fresh = this.allocate(1);
+      const open = state.get('packAt');
+      const room = this.#roomAt(open);
+      const short = bytes > room;
       try {
-        const follows = bytes > room && fresh.offset === at + room && this.#packAt === at;
-        if (!follows || !this.#countOnce(at)) at = fresh.offset;
+        at = short && fresh.offset === open + room && this.#countOnce(open) ? open : fresh.offset;
       } catch (error) {
         this.release(fresh);
         throw error;
       }
+      if (at !== open && short && room > this.#roomAt(state.get('spareAt'))) state.set('spareAt', open);
+      state.set('packAt', this.#packEnd(at + bytes));
     }
-    const end = at + bytes;
-    if (end > 2 ** this.#compressedBits) {
+    if (at + bytes > 2 ** this.#compressedBits) {
       this.releaseBytes(at, bytes);
       throw this.#noSpace(`compressed data beyond ${2 ** this.#compressedBits} bytes has no address`);
     }
-    state.set('packAt', end % clusterSize === 0 ? 0 : end);
     return at;
+  }
+
+  /** Takes space in a cluster that has compressed data already; 0 where it has no room or counts no more. */
+  #packInto(place: 'packAt' | 'spareAt', bytes: number): number {
+    const at = this.state.get(place);
+    if (bytes > this.#roomAt(at) || !this.#countOnce(at)) return 0;
+    this.state.set(place, this.#packEnd(at + bytes));
+    return at;
+  }
+
+  /** Bytes from an offset to the end of its cluster; none at 0. */
+  #roomAt(offset: number): number {
+    return offset === 0 ? 0 : this.clusterSize - (offset % this.clusterSize);
+  }
+
+  /** Where more compressed data can go behind this; 0 at the end of a cluster. */
+  #packEnd(end: number): number {
+    return end % this.clusterSize === 0 ? 0 : end;
   }
 
   /** Gives space from {@link allocateBytes} back that no entry ever referred to. */
   releaseBytes(offset: number, bytes: number): void {
     const first = offset - (offset % this.clusterSize);
     this.lower({ offset: first, clusters: Math.ceil((offset + bytes - first) / this.clusterSize) });
-  }
-
-  get #packAt(): number {
-    return this.state.get('packAt');
   }
 
   /** Counts the cluster of an offset once more. False where its refcount takes no more. */
@@ -869,7 +883,9 @@ export class Metadata {
       }
       this.#refcounts.markDirty(slot, this.state.get('sequence'), 0);
       if (decrementRefcount(arena, block, within, this.#order)) {
-        if (Math.floor(this.#packAt / this.clusterSize) === index) this.state.set('packAt', 0);
+        for (const place of ['packAt', 'spareAt'] as const) {
+          if (Math.floor(this.state.get(place) / this.clusterSize) === index) this.state.set(place, 0);
+        }
         if (freeFrom < 0) freeFrom = index;
       } else {
         punch(index);

@@ -665,6 +665,8 @@ export class Qcow2Node implements BlockNode {
     let mapped = 0;
     try {
       meta.state.withLock(() => {
+        // The tables first, so that none of them comes to lie behind data that could go on there.
+        for (const { cluster } of pieces) meta.prepareL2(Math.floor(cluster / meta.l2Entries));
         for (const piece of pieces) piece.host = meta.allocateBytes(piece.length);
       });
       for (let first = 0; first < pieces.length; ) {

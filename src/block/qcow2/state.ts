@@ -88,6 +88,8 @@ const NUMBERS = [
   'generation',
   /** Where compressed data goes next: inside of a cluster that has some and room for more; 0 where none has. */
   'packAt',
+  /** As `packAt`: the cluster with the most room that was left when no more fitted in. */
+  'spareAt',
   'l1DirtyFrom',
   'l1DirtyTo',
   'l1Since',
