@@ -226,6 +226,7 @@ function backupAgain({ source, job }: Scenario, drive: Uint8Array): string | und
       format: job.format,
       force: true,
       targetClusterSize: job.targetClusterSize,
+      compress: job.compress,
       onSourceError: 'report',
       onTargetError: 'report',
       onCbwError: 'break-guest-write',

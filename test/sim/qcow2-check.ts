@@ -21,6 +21,8 @@ export function checkQcow2(bytes: Uint8Array): Qcow2Report {
     return { errors: ['it is not a qcow2 image'], leaks: 0 };
   const version = view.getUint32(4);
   const clusterSize = 2 ** view.getUint32(20);
+  /** Bits of a compressed entry that are a place in the file. */
+  const placeBits = BigInt(62 - (view.getUint32(20) - 8));
   const l1Size = view.getUint32(36);
   const l1Offset = Number(view.getBigUint64(40));
   const tableOffset = Number(view.getBigUint64(48));
@@ -65,7 +67,10 @@ export function checkQcow2(bytes: Uint8Array): Qcow2Report {
       const data = word(l2 + index * 8);
       const what = `L2 entry ${index} of L1 entry ${l1}`;
       if ((data & COMPRESSED) !== 0n) {
-        errors.push(`${what} is compressed, which the simulator never writes`);
+        if ((data & COPIED) !== 0n) errors.push(`${what} is compressed and has the copied flag`);
+        const offset = Number(data & ((1n << placeBits) - 1n));
+        const sectors = Number((data & (COMPRESSED - 1n)) >> placeBits) + 1;
+        refer(offset, sectors * 512 - (offset % 512), what);
         continue;
       }
       const offset = table(data, what);

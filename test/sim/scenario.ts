@@ -33,6 +33,8 @@ export interface Job {
   readonly sync: 'full' | 'top' | 'none';
   readonly format: 'raw' | 'qcow2';
   readonly targetClusterSize: number;
+  /** Clusters are compressed. */
+  readonly compress?: boolean;
   readonly target: 'new' | 'existing' | 'replace';
   /** Threads besides the job's own. */
   readonly helpers: number;
@@ -161,9 +163,9 @@ export function makeScenario(seed: number): Scenario {
     },
     fill,
     writers,
-    job: makeJob(random, sync),
+    job: makeJob(random, sync, seed % 3 === 1),
     ...(random.chance(0.25)
-      ? { second: { ...makeJob(random, second), target: 'new' as const, helpers: 0 } }
+      ? { second: { ...makeJob(random, second, seed % 3 === 2), target: 'new' as const, helpers: 0 } }
       : {}),
     verbs,
     host: 'keeper',
@@ -180,12 +182,14 @@ function makeEnd(random: Random, seed: number): Scenario['end'] {
   return seed % 2 === 0 ? { sync: 1 + (step % 14), by: 'power' } : { step, by };
 }
 
-function makeJob(random: Random, sync: Job['sync']): Job {
+function makeJob(random: Random, sync: Job['sync'], compress: boolean): Job {
   const policy = (): Job['onSourceError'] =>
     random.pick<Job['onSourceError']>(['report', 'report', 'ignore', 'stop', 'enospc', 'auto']);
+  const format = sync === 'full' ? random.pick<'raw' | 'qcow2'>(['raw', 'qcow2']) : 'qcow2';
   return {
     sync,
-    format: sync === 'full' ? random.pick<'raw' | 'qcow2'>(['raw', 'qcow2']) : 'qcow2',
+    format,
+    compress: compress && format === 'qcow2',
     targetClusterSize: 2 ** random.between(9, 17),
     target:
       sync === 'full' ? random.pick<Job['target']>(['new', 'new', 'new', 'existing', 'replace']) : 'new',

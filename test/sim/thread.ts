@@ -195,6 +195,7 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
         existing: job.target === 'existing',
         force: job.target === 'replace',
         targetClusterSize: job.targetClusterSize,
+        compress: job.compress,
         onSourceError: job.onSourceError,
         onTargetError: job.onTargetError,
         onCbwError: job.onCbwError,
