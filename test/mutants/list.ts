@@ -577,4 +577,13 @@ export const mutants: readonly Mutant[] = [
     replace: '',
     tests: compressed,
   },
+  {
+    name: 'raise-unwritten',
+    what: 'the refcount of a cluster that takes more compressed data is not written',
+    file: METADATA,
+    find: `    this.#refcounts.markDirty(slot, this.state.get('sequence'), 0);
+    return true;`,
+    replace: '    return true;',
+    tests: power,
+  },
 ];
