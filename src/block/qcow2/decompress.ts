@@ -1,12 +1,13 @@
 import { createRequire } from 'node:module';
 import * as zlib from 'node:zlib';
+import { zstd } from './zstd.js';
 
 /**
  * Decompression of one cluster. The input is what the file holds from the start of the compressed data on: other
  * data may follow the stream. The output is exactly one cluster; a stream with more is cut there, as QEMU does, and
  * whatever a stream claims, the memory used stays in proportion to a cluster.
  *
- * @returns the cluster, or undefined where the stream is damaged or yields less than a cluster
+ * @returns the cluster, good until the next call, or undefined where the stream is damaged or yields less than a cluster
  */
 export function decompressCluster(
   input: Uint8Array,
@@ -59,18 +60,6 @@ const ZSTD_MAGIC = 0xfd2fb528;
 /** Largest window of a frame, in bytes; a writer of clusters never needs more than a cluster. */
 const MAX_WINDOW = 8 * 1024 * 1024;
 
-type SyncDecompressor = (input: Uint8Array, options: { maxOutputLength: number }) => Uint8Array;
-
-/** Node has it from 22.15 on. */
-const native: SyncDecompressor | undefined = nativeZstd();
-
-function nativeZstd(): SyncDecompressor | undefined {
-  const candidate: unknown = Reflect.get(zlib, 'zstdDecompressSync');
-  return typeof candidate === 'function'
-    ? (input, options) => Reflect.apply(candidate, zlib, [input, options])
-    : undefined;
-}
-
 /** Loaded with the first cluster that needs it. */
 let fallback: typeof import('fzstd') | undefined;
 const require = createRequire(import.meta.url);
@@ -79,13 +68,10 @@ class Full extends Error {}
 
 function unzstd(input: Uint8Array, clusterSize: number): Uint8Array | undefined {
   const frame = zstdFrameLength(input);
-  if (native !== undefined && frame !== undefined) {
-    try {
-      const output = native(input.subarray(0, frame), { maxOutputLength: clusterSize });
-      if (output.length === clusterSize) return output;
-    } catch {
-      // More than a cluster, or damaged: the way below tells them apart.
-    }
+  if (frame !== undefined) {
+    // More than a cluster, or damaged: the way below tells them apart.
+    const content = zstd().decompress(input.subarray(0, frame), clusterSize);
+    if (content?.length === clusterSize) return content;
   }
   const output = new Uint8Array(clusterSize);
   let filled = 0;
