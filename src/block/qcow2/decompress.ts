@@ -7,7 +7,7 @@ import { zstd } from './zstd.js';
  * data may follow the stream. The output is exactly one cluster; a stream with more is cut there, as QEMU does, and
  * whatever a stream claims, the memory used stays in proportion to a cluster.
  *
- * @returns the cluster, good until the next call, or undefined where the stream is damaged or yields less than a cluster
+ * @returns the cluster, or undefined where the stream is damaged or yields less than a cluster
  */
 export function decompressCluster(
   input: Uint8Array,
@@ -71,7 +71,7 @@ function unzstd(input: Uint8Array, clusterSize: number): Uint8Array | undefined 
   if (frame !== undefined) {
     // More than a cluster, or damaged: the way below tells them apart.
     const content = zstd().decompress(input.subarray(0, frame), clusterSize);
-    if (content?.length === clusterSize) return content;
+    if (content?.length === clusterSize) return content.slice();
   }
   const output = new Uint8Array(clusterSize);
   let filled = 0;
