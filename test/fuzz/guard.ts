@@ -3,6 +3,7 @@ import { syncBuiltinESMExports } from 'node:module';
 import { resolve } from 'node:path';
 import { setFlagsFromString } from 'node:v8';
 import { runInNewContext } from 'node:vm';
+import { zstd } from '#src/block/qcow2/zstd.js';
 import type { Arena } from '#src/kernels/arena.js';
 
 setFlagsFromString('--expose-gc');
@@ -33,6 +34,8 @@ export class Guard {
     this.#arena = arena;
     this.#allowed = allowed;
     this.#used = arena.usedBytes;
+    // It reads its own code when it is first needed.
+    zstd();
     this.#watchFiles();
     this.#watchArena();
   }
