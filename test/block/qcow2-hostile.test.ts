@@ -471,15 +471,18 @@ describe('hostile tables', () => {
   const content = new Random(8).noise(2 << 20);
   const cluster = 4096;
 
-  function filled(options: { version?: 2 | 3 } = {}): Qcow2Bytes {
+  function filled(options: { version?: 2 | 3; length?: number } = {}): Qcow2Bytes {
     bench.create(bad, { length: 2 << 20, clusterBits: 12, ...options });
     const open = bench.open(bad, false);
-    bench.write(open.node, 0, content);
+    for (let offset = 0; offset < open.node.length; offset += content.length) {
+      bench.write(open.node, offset, content);
+    }
     open.close();
     return Qcow2Bytes.read(bad);
   }
   const plain = filled();
   const version2 = filled({ version: 2 });
+  const twoTables = filled({ length: 4 << 20 });
 
   function expectRestReadable(): void {
     const open = bench.open(bad, true);
@@ -552,6 +555,61 @@ describe('hostile tables', () => {
     expect(bench.read(open.node, 0, cluster).every((byte) => byte === 0)).toBe(true);
     open.close();
     expectRestReadable();
+  });
+
+  it.each<[string, (image: Qcow2Bytes) => void, RegExp]>([
+    [
+      'two L1 entries',
+      (image) => image.put64(image.l1 + 8, image.u64(image.l1)),
+      /L1 entry 0 \(at offset \d+\) and L1 entry 1 \(at offset \d+\) both refer to the cluster at offset \d+/,
+    ],
+    [
+      'an L1 entry and a refcount table entry',
+      (image) => image.put64(image.l1 + 8, COPIED | BigInt(image.refcountBlock())),
+      /L1 entry 1 .* and refcount table entry 0 .* both refer to the cluster/,
+    ],
+    [
+      'two refcount table entries',
+      (image) => image.put64(image.refcountTable + 8, image.u64(image.refcountTable)),
+      /refcount table entry 0 .* and refcount table entry 1 .* both refer to the cluster/,
+    ],
+  ])('%s for one cluster: it is not opened for writing', (_, change, words) => {
+    const image = twoTables.copy();
+    change(image);
+    image.save(bad);
+    expect(errorOf(() => use(false, () => undefined))).toEqual(refusal(CORRUPT, `'${bad}'`, words));
+    bench.open(bad, true).close();
+  });
+
+  it('data that lies on tables of snapshots is neither written nor given up', () => {
+    const image = plain.copy();
+    const l1 = image.append(Buffer.alloc(cluster));
+    const entry = snapshotEntry({ l1Offset: l1, l1Size: 2 });
+    const table = image.append(entry);
+    image.put32(HEADER.snapshotCount, 1).put64(HEADER.snapshotsOffset, table);
+    for (const place of [l1, table]) {
+      const damaged = image.copy();
+      damaged.put64(image.l2(), COPIED | BigInt(place));
+      const before = damaged.bytes.subarray(place, place + cluster);
+      for (const change of [
+        (open: OpenImage) => bench.write(open.node, 0, content.subarray(0, 512)),
+        (open: OpenImage) => {
+          open.node.discard(0, cluster);
+          open.node.flush();
+          open.node.flush();
+        },
+      ]) {
+        damaged.save(bad);
+        expect(errorOf(() => use(false, change))).toEqual(
+          refusal(CORRUPT, `offset ${place} is in a table of the snapshots`),
+        );
+        expect(
+          Qcow2Bytes.read(bad)
+            .bytes.subarray(place, place + cluster)
+            .equals(before),
+        ).toBe(true);
+      }
+    }
   });
 
   it('data that lies on metadata is never written', () => {

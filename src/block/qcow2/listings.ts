@@ -89,15 +89,27 @@ class TableReader {
   }
 }
 
+/** A snapshot table: its entries in their order, and where it is in the file. */
+export interface SnapshotTable {
+  readonly snapshots: readonly Snapshot[];
+  /** Bytes. */
+  readonly offset: number;
+  readonly length: number;
+}
+
+/** The internal snapshots of an image. @throws StillframeError what {@link readSnapshotTable} throws */
+export function readSnapshots(runtime: Runtime, file: FileNode, header: Qcow2Header): readonly Snapshot[] {
+  return readSnapshotTable(runtime, file, header).snapshots;
+}
+
 /**
- * The internal snapshots of an image, in the order of its table.
- *
  * Source: the qcow2 specification, section "Snapshots".
  *
  * @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE, …_IO
  */
-export function readSnapshots(runtime: Runtime, file: FileNode, header: Qcow2Header): Snapshot[] {
-  const table = new TableReader(runtime, file, 'snapshot table', header.snapshotsOffset, MAX_TABLE_BYTES);
+export function readSnapshotTable(runtime: Runtime, file: FileNode, header: Qcow2Header): SnapshotTable {
+  const offset = header.snapshotsOffset;
+  const table = new TableReader(runtime, file, 'snapshot table', offset, MAX_TABLE_BYTES);
   const snapshots: Snapshot[] = [];
   for (let index = 0; index < header.snapshotCount; index++) {
     const fixed = table.take(SNAPSHOT_BYTES);
@@ -128,7 +140,7 @@ export function readSnapshots(runtime: Runtime, file: FileNode, header: Qcow2Hea
       length: extraBytes >= 16 ? Number(extra.getBigUint64(8)) : header.length,
     });
   }
-  return snapshots;
+  return { snapshots, offset, length: table.offset - offset };
 }
 
 /**

@@ -4,6 +4,7 @@ import type { Qcow2Descriptor } from '../node.js';
 import type { FileNode } from '../raw/file.js';
 import { beginRecording } from './bitmaps.js';
 import { FIELD, INCOMPATIBLE_CORRUPT, SUBCLUSTERS } from './header.js';
+import { checkNoneShared, overlapsPlace, type Places } from './places.js';
 import {
   decrementRefcount,
   fillRefcounts,
@@ -76,6 +77,7 @@ export class Metadata {
   readonly #perSlice: number;
   readonly #l1: number;
   readonly #table: number;
+  readonly #places: Places;
 
   /** @param dataFile where the guest's data is, undefined: in `file` */
   constructor(runtime: Runtime, descriptor: Qcow2Descriptor, file: FileNode, dataFile: FileNode | undefined) {
@@ -97,6 +99,8 @@ export class Metadata {
     this.#perSlice = (state.get('sliceBytes') * 8) / descriptor.refcountBits;
     this.#l1 = state.get('l1');
     this.#table = state.get('refcountTable');
+    const places = state.get('places') / 8;
+    this.#places = runtime.arena.f64.subarray(places, places + state.get('placesCount'));
     this.l2 = new SliceCache(state, file, state.get('l2Cache'), state.get('l2Slots'), () =>
       this.#makeDurable(true),
     );
@@ -122,7 +126,13 @@ export class Metadata {
     this.#file.read(state.get('l1Offset'), this.#l1, state.get('l1Entries') * 8);
     if (readOnly) return;
     this.#refcounts.initialise();
-    this.#file.read(state.get('refcountTableOffset'), this.#table, state.get('refcountTableEntries') * 8);
+    const [offset, entries] = [state.get('refcountTableOffset'), state.get('refcountTableEntries')];
+    this.#file.read(offset, this.#table, entries * 8);
+    const l1 = { pointer: this.#l1, entries: state.get('l1Entries'), offset: state.get('l1Offset') };
+    checkNoneShared(this.#runtime.arena, this.#path, [
+      { what: 'L1 entry', ...l1 },
+      { what: 'refcount table entry', pointer: this.#table, entries, offset },
+    ]);
   }
 
   // ---- L1 and L2 ----------------------------------------------------------------------------------------------
@@ -135,7 +145,7 @@ export class Metadata {
     if (high === 0 && low === 0) return 0;
     if ((high & 0x7f000000) !== 0 || (low & 0x1ff) !== 0) {
       throw this.corrupt(
-        `L1 entry ${l1Index} has reserved bits set (0x${this.#l1Entry(l1Index).toString(16)})`,
+        `${this.#l1Name(l1Index)} has reserved bits set (0x${this.#l1Entry(l1Index).toString(16)})`,
       );
     }
     return (high & 0x00ffffff) * 0x100000000 + low;
@@ -315,6 +325,11 @@ export class Metadata {
     return this.#runtime.arena.view.getBigUint64(this.#l1 + l1Index * 8);
   }
 
+  /** An L1 entry in an error. */
+  #l1Name(l1Index: number): string {
+    return `L1 entry ${l1Index} (at offset ${this.state.get('l1Offset') + l1Index * 8})`;
+  }
+
   #loadL2(l1Index: number, table: number, l2Index: number): number {
     const { sliceBytes } = this.l2;
     const offset = table + Math.floor(l2Index / this.sliceEntries) * sliceBytes;
@@ -328,7 +343,7 @@ export class Metadata {
     const problem = this.#tableProblem(table);
     if (problem !== undefined) {
       throw this.corrupt(
-        `L1 entry ${l1Index} says that its L2 table is at offset ${table}, which ${problem}`,
+        `${this.#l1Name(l1Index)} says that its L2 table is at offset ${table}, which ${problem}`,
       );
     }
   }
@@ -348,8 +363,7 @@ export class Metadata {
     if (overlaps(state.get('l1Offset'), state.get('l1Entries') * 8)) return 'is in the L1 table';
     const tableBytes = state.get('refcountTableEntries') * 8;
     if (overlaps(state.get('refcountTableOffset'), tableBytes)) return 'is in the refcount table';
-    const snapshots = state.get('snapshotsOffset');
-    if (snapshots !== 0 && overlaps(snapshots, this.clusterSize)) return 'is in the snapshot table';
+    if (overlapsPlace(this.#places, offset, offset + length)) return 'is in a table of the snapshots';
     const bitmaps = state.get('bitmapsBytes');
     if (bitmaps !== 0 && overlaps(state.get('bitmapsOffset'), bitmaps)) return 'is in the bitmap directory';
     return undefined;
@@ -633,9 +647,14 @@ export class Metadata {
     const entry = this.#runtime.arena.view.getBigUint64(this.#table + block * 8);
     if (entry === 0n) return 0;
     if ((entry & REFCOUNT_TABLE_RESERVED_MASK) !== 0n || entry > BigInt(Number.MAX_SAFE_INTEGER)) {
-      throw this.corrupt(`refcount table entry ${block} has reserved bits set (0x${entry.toString(16)})`);
+      throw this.corrupt(`${this.#blockName(block)} has reserved bits set (0x${entry.toString(16)})`);
     }
     return Number(entry);
+  }
+
+  /** A refcount table entry in an error. */
+  #blockName(block: number): string {
+    return `refcount table entry ${block} (at offset ${this.state.get('refcountTableOffset') + block * 8})`;
   }
 
   /** The slot with the refcount of a cluster, whose block must exist. */
@@ -651,7 +670,7 @@ export class Metadata {
     const problem = table === 0 ? 'has no refcount block' : this.#tableProblem(table);
     if (problem !== undefined) {
       throw this.corrupt(
-        `refcount table entry ${block}, for the cluster at offset ${index * this.clusterSize}, says offset ${table}, which ${problem}`,
+        `${this.#blockName(block)}, for the cluster at offset ${index * this.clusterSize}, says offset ${table}, which ${problem}`,
       );
     }
     return this.#refcounts.load(offset);
@@ -841,7 +860,7 @@ export class Metadata {
         let failure: unknown;
         for (let index = 0; index < batch.length; index += FREE_ENTRY / 8) {
           try {
-            this.lower({ offset: batch[index] ?? 0, clusters: batch[index + 1] ?? 0 });
+            this.#giveUp({ offset: batch[index] ?? 0, clusters: batch[index + 1] ?? 0 });
           } catch (error) {
             failure ??= error;
           }
@@ -854,6 +873,15 @@ export class Metadata {
         return;
       }
     }
+  }
+
+  /** Lowers what L1 and L2 entries of the image referred to, which may be anything. */
+  #giveUp(run: HostRun): void {
+    const problem = this.overlap(run.offset, run.clusters * this.clusterSize);
+    if (problem !== undefined) {
+      throw this.corrupt(`what was in use at offset ${run.offset} ${problem}; it was not given up`);
+    }
+    this.lower(run);
   }
 
   /** Takes one off the refcount of every cluster of the run; those that become free lose their space in the file. */

@@ -7,9 +7,10 @@ import { bitmapsOf, openBitmaps, storeBitmaps } from './bitmaps.js';
 import { repairDirty } from './check/check.js';
 import { type Qcow2Header, readHeader } from './header.js';
 import { type BackingReference, rewriteBacking } from './header-write.js';
-import { headerOfSnapshot, type SnapshotSelector } from './listings.js';
+import { headerOfSnapshot, readSnapshotTable, type SnapshotSelector } from './listings.js';
 import { Metadata } from './metadata.js';
 import { Qcow2Node } from './node.js';
+import { placesOfSnapshots } from './places.js';
 import { allocateState } from './state.js';
 
 /**
@@ -27,7 +28,8 @@ import { allocateState } from './state.js';
  * @param backing the open backing node; undefined although the header names one: unallocated ranges read as zeroes,
  *   but are still told apart from zeroes, and writes of parts of unallocated clusters are refused
  * @throws StillframeError what {@link readHeader} throws; ERR_STILLFRAME_CORRUPT_IMAGE where an image that is marked
- *   corrupt, or that has more than wrong refcounts after it was not closed cleanly, is opened for writing
+ *   corrupt, that has more than wrong refcounts after it was not closed cleanly, or whose tables refer to one cluster
+ *   twice, is opened for writing
  */
 export function openQcow2(
   runtime: Runtime,
@@ -53,7 +55,11 @@ export function openQcow2(
   const seen =
     options.snapshot === undefined ? current : headerOfSnapshot(runtime, node, current, options.snapshot);
   const header = { ...seen, ...options.layout };
-  const control = allocateState(runtime, file.path, header, node.length, readOnly);
+  const places =
+    readOnly || header.snapshotCount === 0
+      ? new Float64Array()
+      : placesOfSnapshots(readSnapshotTable(runtime, node, header));
+  const control = allocateState(runtime, file.path, header, node.length, readOnly, places);
   const descriptor: Qcow2Descriptor = {
     driver: 'qcow2',
     path: file.path,

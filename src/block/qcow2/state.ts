@@ -8,6 +8,7 @@ import {
   MAX_REFCOUNT_TABLE_BYTES,
   type Qcow2Header,
 } from './header.js';
+import type { Places } from './places.js';
 import { cacheBytes } from './slice-cache.js';
 
 /**
@@ -62,7 +63,9 @@ const NUMBERS = [
   'zeroBytes',
   /** Length of the file when it was opened: what lies behind was allocated by us. */
   'openLength',
-  'snapshotsOffset',
+  /** Places of snapshots' metadata, see places.ts: pointer, and how many numbers. */
+  'places',
+  'placesCount',
   'refcountTable',
   'refcountTableCapacity',
   /** The header names a backing file, opened or not: unallocated is not zero. */
@@ -120,13 +123,18 @@ export function sliceBytesOf(clusterSize: number): number {
   return Math.min(clusterSize, SLICE_BYTES);
 }
 
-/** Allocates the state and fills its constants. Tables are not read yet. */
+/**
+ * Allocates the state and fills its constants. Tables are not read yet.
+ *
+ * @param places what belongs to snapshots; only a writable image needs to know
+ */
 export function allocateState(
   runtime: Runtime,
   path: string,
   header: Qcow2Header,
   fileLength: number,
   readOnly: boolean,
+  places: Places,
 ): number {
   const { arena } = runtime;
   const { clusterSize } = header;
@@ -155,6 +163,7 @@ export function allocateState(
   const zeroBytes = Math.min(clusterSize, metaBytes);
   const zeroes = place(zeroBytes);
   const scratch = place(scratchBytes * scratchCount);
+  const placesAt = place(places.byteLength);
 
   // Bitmaps without the bit are out of date, and the bit without bitmaps means nothing.
   const autoclearKept =
@@ -182,7 +191,8 @@ export function allocateState(
     zeroes: control + zeroes,
     zeroBytes,
     openLength: fileLength,
-    snapshotsOffset: header.snapshotsOffset,
+    places: control + placesAt,
+    placesCount: places.length,
     autoclear: header.autoclearFeatures === autoclearKept ? 0 : 1,
     autoclearKept: Number(autoclearKept),
     refcountTable: control + refcountTable,
@@ -195,6 +205,7 @@ export function allocateState(
     firstFree: 1,
   };
   for (const name of NUMBERS) state.set(name, constants[name] ?? 0);
+  arena.f64.set(places, (control + placesAt) / 8);
   return control;
 }
 
