@@ -16,9 +16,12 @@ import {
   closeNode,
   fileIdentity,
   filesOf,
+  imagePath,
+  isStorage,
   openImage,
   type TargetFormat,
 } from '../block/graph.js';
+import { isNbdName } from '../block/nbd/index.js';
 import type { BlockNode, NodeDescriptor } from '../block/node.js';
 import { createQcow2, openQcow2 } from '../block/qcow2/index.js';
 import { attachFile, closeFile, openFile } from '../block/raw/file.js';
@@ -33,10 +36,13 @@ export type CompressionType = 'zlib' | 'zstd';
 
 /** What a backup's target is to be. */
 export interface TargetOptions {
-  /** Path of the image to make (or, with `existing`, to write into). */
+  /**
+   * Path of the image to make (or, with `existing`, to write into), or name of an NBD export, which is always written
+   * into.
+   */
   readonly target: string;
   readonly sync: SyncMode;
-  /** Format of the target; default: the source's, or the existing target's own when that is qcow2. */
+  /** Format of the target; default: the source's, the existing target's own when that is qcow2, raw for an export. */
   readonly format?: TargetFormat | undefined;
   /** Write into the image that is there (QMP `mode: existing`) instead of making a new one. Default false. */
   readonly existing?: boolean | undefined;
@@ -93,7 +99,7 @@ export function openTarget(runtime: Runtime, source: NodeDescriptor, options: Ta
       `sync mode 'none' makes the source the target's backing file, and a backing file is read as it is now, not as it is in a snapshot; use sync mode 'full' or 'top'`,
     );
   }
-  const path = resolve(options.target);
+  const path = imagePath(options.target);
   const sources = filesOf(source);
   const identity = fileIdentity(path);
   const same = sources.find((file) => file.identity === identity);
@@ -105,13 +111,16 @@ export function openTarget(runtime: Runtime, source: NodeDescriptor, options: Ta
       }; choose another target`,
     );
   }
+  // An export cannot be made: it is there, and it is written in place.
+  if (isNbdName(path))
+    return openExisting(runtime, source, path, { ...options, format: options.format ?? 'raw' });
   return options.existing === true
     ? openExisting(runtime, source, path, options)
     : createTarget(runtime, source, path, identity !== undefined, options);
 }
 
 function lengthOf(descriptor: NodeDescriptor): number {
-  if (descriptor.driver === 'file') throw new TypeError('a file is not an image');
+  if (isStorage(descriptor)) throw new TypeError('a file is not an image');
   return descriptor.length;
 }
 

@@ -7,6 +7,7 @@ import {
   closeNode,
   fileIdentity,
   type ImageFormat,
+  isStorage,
   namedBacking,
   openImage,
 } from './graph.js';
@@ -112,7 +113,7 @@ function openTarget(
 }
 
 function lengthOf(descriptor: NodeDescriptor | undefined): number {
-  return descriptor === undefined || descriptor.driver === 'file' ? 0 : descriptor.length;
+  return descriptor === undefined || isStorage(descriptor) ? 0 : descriptor.length;
 }
 
 /** What the layers above the base say of a range: the layer that has it, `zero`, or nothing. */

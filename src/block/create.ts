@@ -6,6 +6,7 @@ import {
   closeNode,
   fileIdentity,
   type ImageFormat,
+  isStorage,
   openImage,
   resolveBackingName,
   type TargetFormat,
@@ -229,7 +230,7 @@ function lookAtBacking(runtime: Runtime, path: string, options: CreateImageOptio
     backing: false,
   });
   try {
-    if (backing.driver === 'file') throw new TypeError('a file is not an image');
+    if (isStorage(backing)) throw new TypeError('a file is not an image');
     return backing.length;
   } finally {
     closeNode(runtime, backing);

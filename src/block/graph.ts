@@ -12,6 +12,7 @@ import {
   PROBE_BYTES,
   probeForeign,
 } from './foreign/index.js';
+import { isNbdName, nbdIdentity, openNbd, parseNbdName } from './nbd/index.js';
 import type {
   BlockNode,
   FileDescriptor,
@@ -19,6 +20,7 @@ import type {
   ForeignName,
   NodeDescriptor,
   Qcow2Descriptor,
+  StorageDescriptor,
 } from './node.js';
 import {
   attachQcow2,
@@ -75,14 +77,21 @@ export interface OpenImageOptions {
 /**
  * Opens an image and its backing chain.
  *
+ * @param name a path, or the name of an NBD export (see `parseNbdName`)
  * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_LOCKED, …_FORMAT (a writable image of
  *   unknown format: probing what a guest can write is unsafe), …_CORRUPT_IMAGE, …_UNSUPPORTED_FEATURE and
  *   for the chain …_BACKING_FORBIDDEN, …_BACKING_MISSING, …_BACKING_CYCLE, …_BACKING_DEPTH
  */
-export function openImage(runtime: Runtime, path: string, options: OpenImageOptions): NodeDescriptor {
-  const folders = allowedFolders(resolve(path), options.backing === false ? undefined : options.backing);
+export function openImage(runtime: Runtime, name: string, options: OpenImageOptions): NodeDescriptor {
+  const path = imagePath(name);
+  const folders = allowedFolders(path, options.backing === false ? undefined : options.backing);
   const chain: Chain = { folders, devices: Array.isArray(options.backing), files: [], depth: 0 };
-  return openLayer(runtime, resolve(path), options, chain);
+  return openLayer(runtime, path, options, chain);
+}
+
+/** An image name as descriptors have it: an absolute path, or the name of an NBD export as it is. */
+export function imagePath(name: string): string {
+  return isNbdName(name) ? name : resolve(name);
 }
 
 /** What the layers of one chain have in common while they are opened. */
@@ -92,7 +101,7 @@ interface Chain {
   /** Headers may open devices there. */
   readonly devices: boolean;
   /** Files that are open. */
-  readonly files: FileDescriptor[];
+  readonly files: StorageDescriptor[];
   /** Images that are open, or are being opened. */
   depth: number;
 }
@@ -108,7 +117,9 @@ function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, ch
   }
   const lock = options.lock ?? (options.readOnly ? 'read' : 'write');
   const { readOnly, writeBehind } = options;
-  const file = openFile(runtime, path, { readOnly, lock, writeBehind });
+  const file = isNbdName(path)
+    ? openNbd(runtime, path, { readOnly })
+    : openFile(runtime, path, { readOnly, lock, writeBehind });
   let backing: NodeDescriptor | undefined;
   let dataFile: FileDescriptor | undefined;
   try {
@@ -178,7 +189,7 @@ function openBacking(
 /** Opens an image of a format that is only read: its header, its extents and its parent. */
 function openForeignLayer(
   runtime: Runtime,
-  file: FileDescriptor,
+  file: StorageDescriptor,
   format: ForeignName,
   options: OpenImageOptions,
   chain: Chain,
@@ -265,8 +276,9 @@ function openNamedFile(
   return file;
 }
 
-/** Identity of the file a path leads to, links followed; undefined where there is none. */
+/** Identity of the file a path leads to, links followed; undefined where there is none. That of an NBD export is its name. */
 export function fileIdentity(path: string): string | undefined {
+  if (isNbdName(path)) return nbdIdentity(parseNbdName(path));
   const stat = statFile(path);
   return stat && identityOf(stat);
 }
@@ -297,7 +309,7 @@ function realpathOrSelf(path: string): string {
 
 /** The folders from which the headers of an image's chain may open files; default: the image's own. */
 export function allowedFolders(path: string, folders: readonly string[] | undefined): readonly string[] {
-  const list = folders ?? [dirname(path), dirname(realpathOrSelf(path))];
+  const list = folders ?? (isNbdName(path) ? [] : [dirname(path), dirname(realpathOrSelf(path))]);
   return list.map((folder) => realpathOrSelf(resolve(folder)));
 }
 
@@ -343,6 +355,12 @@ function pathFromHeader(imagePath: string, what: string, name: string, folders: 
       `'${imagePath}' names a ${what} '${name}' that is not valid UTF-8; rename the file and correct the name with 'qemu-img rebase -u'`,
     );
   }
+  if (isNbdName(imagePath) && !isAbsolute(name)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_FORBIDDEN',
+      `'${imagePath}' names the ${what} '${name}' relative to its own folder, and an NBD export is in none; serve the drive with its backing file instead`,
+    );
+  }
   const path = resolveBackingName(imagePath, name);
   let real: string;
   try {
@@ -371,6 +389,7 @@ function pathFromHeader(imagePath: string, what: string, name: string, folders: 
 export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockNode {
   switch (descriptor.driver) {
     case 'file':
+    case 'nbd':
       return attachFile(runtime, descriptor);
     case 'raw':
       return attachRaw(runtime, descriptor, attachFile(runtime, descriptor.file));
@@ -392,7 +411,7 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockN
  * back even when the flush fails; the first error is thrown then.
  */
 export function closeNode(runtime: Runtime, descriptor: NodeDescriptor): void {
-  if (descriptor.driver === 'file') {
+  if (isStorage(descriptor)) {
     closeFile(runtime, descriptor);
     return;
   }
@@ -404,12 +423,17 @@ export function closeNode(runtime: Runtime, descriptor: NodeDescriptor): void {
 }
 
 /** Closes the files of a node and its chain, where its state is gone already. */
-export function closeFiles(runtime: Runtime, descriptor: Exclude<NodeDescriptor, FileDescriptor>): void {
+export function closeFiles(runtime: Runtime, descriptor: Exclude<NodeDescriptor, StorageDescriptor>): void {
   const backing = backingOf(descriptor);
   closeAll([
     ...ownFilesOf(descriptor).map((file) => () => closeFile(runtime, file)),
     ...(backing === undefined ? [] : [closeNode.bind(undefined, runtime, backing)]),
   ]);
+}
+
+/** Whether a node is what images lie on, and no image. */
+export function isStorage(descriptor: NodeDescriptor): descriptor is StorageDescriptor {
+  return descriptor.driver === 'file' || descriptor.driver === 'nbd';
 }
 
 /** Runs all of them; the first error is thrown then. */
@@ -426,7 +450,7 @@ function closeAll(closings: readonly (() => void)[]): void {
 }
 
 /** The files of one layer: the image's own one first. */
-function ownFilesOf(descriptor: Exclude<NodeDescriptor, FileDescriptor>): FileDescriptor[] {
+function ownFilesOf(descriptor: Exclude<NodeDescriptor, StorageDescriptor>): StorageDescriptor[] {
   switch (descriptor.driver) {
     case 'raw':
       return [descriptor.file];
@@ -437,13 +461,13 @@ function ownFilesOf(descriptor: Exclude<NodeDescriptor, FileDescriptor>): FileDe
   }
 }
 
-function backingOf(descriptor: Exclude<NodeDescriptor, FileDescriptor>): NodeDescriptor | undefined {
+function backingOf(descriptor: Exclude<NodeDescriptor, StorageDescriptor>): NodeDescriptor | undefined {
   return descriptor.driver === 'raw' ? undefined : descriptor.backing;
 }
 
 /** The files of a node's chain, top first. */
-export function filesOf(descriptor: NodeDescriptor): FileDescriptor[] {
-  if (descriptor.driver === 'file') return [descriptor];
+export function filesOf(descriptor: NodeDescriptor): StorageDescriptor[] {
+  if (isStorage(descriptor)) return [descriptor];
   const backing = backingOf(descriptor);
   return [...ownFilesOf(descriptor), ...(backing === undefined ? [] : filesOf(backing))];
 }

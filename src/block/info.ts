@@ -1,7 +1,6 @@
-import { fstatSync } from 'node:fs';
 import type { Runtime } from '../kernels/runtime.js';
-import { combineNames, type ImageFormat } from './graph.js';
-import type { FileDescriptor, ForeignDescriptor, NodeDescriptor, Qcow2Descriptor } from './node.js';
+import { combineNames, type ImageFormat, isStorage } from './graph.js';
+import type { ForeignDescriptor, NodeDescriptor, Qcow2Descriptor, StorageDescriptor } from './node.js';
 import { type BitmapInfo, readBitmaps, readHeader, readSnapshots, type SnapshotInfo } from './qcow2/index.js';
 import { attachFile } from './raw/file.js';
 
@@ -13,8 +12,8 @@ export interface ImageInfo {
   /** The name the caller gave. */
   readonly filename: string;
   readonly format: ImageFormat;
-  /** Space the file takes on its file system. */
-  readonly 'actual-size': number;
+  /** Space the file takes on its file system; absent where nobody can say. */
+  readonly 'actual-size'?: number;
   readonly 'cluster-size'?: number;
   /** Absent where extents of different kinds make up the image. */
   readonly 'dirty-flag'?: boolean;
@@ -64,14 +63,17 @@ export interface VmdkExtentInfo {
  * @param filename the name the caller gave, for the answer and as the place relative backing names start from
  */
 export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename: string): ImageInfo {
-  if (descriptor.driver === 'file') throw new TypeError('a file is not an image');
+  if (isStorage(descriptor)) throw new TypeError('a file is not an image');
+  const allocated = allocatedBytes(runtime, descriptor);
   const common = {
     'virtual-size': descriptor.length,
     filename,
     format: descriptor.driver,
-    'actual-size': allocatedBytes(descriptor),
+    ...(allocated === undefined ? {} : { 'actual-size': allocated }),
   };
-  if (descriptor.driver === 'raw') return { ...common, 'dirty-flag': false };
+  if (descriptor.driver === 'raw') {
+    return descriptor.file.driver === 'nbd' ? common : { ...common, 'dirty-flag': false };
+  }
   if (descriptor.driver !== 'qcow2') return { ...common, ...foreignInfo(descriptor, filename) };
   const file = attachFile(runtime, descriptor.file);
   const header = readHeader(runtime, file);
@@ -100,9 +102,18 @@ export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename
 }
 
 /** Space that the image takes, its backing files left out. */
-function allocatedBytes(descriptor: Exclude<NodeDescriptor, FileDescriptor>): number {
+function allocatedBytes(
+  runtime: Runtime,
+  descriptor: Exclude<NodeDescriptor, StorageDescriptor>,
+): number | undefined {
   const files = 'extents' in descriptor ? [descriptor.file, ...descriptor.extents] : [descriptor.file];
-  return files.reduce((sum, { fd }) => sum + fstatSync(fd).blocks * 512, 0);
+  let sum = 0;
+  for (const file of files) {
+    const bytes = attachFile(runtime, file).allocatedBytes();
+    if (bytes === undefined) return undefined;
+    sum += bytes;
+  }
+  return sum;
 }
 
 function foreignInfo(descriptor: ForeignDescriptor, filename: string): Partial<ImageInfo> {

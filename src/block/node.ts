@@ -2,6 +2,7 @@ import type { VdiLayout } from './foreign/vdi.js';
 import type { VhdxLayout } from './foreign/vhdx.js';
 import type { VmdkLayout } from './foreign/vmdk.js';
 import type { VpcLayout } from './foreign/vpc.js';
+import type { NbdTarget } from './nbd/uri.js';
 
 /**
  * The contract of a node of the block graph.
@@ -97,7 +98,7 @@ export interface Extent {
 
 /** State shared by all drivers' descriptors. */
 interface DescriptorBase {
-  /** Absolute path of the file. */
+  /** Absolute path of the file, or the name of an NBD export as it was given. */
   readonly path: string;
   readonly readOnly: boolean;
 }
@@ -116,17 +117,61 @@ export interface FileDescriptor extends DescriptorBase {
   readonly writeBehind: boolean;
 }
 
+/** An export of an NBD server: the bottom of a graph, as a file is. Its length never changes. */
+export interface NbdDescriptor extends DescriptorBase {
+  readonly driver: 'nbd';
+  /** What `path`, the name that the caller gave, means. */
+  readonly target: NbdTarget;
+  /** Bytes. */
+  readonly length: number;
+  /** What the server wants offsets and lengths of reads and writes to be multiples of; a power of two. */
+  readonly minBlock: number;
+  /** Most bytes of one read or write; a multiple of `minBlock`. */
+  readonly maxBlock: number;
+  /** Transmission flags of the export: `EXPORT` in `nbd/wire.ts`. */
+  readonly flags: number;
+  /** Whether the server has each of the contexts that were asked for, the status of allocation first. */
+  readonly contexts: readonly boolean[];
+  /** Arena pointer to the shared state: see `nbd/connections.ts`. */
+  readonly control: number;
+  /** The same for every name of one export. */
+  readonly identity: string;
+}
+
+/** What images lie on: a file, a device or an NBD export. */
+export type StorageDescriptor = FileDescriptor | NbdDescriptor;
+
+/**
+ * What an image lies on. Reads beyond the end give zeroes. Only a file can be made longer or shorter; devices and
+ * exports refuse it with ERR_STILLFRAME_NO_SPACE.
+ */
+export interface FileNode extends BlockNode {
+  readonly descriptor: StorageDescriptor;
+  /** It is a device or an export: its length cannot be changed. */
+  readonly fixedLength: boolean;
+  /** As {@link BlockNode.read}, into memory of this thread. */
+  readBytes(offset: number, bytes: Uint8Array): void;
+  /** Takes the space of a range that reads as zeroes: `falloc` from the file system, `full` by writing zeroes. */
+  preallocate(offset: number, length: number, mode: 'falloc' | 'full'): void;
+  /** Makes the file `length` bytes long. */
+  truncate(length: number): void;
+  /** Makes the file at least `length` bytes long. */
+  extend(length: number): void;
+  /** Bytes of space that the file takes; undefined where nobody can say. */
+  allocatedBytes(): number | undefined;
+}
+
 /** A raw image: the bytes of its file, padded with zeroes to 512. */
 export interface RawDescriptor extends DescriptorBase {
   readonly driver: 'raw';
-  readonly file: FileDescriptor;
+  readonly file: StorageDescriptor;
   /** Virtual size in bytes. */
   readonly length: number;
 }
 
 export interface Qcow2Descriptor extends DescriptorBase {
   readonly driver: 'qcow2';
-  readonly file: FileDescriptor;
+  readonly file: StorageDescriptor;
   readonly backing: NodeDescriptor | undefined;
   readonly length: number;
   readonly clusterBits: number;
@@ -163,9 +208,9 @@ export type ForeignName = 'vmdk' | 'vhdx' | 'vpc' | 'vdi';
 /** An image of a format that is read and not written. */
 export interface ForeignDescriptor extends DescriptorBase {
   readonly driver: ForeignName;
-  readonly file: FileDescriptor;
+  readonly file: StorageDescriptor;
   /** Further files, in the order in which the layout counts them from 1 on. */
-  readonly extents: readonly FileDescriptor[];
+  readonly extents: readonly StorageDescriptor[];
   readonly backing: NodeDescriptor | undefined;
   /** Name of the parent exactly as the header has it. */
   readonly backingFile: string | undefined;
@@ -177,5 +222,5 @@ export interface ForeignDescriptor extends DescriptorBase {
   readonly layout: VmdkLayout | VhdxLayout | VpcLayout | VdiLayout;
 }
 
-export type NodeDescriptor = FileDescriptor | RawDescriptor | Qcow2Descriptor | ForeignDescriptor;
+export type NodeDescriptor = StorageDescriptor | RawDescriptor | Qcow2Descriptor | ForeignDescriptor;
 export type DriverName = NodeDescriptor['driver'];

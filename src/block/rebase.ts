@@ -1,7 +1,15 @@
 import { dirname, isAbsolute, resolve } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { attachNode, closeNode, fileIdentity, filesOf, type ImageFormat, openImage } from './graph.js';
+import {
+  attachNode,
+  closeNode,
+  fileIdentity,
+  filesOf,
+  type ImageFormat,
+  isStorage,
+  openImage,
+} from './graph.js';
 import {
   type BlockNode,
   type NodeDescriptor,
@@ -134,7 +142,7 @@ function keepContent(
 
 /** Whether the range comes, through both chains, from an image that they have in common. */
 function sharedBelow(node: BlockNode, other: BlockNode | undefined, at: number, length: number): boolean {
-  if (other === undefined || other.descriptor.driver === 'file') return false;
+  if (other === undefined || isStorage(other.descriptor)) return false;
   const [file] = filesOf(other.descriptor);
   for (let layer = node.backing; layer !== undefined; layer = layer.backing) {
     if (filesOf(layer.descriptor)[0]?.identity === file?.identity) return true;

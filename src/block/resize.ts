@@ -1,6 +1,6 @@
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { attachNode, closeFiles, closeNode, type ImageFormat, openImage } from './graph.js';
+import { attachNode, closeFiles, closeNode, type ImageFormat, isStorage, openImage } from './graph.js';
 import type { NodeDescriptor, RawDescriptor } from './node.js';
 import { type Preallocation, resizeQcow2 } from './qcow2/index.js';
 import { attachFile } from './raw/file.js';
@@ -49,7 +49,7 @@ export function resizeImage(runtime: Runtime, path: string, options: ResizeOptio
   };
   let length: number;
   try {
-    length = checked(image.driver === 'file' ? 0 : image.length);
+    length = checked(isStorage(image) ? 0 : image.length);
   } catch (error) {
     closeNode(runtime, image);
     throw error;
@@ -94,12 +94,14 @@ function resizeRaw(
   preallocation: Preallocation,
 ): void {
   const file = attachFile(runtime, image.file);
-  const { path, blockDevice } = image.file;
-  if (blockDevice || preallocation === 'metadata') {
+  const { path } = image.file;
+  const fixed =
+    image.file.driver === 'nbd' ? 'an NBD export' : image.file.blockDevice ? 'a block device' : undefined;
+  if (fixed !== undefined || preallocation === 'metadata') {
     throw new StillframeError(
       'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
-      blockDevice
-        ? `'${path}' is a block device, whose size is not ours to change`
+      fixed !== undefined
+        ? `'${path}' is ${fixed}, whose size is not ours to change`
         : "a raw image has no metadata to preallocate; use 'falloc' or 'full'",
     );
   }

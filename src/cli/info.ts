@@ -18,7 +18,7 @@ function human(info: ImageInfo): string {
     `image: ${info.filename}`,
     `file format: ${info.format}`,
     `virtual size: ${formatBytes(info['virtual-size'])} (${info['virtual-size']} bytes)`,
-    `disk size: ${formatBytes(info['actual-size'])}`,
+    `disk size: ${info['actual-size'] === undefined ? 'unavailable' : formatBytes(info['actual-size'])}`,
   ];
   if (info['cluster-size'] !== undefined) lines.push(`cluster_size: ${info['cluster-size']}`);
   if (info['dirty-flag']) lines.push('cleanly shut down: no');

@@ -10,7 +10,7 @@ import { type CreateImageOptions, createImage } from '../block/create.js';
 import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '../block/disk.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
 import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-write.js';
-import { attachNode, closeNode, type OpenImageOptions, openImage } from '../block/graph.js';
+import { attachNode, closeNode, isStorage, type OpenImageOptions, openImage } from '../block/graph.js';
 import { type ImageInfo, imageInfo } from '../block/info.js';
 import { mapFiles, mapNode } from '../block/map.js';
 import type { MapRange } from '../block/map-batch.js';
@@ -252,7 +252,7 @@ export class TaskRunner {
   #open(path: string, options: OpenDiskTask, id: number): DiskDescriptor {
     const { arena } = this.#runtime;
     const node = openImage(this.#runtime, path, options);
-    if (node.driver === 'file') throw new TypeError('a file is not an image');
+    if (isStorage(node)) throw new TypeError('a file is not an image');
     try {
       const control = arena.alloc(DISK_CONTROL_BYTES, 'disk control block');
       const { discard, readOnly } = options;

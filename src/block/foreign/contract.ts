@@ -1,5 +1,5 @@
 import { StillframeError } from '../../errors.js';
-import type { FileDescriptor, ForeignName } from '../node.js';
+import type { ForeignName, StorageDescriptor } from '../node.js';
 
 /**
  * The contract of a format that is only read. A format has three functions in its file:
@@ -17,7 +17,7 @@ export const SECTOR = 512;
 
 /** What a format reads its headers, tables and data through: a file, perhaps with changes that its log holds. */
 export interface Source {
-  readonly descriptor: FileDescriptor;
+  readonly descriptor: StorageDescriptor;
   /** Bytes. */
   readonly length: number;
   /** Reads into the arena; what lies beyond the end is zero. */

@@ -1,6 +1,12 @@
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
-import type { BlockNode, FileDescriptor, ForeignDescriptor, ForeignName, NodeDescriptor } from '../node.js';
+import type {
+  BlockNode,
+  ForeignDescriptor,
+  ForeignName,
+  NodeDescriptor,
+  StorageDescriptor,
+} from '../node.js';
 import { attachFile, type FileNode } from '../raw/file.js';
 import {
   corrupt,
@@ -43,8 +49,8 @@ export type OpenedForeign = Opened<ForeignDescriptor['layout']> & { readonly nam
 export function openForeign(
   runtime: Runtime,
   name: ForeignName,
-  file: FileDescriptor,
-  openExtent: (name: string) => { readonly index: number; readonly file: FileDescriptor },
+  file: StorageDescriptor,
+  openExtent: (name: string) => { readonly index: number; readonly file: StorageDescriptor },
 ): OpenedForeign {
   const image: OpeningImage = {
     path: file.path,
@@ -98,8 +104,8 @@ export function checkParent(
  */
 export function foreignDescriptor(
   opened: OpenedForeign,
-  file: FileDescriptor,
-  extents: readonly FileDescriptor[],
+  file: StorageDescriptor,
+  extents: readonly StorageDescriptor[],
   backing: NodeDescriptor | undefined,
 ): ForeignDescriptor {
   const { name, layout, length, clusterSize, backingFile } = opened;

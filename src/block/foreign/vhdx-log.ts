@@ -1,5 +1,5 @@
 import type { Arena } from '../../kernels/arena.js';
-import type { FileDescriptor } from '../node.js';
+import type { StorageDescriptor } from '../node.js';
 import { corrupt, type Source, u64, unsupported } from './contract.js';
 import { crc32c } from './crc32c.js';
 
@@ -156,7 +156,7 @@ interface Patch {
 
 /** A file as it reads after the replay of its log. */
 export class ReplayedFile implements Source {
-  readonly descriptor: FileDescriptor;
+  readonly descriptor: StorageDescriptor;
   readonly length: number;
   readonly #file: Source;
   readonly #arena: Arena;

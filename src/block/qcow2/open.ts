@@ -1,7 +1,13 @@
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { RecordDirty } from '../filters/record-dirty.js';
-import type { BlockNode, FileDescriptor, NodeDescriptor, Qcow2Descriptor } from '../node.js';
+import type {
+  BlockNode,
+  FileDescriptor,
+  NodeDescriptor,
+  Qcow2Descriptor,
+  StorageDescriptor,
+} from '../node.js';
 import { attachFile, type FileNode } from '../raw/file.js';
 import { bitmapsOf, openBitmaps, storeBitmaps } from './bitmaps.js';
 import { repairDirty } from './check/check.js';
@@ -33,7 +39,7 @@ import { allocateState } from './state.js';
  */
 export function openQcow2(
   runtime: Runtime,
-  file: FileDescriptor,
+  file: StorageDescriptor,
   backing: NodeDescriptor | undefined,
   options: {
     readonly readOnly: boolean;

@@ -1,4 +1,3 @@
-import { fstatSync } from 'node:fs';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { FileNode } from '../raw/file.js';
 import type { State } from './state.js';
@@ -19,7 +18,9 @@ export function looksPreallocated(
   clusterSize: number,
   refcountBits: number,
 ): boolean {
-  const space = Math.floor((fstatSync(file.descriptor.fd).blocks * 512) / clusterSize);
+  const allocated = file.allocatedBytes();
+  if (allocated === undefined) return false;
+  const space = Math.floor(allocated / clusterSize);
   const clusters = Math.ceil(file.length / clusterSize);
   const least = Math.max(Math.floor((space * 10) / 9), space + 2);
   if (clusters < least) return false;

@@ -65,7 +65,7 @@ class Resizer {
       return entries > header.l1Size ? this.#moveL1(metadata, header, entries) : header;
     });
     const layout = { ...layoutOf(header), length };
-    if (this.#dataFile?.descriptor.blockDevice === false) {
+    if (this.#dataFile?.fixedLength === false) {
       // What somebody may have put behind the end is not part of the drive.
       this.#dataFile.truncate(header.length);
       this.#dataFile.truncate(length);
@@ -96,9 +96,9 @@ class Resizer {
         this.#writeLayout({ ...layoutOf(header), length });
       });
     });
-    if (this.#dataFile?.descriptor.blockDevice === false) this.#dataFile.truncate(length);
+    if (this.#dataFile?.fixedLength === false) this.#dataFile.truncate(length);
     const end = this.#with(undefined, (_, metadata) => metadata.state.withLock(() => metadata.usedEnd()));
-    if (!this.#file.descriptor.blockDevice && end < this.#file.length) this.#file.truncate(end);
+    if (!this.#file.fixedLength && end < this.#file.length) this.#file.truncate(end);
   }
 
   /** Runs something on the image, opened with this layout instead of the header's, and closes it. */

@@ -18,14 +18,18 @@ import { withLock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { type LockMode, lockImage } from '../../os/image-lock.js';
 import { syscalls } from '../../os/index.js';
+import { attachNbd, closeNbd } from '../nbd/index.js';
 import {
-  type BlockNode,
   type Extent,
   type FileDescriptor,
+  type FileNode,
   STATUS_ALLOCATED,
   STATUS_DATA,
   STATUS_ZERO,
+  type StorageDescriptor,
 } from '../node.js';
+
+export type { FileNode } from '../node.js';
 
 export interface OpenFileOptions {
   readonly readOnly: boolean;
@@ -141,11 +145,17 @@ function deviceLength(fd: number, path: string): number {
   return low;
 }
 
-export function attachFile(runtime: Runtime, descriptor: FileDescriptor): FileNode {
-  return new FileNode(runtime.arena, descriptor);
+/** This thread's facade of what an image lies on. */
+export function attachFile(runtime: Runtime, descriptor: StorageDescriptor): FileNode {
+  if (descriptor.driver === 'nbd') return attachNbd(runtime, descriptor);
+  return new HostFile(runtime.arena, descriptor);
 }
 
-export function closeFile(runtime: Runtime, descriptor: FileDescriptor): void {
+export function closeFile(runtime: Runtime, descriptor: StorageDescriptor): void {
+  if (descriptor.driver === 'nbd') {
+    closeNbd(runtime, descriptor);
+    return;
+  }
   runtime.arena.free(descriptor.control);
   try {
     closeSync(descriptor.fd);
@@ -155,11 +165,12 @@ export function closeFile(runtime: Runtime, descriptor: FileDescriptor): void {
 }
 
 /** Driver `file`. Reads beyond the end give zeroes; writes beyond it make the file longer. */
-export class FileNode implements BlockNode {
+class HostFile implements FileNode {
   readonly descriptor: FileDescriptor;
   readonly readOnly: boolean;
   readonly clusterSize = undefined;
   readonly backing = undefined;
+  readonly fixedLength: boolean;
   readonly #arena: Arena;
   // The last extent of data that was seen. Some file systems look at every page up to the next hole, and data
   // that has become a hole meanwhile still reads right; the opposite could not be kept like this.
@@ -169,6 +180,7 @@ export class FileNode implements BlockNode {
   constructor(arena: Arena, descriptor: FileDescriptor) {
     this.descriptor = descriptor;
     this.readOnly = descriptor.readOnly;
+    this.fixedLength = descriptor.blockDevice;
     this.#arena = arena;
   }
 
@@ -180,7 +192,6 @@ export class FileNode implements BlockNode {
     this.#readBytes(offset, this.#arena.u8, pointer, length);
   }
 
-  /** As {@link read}, into memory of this thread. */
   readBytes(offset: number, bytes: Uint8Array): void {
     this.#readBytes(offset, bytes, 0, bytes.length);
   }
@@ -289,7 +300,10 @@ export class FileNode implements BlockNode {
     return true;
   }
 
-  /** Makes the file `length` bytes long. */
+  allocatedBytes(): number {
+    return this.#attempt('look at', 0, 0, () => fstatSync(this.descriptor.fd).blocks * 512);
+  }
+
   truncate(length: number): void {
     this.#checkWritable('truncate', length, 0);
     withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {

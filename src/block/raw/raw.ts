@@ -1,13 +1,13 @@
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
-import type { BlockNode, Extent, FileDescriptor, RawDescriptor } from '../node.js';
+import type { BlockNode, Extent, RawDescriptor, StorageDescriptor } from '../node.js';
 import { attachFile, type FileNode } from './file.js';
 
 /** Sizes of images are multiples of this many bytes. */
 const SECTOR = 512;
 
 /** Driver `raw`: the bytes of a file are the bytes of the drive, padded with zeroes to a multiple of 512. */
-export function openRaw(runtime: Runtime, file: FileDescriptor): RawDescriptor {
+export function openRaw(runtime: Runtime, file: StorageDescriptor): RawDescriptor {
   const length = Math.ceil(attachFile(runtime, file).length / SECTOR) * SECTOR;
   return { driver: 'raw', path: file.path, readOnly: file.readOnly, file, length };
 }

@@ -1,4 +1,3 @@
-import { fstatSync } from 'node:fs';
 import { StillframeError } from '../../../errors.js';
 import type { Runtime } from '../../../kernels/runtime.js';
 import { STATUS_ZERO } from '../../node.js';
@@ -77,8 +76,8 @@ export class CheckedImage {
     this.l2Entries = this.clusterSize / this.entryBytes;
     this.perBlock = (this.clusterSize * 8) / header.refcountBits;
     this.mostReferences = 2 ** header.refcountBits - 1;
-    const { fd, blockDevice } = file.descriptor;
-    this.#allocated = blockDevice ? file.length : Math.min(file.length, fstatSync(fd).blocks * 512);
+    const space = file.fixedLength ? undefined : file.allocatedBytes();
+    this.#allocated = Math.min(file.length, space ?? file.length);
     this.#allowance = READ_ALLOWANCE + READ_FACTOR * this.#allocated;
     const clusters = this.#clustersOf(file.length);
     try {

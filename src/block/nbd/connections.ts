@@ -1,0 +1,439 @@
+import { closeSync } from 'node:fs';
+import { StillframeError } from '../../errors.js';
+import type { Arena } from '../../kernels/arena.js';
+import { advance, load, store, waitWhile, withLock } from '../../kernels/futex.js';
+import { type SocketAddress, type Sockets, sockets } from '../../os/sockets.js';
+import { connectionError } from './errors.js';
+import { negotiate, type Session } from './handshake.js';
+import { currentOwner } from './owner.js';
+import { ConnectionLost, SocketStream } from './stream.js';
+import { startTls } from './tls.js';
+import type { NbdTarget } from './uri.js';
+import { EXPORT } from './wire.js';
+
+/**
+ * The connections to one export, shared by all threads. A thread takes one for itself, makes any number of requests and
+ * gives it back; further connections are made when all are taken and the server allows several.
+ *
+ *     +0   lock         int32   held for taking and giving back
+ *     +4   sequence     int32   advanced when a connection may have become free
+ *     +8   interrupted  int32   nobody is to wait for this export any more
+ *     +12  mutations    int32   counts changes that were asked for: what was known of the block status is void
+ *     +16  edge lock    int32   held while a block is read, changed in part and written back
+ *     +20  lost         int32   a connection was lost after writes that were not made durable
+ *     +24  limit        int32   most connections
+ *     +28  open         int32   connections that are there or being made
+ *     +32  written      float64 counts writes that were carried out
+ *     +40  flushed      float64 the number of those that are durable
+ *     +64  slots        16 × 64 bytes: one for each connection
+ *
+ * A slot:
+ *
+ *     +0  state     int32   see FREE
+ *     +4  fd        int32   -1 while there is none
+ *     +8  fd lock   int32   held while the descriptor is closed or shut down
+ *     +12 owner     int32   mark of whoever has it; 0 nobody's
+ *     +16 cookie    uint32  no request with this one or a later one was made
+ *     +20 headers   int32   index into HEADERS
+ *     +24 flags     int32   transmission flags
+ *     +28 contexts  6 × int32  numbers of the contexts of the descriptor, -1 where the server has it not
+ */
+const SEQUENCE = 4;
+const INTERRUPTED = 8;
+const MUTATIONS = 12;
+const EDGE_LOCK = 16;
+const LOST = 20;
+const LIMIT = 24;
+const OPEN = 28;
+const WRITTEN = 32;
+const FLUSHED = 40;
+const SLOTS = 64;
+const SLOT_BYTES = 64;
+export const MAX_CONNECTIONS = 16;
+/** Contexts that a descriptor can have, `base:allocation` included. */
+export const MAX_CONTEXTS = 6;
+const CONTROL_BYTES = SLOTS + MAX_CONNECTIONS * SLOT_BYTES;
+
+const STATE = 0;
+const FD = 4;
+const FD_LOCK = 8;
+const OWNER = 12;
+const COOKIE = 16;
+const HEADERS_AT = 20;
+const FLAGS = 24;
+const CONTEXTS = 28;
+
+/** States of a slot: nothing in it; waiting to be taken; taken. */
+const FREE = 0;
+const IDLE = 1;
+const TAKEN = 2;
+
+const HEADERS = ['simple', 'structured', 'extended'] as const;
+
+/** How long the handshake may take in milliseconds; that of a connection beside others is given up sooner. */
+const HANDSHAKE_MS = 30_000;
+const FURTHER_MS = 5_000;
+/** Pause between two attempts to connect, in milliseconds. */
+const RETRY_MS = 100;
+
+/** A connection that a thread has for itself. */
+export interface Taken {
+  readonly slot: number;
+  readonly stream: SocketStream;
+  readonly headers: Session['headers'];
+  readonly flags: number;
+}
+
+/** What all connections to an export have in common. */
+export interface Export {
+  readonly path: string;
+  readonly target: NbdTarget;
+  /** What the first connection found; undefined while it is being made. */
+  readonly agreed: Pick<Session, 'length' | 'minBlock' | 'maxBlock' | 'flags'> | undefined;
+  /** Names of the contexts, by the place that a slot has for their numbers. */
+  readonly contexts: readonly string[];
+  readonly control: number;
+}
+
+/** Takes memory for connections. */
+export function allocateConnections(arena: Arena, path: string): number {
+  const control = arena.alloc(CONTROL_BYTES, `connections of '${path}'`);
+  for (let index = 0; index < MAX_CONNECTIONS; index++)
+    store(arena, control + SLOTS + index * SLOT_BYTES + FD, -1);
+  store(arena, control + LIMIT, 1);
+  return control;
+}
+
+/** One thread's view of the connections to an export. */
+export class Connections {
+  readonly #arena: Arena;
+  readonly #export: Export;
+  readonly #control: number;
+  readonly #sockets: Sockets;
+
+  constructor(arena: Arena, nbdExport: Export) {
+    const calls = sockets();
+    if (calls === undefined) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+        `'${nbdExport.path}': NBD needs the system calls of Linux, which are not there on this platform (or left out by STILLFRAME_NO_FFI)`,
+      );
+    }
+    this.#arena = arena;
+    this.#export = nbdExport;
+    this.#control = nbdExport.control;
+    this.#sockets = calls;
+  }
+
+  /** Makes the first connection. @returns what was agreed on */
+  open(): Session {
+    const { target } = this.#export;
+    this.#store(OPEN, 1);
+    const session = this.#connectUntil(0, performance.now() + target.openTimeoutMs, HANDSHAKE_MS);
+    const several = (session.flags & EXPORT.multiConn) !== 0;
+    this.#store(LIMIT, several ? target.connections : 1);
+    store(this.#arena, this.#slot(0) + STATE, IDLE);
+    return session;
+  }
+
+  /**
+   * A connection for this thread alone; waits for one where all are taken.
+   *
+   * @param reconnectUntilMs how long a server that does not answer is asked again, as of `performance.now()`
+   * @throws StillframeError ERR_STILLFRAME_NBD_CONNECTION and what making a connection throws
+   */
+  take(reconnectUntilMs: number): Taken {
+    for (;;) {
+      this.checkInterrupted();
+      const sequence = this.#load(SEQUENCE);
+      const slot = withLock(this.#arena, this.#control, () => this.#claim());
+      if (slot === undefined) {
+        waitWhile(this.#arena, this.#control + SEQUENCE, sequence, 1000);
+        continue;
+      }
+      const at = this.#slot(slot);
+      if (load(this.#arena, at + FD) < 0 && !this.#connect(slot, reconnectUntilMs)) continue;
+      return {
+        slot,
+        stream: new SocketStream(load(this.#arena, at + FD), 0),
+        headers: HEADERS[load(this.#arena, at + HEADERS_AT)] ?? 'simple',
+        flags: load(this.#arena, at + FLAGS),
+      };
+    }
+  }
+
+  /** A slot that is this thread's from now on, with a connection in it or not; under the lock. */
+  #claim(): number | undefined {
+    const { i32 } = this.#arena;
+    let free: number | undefined;
+    for (let index = 0; index < MAX_CONNECTIONS; index++) {
+      const state = load(this.#arena, this.#slot(index) + STATE);
+      if (state === IDLE) return this.#claimed(index);
+      if (state === FREE) free ??= index;
+    }
+    if (free === undefined || this.#load(OPEN) >= this.#load(LIMIT)) return undefined;
+    Atomics.add(i32, (this.#control + OPEN) >> 2, 1);
+    return this.#claimed(free);
+  }
+
+  #claimed(slot: number): number {
+    store(this.#arena, this.#slot(slot) + STATE, TAKEN);
+    store(this.#arena, this.#slot(slot) + OWNER, currentOwner()?.mark ?? 0);
+    return slot;
+  }
+
+  /** Connects a claimed slot. @returns false where another connection has to do */
+  #connect(slot: number, untilMs: number): boolean {
+    const others = this.#load(OPEN) - 1;
+    try {
+      const now = performance.now();
+      this.#connectUntil(slot, others > 0 ? now : untilMs, others > 0 ? FURTHER_MS : HANDSHAKE_MS);
+      return true;
+    } catch (error) {
+      this.discard(slot);
+      // The server may not want as many as we do.
+      const late = error instanceof StillframeError && error.code === 'ERR_STILLFRAME_NBD_CONNECTION';
+      const left = this.#load(OPEN);
+      if (others === 0 || left === 0 || !late || this.#interrupted()) throw error;
+      this.#store(LIMIT, left);
+      return false;
+    }
+  }
+
+  #connectUntil(slot: number, untilMs: number, handshakeMs: number): Session {
+    for (;;) {
+      try {
+        return this.#connectOnce(slot, handshakeMs);
+      } catch (error) {
+        this.#close(slot);
+        this.checkInterrupted();
+        const known = error instanceof StillframeError ? error : this.#connectionError(error);
+        const again =
+          known.code === 'ERR_STILLFRAME_NBD_CONNECTION' && performance.now() + RETRY_MS < untilMs;
+        if (!again) throw known;
+      }
+      waitWhile(this.#arena, this.#control + SEQUENCE, this.#load(SEQUENCE), RETRY_MS);
+      this.checkInterrupted();
+    }
+  }
+
+  #connectOnce(slot: number, handshakeMs: number): Session {
+    const { path, target, agreed } = this.#export;
+    const deadline = performance.now() + handshakeMs;
+    const plain = new SocketStream(this.#socketTo(slot, deadline), deadline);
+    const { stream, session } = negotiate(path, target, plain, (before) => {
+      const secured = startTls(path, target, before, this.#sockets);
+      this.#keep(slot, secured.fd);
+      return secured;
+    });
+    if (agreed !== undefined && !sameExport(agreed, session)) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_NBD_CONNECTION',
+        `'${path}' is not the export any more that it was when it was opened (then ${agreed.length} bytes, now ${session.length}); open it again`,
+      );
+    }
+    this.#sockets.setTimeout(stream.fd, target.timeoutMs);
+    const at = this.#slot(slot);
+    store(this.#arena, at + COOKIE, 0);
+    store(this.#arena, at + HEADERS_AT, HEADERS.indexOf(session.headers));
+    store(this.#arena, at + FLAGS, session.flags);
+    for (const [index, name] of this.#export.contexts.entries()) {
+      store(this.#arena, at + CONTEXTS + index * 4, session.contexts.get(name) ?? -1);
+    }
+    return session;
+  }
+
+  /** A connected socket in the slot. */
+  #socketTo(slot: number, deadlineMs: number): number {
+    const { address } = this.#export.target;
+    const calls = this.#sockets;
+    const places: SocketAddress[] =
+      address.type === 'unix' ? [calls.unixAddress(address.path)] : calls.resolve(address.host, address.port);
+    let failure: unknown = new ConnectionLost('its host has no address');
+    for (const place of places) {
+      const fd = calls.open(place);
+      this.#keep(slot, fd);
+      try {
+        calls.setTimeout(fd, Math.max(1, deadlineMs - performance.now()));
+        calls.connect(fd, place);
+        return fd;
+      } catch (error) {
+        failure = error;
+        this.#close(slot);
+        this.checkInterrupted();
+      }
+    }
+    throw failure;
+  }
+
+  #connectionError(error: unknown): StillframeError {
+    const { path, target } = this.#export;
+    if (error instanceof ConnectionLost) return connectionError(path, error.message, error);
+    const { address } = target;
+    const place =
+      address.type === 'unix' ? address.path.replace('\0', '@') : `${address.host}:${address.port}`;
+    const reason = error instanceof Error ? error.message.replace(/, [a-z]+$/, '') : String(error);
+    return connectionError(path, `cannot connect to ${place}: ${reason}`, error);
+  }
+
+  /** Gives a connection back that can be used again. */
+  giveBack({ slot }: Taken): void {
+    store(this.#arena, this.#slot(slot) + OWNER, 0);
+    withLock(this.#arena, this.#control, () => store(this.#arena, this.#slot(slot) + STATE, IDLE));
+    advance(this.#arena, this.#control + SEQUENCE);
+  }
+
+  /** Gives a connection back that is of no use any more. */
+  discard(slot: number): void {
+    this.#close(slot);
+    store(this.#arena, this.#slot(slot) + OWNER, 0);
+    withLock(this.#arena, this.#control, () => {
+      store(this.#arena, this.#slot(slot) + STATE, FREE);
+      Atomics.sub(this.#arena.i32, (this.#control + OPEN) >> 2, 1);
+    });
+    advance(this.#arena, this.#control + SEQUENCE);
+  }
+
+  cookie({ slot }: Taken): number {
+    return this.#arena.u32[(this.#slot(slot) + COOKIE) >> 2] ?? 0;
+  }
+
+  setCookie({ slot }: Taken, cookie: number): void {
+    this.#arena.u32[(this.#slot(slot) + COOKIE) >> 2] = cookie;
+  }
+
+  /** The number that the server has given to a context, undefined where it does not have it. */
+  contextOf({ slot }: Taken, index: number): number | undefined {
+    const id = load(this.#arena, this.#slot(slot) + CONTEXTS + index * 4);
+    return id === -1 ? undefined : id >>> 0;
+  }
+
+  get mutations(): number {
+    return this.#load(MUTATIONS);
+  }
+
+  countMutation(): void {
+    Atomics.add(this.#arena.i32, (this.#control + MUTATIONS) >> 2, 1);
+  }
+
+  /** Runs `body` while no other thread changes parts of blocks. */
+  withEdges<T>(body: () => T): T {
+    return withLock(this.#arena, this.#control + EDGE_LOCK, body);
+  }
+
+  /** How many writes were carried out so far. */
+  get written(): number {
+    return this.#arena.f64[(this.#control + WRITTEN) / 8] ?? 0;
+  }
+
+  countWrite(): void {
+    withLock(this.#arena, this.#control, () => {
+      this.#arena.f64[(this.#control + WRITTEN) / 8] = this.written + 1;
+    });
+  }
+
+  /** The first `count` writes are durable. */
+  countFlush(count: number): void {
+    withLock(this.#arena, this.#control, () => {
+      const index = (this.#control + FLUSHED) / 8;
+      this.#arena.f64[index] = Math.max(this.#arena.f64[index] ?? 0, count);
+    });
+  }
+
+  /** A connection was lost: what was written and not flushed may be lost with it. */
+  countLoss(): void {
+    if (this.written > (this.#arena.f64[(this.#control + FLUSHED) / 8] ?? 0)) this.#store(LOST, 1);
+  }
+
+  get lostWrites(): boolean {
+    return this.#load(LOST) !== 0;
+  }
+
+  #interrupted(): boolean {
+    return this.#load(INTERRUPTED) !== 0 || currentOwner()?.cancelled() === true;
+  }
+
+  /** @throws StillframeError ERR_STILLFRAME_JOB_CANCELLED */
+  checkInterrupted(): void {
+    if (!this.#interrupted()) return;
+    throw new StillframeError(
+      'ERR_STILLFRAME_JOB_CANCELLED',
+      `'${this.#export.path}': the job was cancelled`,
+    );
+  }
+
+  /** Closes all connections after a last word. Nobody may use any of them. */
+  close(farewell: (taken: Taken) => void): void {
+    for (let slot = 0; slot < MAX_CONNECTIONS; slot++) {
+      const at = this.#slot(slot);
+      const fd = load(this.#arena, at + FD);
+      if (fd < 0) continue;
+      try {
+        const headers = HEADERS[load(this.#arena, at + HEADERS_AT)] ?? 'simple';
+        // Nobody reads what the server would have to say: it is not worth waiting for.
+        this.#sockets.setTimeout(fd, RETRY_MS);
+        farewell({ slot, stream: new SocketStream(fd, performance.now()), headers, flags: 0 });
+      } catch {
+        // It is gone already.
+      }
+      this.#close(slot);
+    }
+    this.#arena.free(this.#control);
+  }
+
+  #keep(slot: number, fd: number): void {
+    store(this.#arena, this.#slot(slot) + FD, fd);
+    // Whoever interrupts looks at the descriptor after setting the mark.
+    if (this.#interrupted()) this.#sockets.shutdown(fd);
+  }
+
+  #close(slot: number): void {
+    const at = this.#slot(slot);
+    withLock(this.#arena, at + FD_LOCK, () => {
+      const fd = load(this.#arena, at + FD);
+      store(this.#arena, at + FD, -1);
+      if (fd >= 0) closeSync(fd);
+    });
+  }
+
+  #slot(index: number): number {
+    return this.#control + SLOTS + index * SLOT_BYTES;
+  }
+
+  #load(offset: number): number {
+    return load(this.#arena, this.#control + offset);
+  }
+
+  #store(offset: number, value: number): void {
+    store(this.#arena, this.#control + offset, value);
+  }
+}
+
+function sameExport(before: NonNullable<Export['agreed']>, now: Session): boolean {
+  const needed = EXPORT.readOnly | EXPORT.flush | EXPORT.fua;
+  return (
+    before.length === now.length &&
+    now.minBlock <= before.minBlock &&
+    now.maxBlock >= before.maxBlock &&
+    (before.flags & needed) === (now.flags & needed)
+  );
+}
+
+/**
+ * Ends what threads wait for in the connections to an export, at once. For the host thread: it takes no lock that is
+ * held for long.
+ *
+ * @param mark of the owner whose requests are ended; without it everybody's are, and nobody can use the export any more
+ */
+export function interruptConnections(arena: Arena, control: number, mark?: number): void {
+  if (mark === undefined) store(arena, control + INTERRUPTED, 1);
+  for (let index = 0; index < MAX_CONNECTIONS; index++) {
+    const at = control + SLOTS + index * SLOT_BYTES;
+    if (mark !== undefined && load(arena, at + OWNER) !== mark) continue;
+    withLock(arena, at + FD_LOCK, () => {
+      const fd = load(arena, at + FD);
+      if (fd >= 0) sockets()?.shutdown(fd);
+    });
+  }
+  advance(arena, control + SEQUENCE);
+}
