@@ -1,7 +1,7 @@
 /**
  * What the contract of a node promises, checked for every driver with random requests against a model in memory.
  */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeEach, describe, expect, it } from 'vitest';
@@ -18,6 +18,7 @@ import { openFile } from '#src/block/raw/file.js';
 import { chainStatus } from '#src/block/status.js';
 import { createRuntime } from '#src/kernels/runtime.js';
 import { firstDifference, Random } from '../support/data.js';
+import { nbdkit, qemuNbd, type Server } from '../support/nbd.js';
 import { hasPeer, run } from '../support/peers.js';
 
 const runtime = createRuntime(96 << 20);
@@ -35,7 +36,18 @@ interface Driver {
   /** Bytes of the backing image; none without. */
   readonly backing?: number;
   readonly backingFormat?: 'raw' | 'qcow2';
+  /** Serves the image over NBD: the node is the export's. */
+  readonly server?: { readonly peer: 'qemu-nbd' | 'nbdkit'; readonly start: (path: string) => Server };
 }
+
+const qemu = (...args: string[]): NonNullable<Driver['server']> => ({
+  peer: 'qemu-nbd',
+  start: (path) => qemuNbd([...args, '-f', 'raw', '--discard=unmap', path]),
+});
+const kit = (args: readonly string[], ...parameters: string[]): NonNullable<Driver['server']> => ({
+  peer: 'nbdkit',
+  start: (path) => nbdkit([...args, 'file', path, ...parameters]),
+});
 
 const drivers: readonly Driver[] = [
   { name: 'file', length: 1_000_000 },
@@ -92,10 +104,52 @@ const drivers: readonly Driver[] = [
       image: { format: 'qcow2', refcountBits, clusterSize: 1024 },
     }),
   ),
+  { name: 'raw over qemu-nbd', length: 1_000_448, image: { format: 'raw' }, server: qemu('-e', '4') },
+  { name: 'raw over qemu-nbd, one connection', length: 1_000_448, image: { format: 'raw' }, server: qemu() },
+  { name: 'raw over nbdkit', length: 1_000_448, image: { format: 'raw' }, server: kit([]) },
+  {
+    name: 'raw over nbdkit with large blocks',
+    length: 1_048_576 + 65536,
+    image: { format: 'raw' },
+    server: kit(
+      ['--filter=blocksize-policy'],
+      ...['minimum', 'preferred'].map((size) => `blocksize-${size}=65536`),
+      'blocksize-maximum=128K',
+      'blocksize-error-policy=error',
+    ),
+  },
+  {
+    name: 'raw over nbdkit without structured replies',
+    length: 1_000_448,
+    image: { format: 'raw' },
+    server: kit(['--no-sr']),
+  },
+  {
+    name: 'raw over nbdkit without zeroes and extents, one connection',
+    length: 1_000_448,
+    image: { format: 'raw' },
+    server: kit(['--filter=nozero', '--filter=noextents', '--filter=noparallel'], 'serialize=connections'),
+  },
+  {
+    name: 'raw over the oldest handshake',
+    length: 1_000_448,
+    image: { format: 'raw' },
+    server: kit(['--mask-handshake=0']),
+  },
+  { name: 'qcow2 over qemu-nbd', length: 3 << 20, image: { format: 'qcow2' }, server: qemu('-e', '4') },
+  {
+    name: 'qcow2 over nbdkit with large blocks',
+    length: 3 << 20,
+    image: { format: 'qcow2', clusterSize: 4096 },
+    server: kit(['--filter=blocksize-policy'], 'blocksize-minimum=4096', 'blocksize-error-policy=error'),
+  },
 ];
+/** What a qcow2 image can take at most: an export does not grow. */
+const CONTAINER_BYTES = 16 << 20;
 
 describe.each(drivers)('$name', (driver) => {
   const path = join(folder, 'image');
+  let server: Server | undefined;
   let descriptor: NodeDescriptor;
   let node: BlockNode;
   let model: Buffer;
@@ -104,7 +158,7 @@ describe.each(drivers)('$name', (driver) => {
     descriptor =
       driver.image === undefined
         ? openFile(runtime, path, { readOnly, lock: readOnly ? 'read' : 'write' })
-        : openImage(runtime, path, { format: driver.image.format, readOnly });
+        : openImage(runtime, server?.uri() ?? path, { format: driver.image.format, readOnly });
     node = attachNode(runtime, descriptor);
   }
 
@@ -128,11 +182,12 @@ describe.each(drivers)('$name', (driver) => {
   const expectModel = (): void => expect(firstDifference(read(0, driver.length), model)).toBe(-1);
 
   let usedBefore: number;
-  beforeEach(() => {
+  beforeEach((context) => {
     rmSync(folder, { recursive: true, force: true });
     run('mkdir', ['-p', folder]);
     model = Buffer.alloc(driver.length);
     usedBefore = arena.usedBytes;
+    if (driver.server !== undefined && !hasPeer(driver.server.peer)) context.skip();
     if (driver.backing !== undefined) {
       const bytes = new Random(driver.backing).bytes(driver.backing);
       writeFileSync(join(folder, 'content'), bytes);
@@ -158,7 +213,12 @@ describe.each(drivers)('$name', (driver) => {
           : { backingFile: 'backing', backingFormat: driver.backingFormat }),
       });
     }
+    if (driver.server !== undefined) {
+      if (driver.image?.format === 'qcow2') truncateSync(path, CONTAINER_BYTES);
+      server = driver.server.start(path);
+    }
     open(false);
+    return () => server?.stop();
   });
   afterEach(() => {
     closeNode(runtime, descriptor);
@@ -206,9 +266,11 @@ describe.each(drivers)('$name', (driver) => {
     expectModel();
     if (driver.image?.format === 'qcow2' && hasPeer('qemu-img')) {
       closeNode(runtime, descriptor);
+      server?.stop();
       run('qemu-img', ['check', '-q', path]);
       writeFileSync(join(folder, 'model'), model);
       run('qemu-img', ['compare', '-q', '-F', 'raw', path, join(folder, 'model')]);
+      server = driver.server?.start(path);
       open(true);
       expectModel();
     }

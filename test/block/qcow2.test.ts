@@ -198,11 +198,11 @@ describe('a read in flight', () => {
       (async () => {
         const { attachRuntime } = await import('${url('kernels/runtime.js')}');
         const { attachNode } = await import('${url('block/graph.js')}');
-        const { FileNode } = await import('${url('block/raw/file.js')}');
+        const { HostFile } = await import('${url('block/raw/file.js')}');
         const runtime = attachRuntime(workerData.shared);
         const node = attachNode(runtime, workerData.descriptor);
-        const read = FileNode.prototype.read;
-        FileNode.prototype.read = function (offset, pointer, length) {
+        const read = HostFile.prototype.read;
+        HostFile.prototype.read = function (offset, pointer, length) {
           parentPort.postMessage('reading');
           Atomics.wait(runtime.arena.i32, workerData.gate >> 2, 0);
           read.call(this, offset, pointer, length);

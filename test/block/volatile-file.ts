@@ -1,5 +1,5 @@
 import { readFileSync } from 'node:fs';
-import { FileNode } from '#src/block/raw/file.js';
+import { type FileNode, HostFile } from '#src/block/raw/file.js';
 import type { Arena } from '#src/kernels/arena.js';
 
 export interface FileWrite {
@@ -10,7 +10,7 @@ export interface FileWrite {
 }
 
 /** A file that remembers what reached it since its last sync: what a power cut may or may not lose. */
-export class VolatileFile extends FileNode {
+export class VolatileFile extends HostFile {
   readonly #recordedArena: Arena;
   durable: Buffer;
   pending: FileWrite[] = [];
@@ -18,6 +18,7 @@ export class VolatileFile extends FileNode {
   afterWrite: () => void = () => undefined;
 
   constructor(arena: Arena, file: FileNode) {
+    if (file.descriptor.driver !== 'file') throw new TypeError('only files are supported');
     super(arena, file.descriptor);
     this.#recordedArena = arena;
     this.durable = readFileSync(file.descriptor.path);

@@ -3,6 +3,7 @@ import {
   attachNode,
   closeNode,
   type ImageFormat,
+  isStorage,
   type OpenImageOptions,
   openImage,
 } from '#src/block/graph.js';
@@ -196,10 +197,10 @@ export class Exercise {
         extent.hostOffset >= 0
       ) {
         const descriptor = extent.node?.descriptor;
-        if (descriptor === undefined || descriptor.driver === 'file')
-          throw new Defect('an extent of no image');
+        if (descriptor === undefined || isStorage(descriptor)) throw new Defect('an extent of no image');
         const file =
           descriptor.driver === 'qcow2' ? (descriptor.dataFile ?? descriptor.file) : descriptor.file;
+        if (file.driver !== 'file') throw new Defect('an image that is in no file');
         const there = Buffer.alloc(Math.min(extent.length, 4096));
         readSync(file.fd, there, 0, there.length, extent.hostOffset);
         if (!there.equals(found.subarray(0, there.length))) {

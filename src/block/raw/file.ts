@@ -165,7 +165,7 @@ export function closeFile(runtime: Runtime, descriptor: StorageDescriptor): void
 }
 
 /** Driver `file`. Reads beyond the end give zeroes; writes beyond it make the file longer. */
-class HostFile implements FileNode {
+export class HostFile implements FileNode {
   readonly descriptor: FileDescriptor;
   readonly readOnly: boolean;
   readonly clusterSize = undefined;

@@ -1,0 +1,79 @@
+import { type SpawnSyncReturns, spawnSync } from 'node:child_process';
+import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+
+/** A real NBD server on a unix socket. */
+export interface Server {
+  readonly socket: string;
+  /** Name of its default export, or of another one. */
+  readonly uri: (exportName?: string, parameters?: string) => string;
+  /** Ends it and waits until it is gone. */
+  readonly stop: () => void;
+  /** Kills it with everything that it has not written yet. */
+  readonly kill: () => void;
+}
+
+/** `qemu-nbd` with these arguments; it goes on until it is stopped. */
+export function qemuNbd(args: readonly string[], socket?: string): Server {
+  return serve(socket, (at, pidFile) =>
+    spawnSync('qemu-nbd', ['--fork', '--persistent', '--pid-file', pidFile, '--socket', at, ...args], {
+      stdio: 'ignore',
+    }),
+  );
+}
+
+/** `nbdkit` with these arguments: filters, then the plugin and its parameters. */
+export function nbdkit(args: readonly string[], socket?: string): Server {
+  return serve(socket, (at, pidFile) =>
+    spawnSync('nbdkit', ['--pidfile', pidFile, '--unix', at, ...args], { stdio: 'ignore' }),
+  );
+}
+
+function waitUntil(condition: () => boolean): void {
+  for (let round = 0; round < 4000; round++) {
+    if (condition()) return;
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 5);
+  }
+  throw new Error('waited too long for a server');
+}
+
+/** Whether a process runs; one that has ended but was not asked for its status does not. */
+function alive(pid: number): boolean {
+  try {
+    return !/\) [ZX] /.test(readFileSync(`/proc/${pid}/stat`, 'utf8'));
+  } catch {
+    return false;
+  }
+}
+
+/** Starts a server that goes to the background once it is ready. */
+function serve(
+  given: string | undefined,
+  start: (socket: string, pidFile: string) => SpawnSyncReturns<Buffer>,
+): Server {
+  const folder = mkdtempSync(join(tmpdir(), 'stillframe-nbd-'));
+  const socket = given ?? join(folder, 'socket');
+  const pidFile = join(folder, 'pid');
+  rmSync(socket, { force: true });
+  const { status, error } = start(socket, pidFile);
+  if (status !== 0) throw error ?? new Error(`the server ended with ${status}`);
+  // nbdkit writes it a moment later.
+  waitUntil(() => existsSync(pidFile) && readFileSync(pidFile, 'utf8').endsWith('\n'));
+  const pid = Number(readFileSync(pidFile, 'utf8'));
+  let running = true;
+  const end = (signal: NodeJS.Signals): void => {
+    if (!running) return;
+    running = false;
+    if (alive(pid)) process.kill(pid, signal);
+    waitUntil(() => !alive(pid));
+    rmSync(folder, { recursive: true, force: true });
+  };
+  return {
+    socket,
+    uri: (exportName = '', parameters = '') =>
+      `nbd+unix:///${encodeURIComponent(exportName)}?socket=${encodeURIComponent(socket)}${parameters}`,
+    stop: () => end('SIGTERM'),
+    kill: () => end('SIGKILL'),
+  };
+}
