@@ -169,6 +169,10 @@ export class BackupJob {
     } catch (error) {
       failure = toStillframeError(error);
       outcome = 'failed';
+      if (failure.code === 'ERR_STILLFRAME_JOB_CANCELLED' && this.#control.cancelled) {
+        failure = undefined;
+        outcome = 'cancelled';
+      }
     }
     failure = this.#end(outcome, failure);
     this.#transition('concluded');

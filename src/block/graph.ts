@@ -1,6 +1,7 @@
 import { realpathSync } from 'node:fs';
 import { dirname, isAbsolute, resolve, sep } from 'node:path';
 import { StillframeError } from '../errors.js';
+import type { Arena } from '../kernels/arena.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import {
@@ -12,7 +13,7 @@ import {
   PROBE_BYTES,
   probeForeign,
 } from './foreign/index.js';
-import { isNbdName, nbdIdentity, openNbd, parseNbdName } from './nbd/index.js';
+import { interruptNbd, isNbdName, nbdIdentity, openNbd, parseNbdName } from './nbd/index.js';
 import type {
   BlockNode,
   FileDescriptor,
@@ -463,6 +464,15 @@ function ownFilesOf(descriptor: Exclude<NodeDescriptor, StorageDescriptor>): Sto
 
 function backingOf(descriptor: Exclude<NodeDescriptor, StorageDescriptor>): NodeDescriptor | undefined {
   return descriptor.driver === 'raw' ? undefined : descriptor.backing;
+}
+
+/**
+ * Ends what threads wait for on the servers of a node's chain, at once. For the host thread.
+ *
+ * @param mark of the owner whose requests are ended; without it everybody's are, and the node can only be closed then
+ */
+export function interruptNode(arena: Arena, descriptor: NodeDescriptor, mark?: number): void {
+  for (const file of filesOf(descriptor)) if (file.driver === 'nbd') interruptNbd(arena, file, mark);
 }
 
 /** The files of a node's chain, top first. */

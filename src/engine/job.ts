@@ -9,6 +9,8 @@ import {
   freeFrame,
   readFrameCounters,
 } from '../block/filters/copy-before-write.js';
+import { interruptNode } from '../block/graph.js';
+import type { NodeDescriptor } from '../block/node.js';
 import { StillframeError } from '../errors.js';
 import { checkJobId, JOB_CONTROL_BYTES, JobControl } from '../job/control.js';
 import { checkVerb, type JobStatus, type JobVerb } from '../job/status.js';
@@ -95,6 +97,7 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
   /** Settles when the job is over and its threads are free, whatever became of it. */
   readonly ended: Promise<void>;
   readonly #arena: Arena;
+  readonly #source: NodeDescriptor;
   readonly #frame: FrameDescriptor;
   readonly #started = performance.now();
   #control: JobControl | undefined;
@@ -107,6 +110,7 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
   /** @internal */
   constructor(
     arena: Arena,
+    source: NodeDescriptor,
     options: { id: string; target: string; autoDismiss: boolean },
     started: Started,
     control: JobControl,
@@ -119,6 +123,7 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
     this.sync = started.sync;
     this.path = started.path;
     this.#arena = arena;
+    this.#source = source;
     this.#frame = started.frame;
     this.#control = control;
     this.ended = this.#whenEnded(threads, ended, options.autoDismiss);
@@ -157,6 +162,10 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
     const control = this.#verb('cancel');
     this.#cancelReason ??= reason;
     control.cancel();
+    // In sync mode `none` the target is still to be committed.
+    if (this.sync === 'none') return;
+    interruptNode(this.#arena, this.#source, control.pointer);
+    interruptNode(this.#arena, this.#frame.target);
   }
 
   /** Lets a job with `autoFinalize: false` commit. */
@@ -437,6 +446,7 @@ export async function startBackup(
   }
   handle = new BackupHandle(
     arena,
+    disk.node,
     { id, target: options.target, autoDismiss: options.autoDismiss ?? true },
     begun,
     control,

@@ -15,6 +15,7 @@ import { type ImageInfo, imageInfo } from '../block/info.js';
 import { mapFiles, mapNode } from '../block/map.js';
 import type { MapRange } from '../block/map-batch.js';
 import { type Measured, type MeasureOptions, measureImage } from '../block/measure.js';
+import { workingFor } from '../block/nbd/index.js';
 import type { NodeDescriptor } from '../block/node.js';
 import type { RepairMode } from '../block/qcow2/index.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
@@ -192,19 +193,12 @@ export class TaskRunner {
       case 'request':
         return this.#request(this.#disk(task.disk), task.request);
       case 'backup':
-        return BackupJob.run(
-          this.#runtime,
-          this.#disk(task.disk),
-          new JobControl(this.#runtime.arena, task.control),
-          task.port,
-          task.options,
-          task.id,
+        return this.#forJob(task.control, (control) =>
+          BackupJob.run(this.#runtime, this.#disk(task.disk), control, task.port, task.options, task.id),
         );
       case 'copy':
-        return helpCopying(
-          this.#disk(task.disk),
-          task.frame,
-          new JobControl(this.#runtime.arena, task.control),
+        return this.#forJob(task.control, (control) =>
+          helpCopying(this.#disk(task.disk), task.frame, control),
         );
       case 'create':
         return createImage(this.#runtime, task.path, task.options);
@@ -233,6 +227,12 @@ export class TaskRunner {
       case 'help-compare':
         return new Team(task.team).help(() => this.#comparePart(task));
     }
+  }
+
+  /** Runs `body` so that cancelling the job ends what it waits for on a server. */
+  #forJob<T>(pointer: number, body: (control: JobControl) => T): T {
+    const control = new JobControl(this.#runtime.arena, pointer);
+    return workingFor({ mark: pointer, cancelled: () => control.cancelled }, () => body(control));
   }
 
   readonly #copyBuffer = (): CopyBuffer => {

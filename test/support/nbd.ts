@@ -23,10 +23,11 @@ export function qemuNbd(args: readonly string[], socket?: string): Server {
   );
 }
 
-/** `nbdkit` with these arguments: filters, then the plugin and its parameters. */
+/** `nbdkit` with these arguments: filters, then the plugin and its parameters; on the port of `--port` instead of a socket. */
 export function nbdkit(args: readonly string[], socket?: string): Server {
+  const tcp = args.includes('--port');
   return serve(socket, (at, pidFile) =>
-    spawnSync('nbdkit', ['--pidfile', pidFile, '--unix', at, ...args], { stdio: 'ignore' }),
+    spawnSync('nbdkit', ['--pidfile', pidFile, ...(tcp ? [] : ['--unix', at]), ...args], { stdio: 'ignore' }),
   );
 }
 

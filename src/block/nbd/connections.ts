@@ -3,7 +3,7 @@ import { StillframeError } from '../../errors.js';
 import type { Arena } from '../../kernels/arena.js';
 import { advance, load, store, waitWhile, withLock } from '../../kernels/futex.js';
 import { type SocketAddress, type Sockets, sockets } from '../../os/sockets.js';
-import { connectionError } from './errors.js';
+import { connectionError, refusedError } from './errors.js';
 import { negotiate, type Session } from './handshake.js';
 import { currentOwner } from './owner.js';
 import { ConnectionLost, SocketStream } from './stream.js';
@@ -178,7 +178,7 @@ export class Connections {
 
   #claimed(slot: number): number {
     store(this.#arena, this.#slot(slot) + STATE, TAKEN);
-    store(this.#arena, this.#slot(slot) + OWNER, currentOwner()?.mark ?? 0);
+    store(this.#arena, this.#slot(slot) + OWNER, (currentOwner()?.mark ?? 0) | 0);
     return slot;
   }
 
@@ -219,7 +219,7 @@ export class Connections {
 
   #connectOnce(slot: number, handshakeMs: number): Session {
     const { path, target, agreed } = this.#export;
-    const deadline = performance.now() + handshakeMs;
+    const deadline = performance.now() + Math.min(handshakeMs, target.timeoutMs);
     const plain = new SocketStream(this.#socketTo(slot, deadline), deadline);
     const { stream, session } = negotiate(path, target, plain, (before) => {
       const secured = startTls(path, target, before, this.#sockets);
@@ -227,9 +227,9 @@ export class Connections {
       return secured;
     });
     if (agreed !== undefined && !sameExport(agreed, session)) {
-      throw new StillframeError(
-        'ERR_STILLFRAME_NBD_CONNECTION',
-        `'${path}' is not the export any more that it was when it was opened (then ${agreed.length} bytes, now ${session.length}); open it again`,
+      throw refusedError(
+        path,
+        `it is not the export any more that it was when it was opened (then ${agreed.length} bytes, now ${session.length}); open it again`,
       );
     }
     this.#sockets.setTimeout(stream.fd, target.timeoutMs);
@@ -429,7 +429,7 @@ export function interruptConnections(arena: Arena, control: number, mark?: numbe
   if (mark === undefined) store(arena, control + INTERRUPTED, 1);
   for (let index = 0; index < MAX_CONNECTIONS; index++) {
     const at = control + SLOTS + index * SLOT_BYTES;
-    if (mark !== undefined && load(arena, at + OWNER) !== mark) continue;
+    if (mark !== undefined && load(arena, at + OWNER) !== (mark | 0)) continue;
     withLock(arena, at + FD_LOCK, () => {
       const fd = load(arena, at + FD);
       if (fd >= 0) sockets()?.shutdown(fd);

@@ -1,0 +1,421 @@
+/** Exports of real NBD servers as sources and targets. */
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
+import { attachNbd, closeNbd, openNbd } from '#src/block/nbd/index.js';
+import { createEngine, type Engine } from '#src/index.js';
+import { createRuntime } from '#src/kernels/runtime.js';
+import { stillframe } from '../support/cli.js';
+import { firstDifference, Random } from '../support/data.js';
+import { nbdkit, qemuNbd, type Server } from '../support/nbd.js';
+import { hasPeer, run } from '../support/peers.js';
+
+const folder = mkdtempSync(join(tmpdir(), 'stillframe-nbd-'));
+const at = (name: string): string => join(folder, name);
+const LENGTH = 8 << 20;
+const content = new Random(3).bytes(LENGTH).fill(0, 2 << 20, 5 << 20);
+const peers = hasPeer('qemu-nbd') && hasPeer('qemu-img') && hasPeer('nbdkit');
+
+let engine: Engine;
+const servers: Server[] = [];
+/** The server is ended with the test. */
+function started(server: Server): Server {
+  servers.push(server);
+  return server;
+}
+const qemu = (...args: string[]): Server => started(qemuNbd(['-f', 'raw', ...args]));
+const kit = (...args: string[]): Server => started(nbdkit(args));
+
+beforeAll(async () => {
+  engine = await createEngine({ workers: 2 });
+});
+afterAll(async () => {
+  await engine.close();
+  rmSync(folder, { recursive: true });
+});
+beforeEach(() => {
+  rmSync(folder, { recursive: true });
+  run('mkdir', [folder]);
+  run('truncate', ['-s', String(LENGTH), at('disk')]);
+  // With its hole.
+  run('sh', ['-c', `dd of='${at('disk')}' bs=1M conv=notrunc,sparse status=none < '${writtenContent()}'`]);
+});
+afterEach(() => {
+  for (const server of servers.splice(0)) server.stop();
+});
+
+function writtenContent(): string {
+  writeFileSync(at('content'), content);
+  return at('content');
+}
+
+const expectContent = (path: string): void => expect(firstDifference(readFileSync(path), content)).toBe(-1);
+const open = (uri: string, readOnly = true) => engine.openDisk(uri, { format: 'raw', readOnly });
+
+describe.skipIf(!peers)('an export as the source', () => {
+  it.each<[what: string, serve: () => Server]>([
+    ['qemu-nbd', () => qemu('-r', '-e', '8', at('disk'))],
+    ['qemu-nbd with one connection', () => qemu('-r', at('disk'))],
+    ['nbdkit', () => kit('-r', 'file', at('disk'))],
+  ])('is backed up from %s, without reading its holes', async (_, serve) => {
+    const disk = await open(serve().uri());
+    try {
+      expect(disk.length).toBe(LENGTH);
+      const result = await (await disk.backup({ target: at('copy'), format: 'raw', sync: 'full' })).result();
+      expect(result.bytes.read).toBe(LENGTH - (3 << 20));
+    } finally {
+      await disk.close();
+    }
+    expectContent(at('copy'));
+  });
+
+  it('is read over fewer connections where the server does not take as many', async () => {
+    const server = kit(
+      '-r',
+      '--filter=multi-conn',
+      '--filter=limit',
+      'file',
+      at('disk'),
+      'multi-conn-mode=emulate',
+      'limit=1',
+    );
+    const disk = await open(server.uri('', '&x-timeout=2'));
+    try {
+      await (await disk.backup({ target: at('copy'), format: 'raw', sync: 'full' })).result();
+    } finally {
+      await disk.close();
+    }
+    expectContent(at('copy'));
+  });
+
+  it('may hold a qcow2 image', async () => {
+    run('qemu-img', ['convert', '-O', 'qcow2', at('disk'), at('disk.qcow2')]);
+    const disk = await engine.openDisk(qemu('-r', at('disk.qcow2')).uri(), {
+      format: 'qcow2',
+      readOnly: true,
+    });
+    try {
+      await (await disk.backup({ target: at('copy'), format: 'raw', sync: 'full' })).result();
+    } finally {
+      await disk.close();
+    }
+    expectContent(at('copy'));
+  });
+
+  it('is described, mapped and compared by the tools as by qemu-img', () => {
+    const uri = qemu('-r', at('disk')).uri();
+    const json = (text: string): object => ({ ...JSON.parse(text), filename: undefined });
+    expect(json(stillframe(['info', '--output', 'json', uri]).stdout)).toEqual(
+      json(run('qemu-img', ['info', '--output=json', uri])),
+    );
+    expect(stillframe(['info', uri]).stdout).toContain('disk size: unavailable\n');
+    expect(stillframe(['map', '--output', 'json', uri]).stdout).toBe(
+      run('qemu-img', ['map', '--output=json', uri]),
+    );
+    expect(stillframe(['compare', '-f', 'raw', uri, at('content')]).stdout).toBe('Images are identical.\n');
+  });
+
+  it.each([
+    ['nbd:unix:SOCKET', '127.0.0.1'],
+    ['nbd://localhost:PORT/', '127.0.0.1'],
+    ['nbd://127.0.0.1:PORT', '127.0.0.1'],
+    ['nbd:127.0.0.1:PORT:exportname=', '127.0.0.1'],
+    ['nbd://[::1]:PORT', '::1'],
+  ])('is found as %s', (form, host) => {
+    const port = String(20_000 + (process.pid % 10_000));
+    const server = form.includes('SOCKET')
+      ? kit('-r', 'file', at('disk'))
+      : kit('-r', '--port', port, '--ipaddr', host, 'file', at('disk'));
+    const name = form.replace('SOCKET', server.socket).replace('PORT', port);
+    const { status, stderr } = stillframe(['compare', '-f', 'raw', name, at('content')]);
+    expect([status, stderr]).toEqual([0, '']);
+  });
+
+  it('has its own name: an image header that names one is refused', () => {
+    const uri = qemu('-r', at('disk')).uri();
+    run('qemu-img', ['create', '-q', '-f', 'qcow2', '-F', 'raw', '-b', uri, at('overlay.qcow2'), '8M']);
+    expect(stillframe(['map', at('overlay.qcow2')]).stderr).toContain('[ERR_STILLFRAME_BACKING_FORBIDDEN]');
+  });
+
+  it('is not open for writing where the server forbids it, nor found where it is not', async () => {
+    const server = qemu('-r', '-x', 'name', at('disk'));
+    await expect(open(server.uri('name'), false)).rejects.toMatchObject({ code: 'ERR_STILLFRAME_READ_ONLY' });
+    await expect(open(server.uri('other'))).rejects.toMatchObject({ code: 'ERR_STILLFRAME_NBD_REFUSED' });
+    await (await open(server.uri('name'))).close();
+    server.stop();
+    await expect(open(server.uri('name'))).rejects.toMatchObject({ code: 'ERR_STILLFRAME_NBD_CONNECTION' });
+    await expect(open('nbd://no-such-host.invalid/')).rejects.toMatchObject({
+      code: 'ERR_STILLFRAME_NBD_CONNECTION',
+      message: expect.stringContaining('no-such-host.invalid'),
+    });
+  });
+
+  it('that cannot be read fails the backup with the error of the server', async () => {
+    const disk = await open(
+      kit('-r', '--filter=error', 'file', at('disk'), 'error-pread=EIO', 'error-pread-rate=100%').uri(),
+    );
+    try {
+      const job = await disk.backup({ target: at('copy'), format: 'raw', sync: 'full' });
+      await expect(job.result()).rejects.toMatchObject({ code: 'ERR_STILLFRAME_IO', errno: 'EIO' });
+    } finally {
+      await disk.close();
+    }
+  });
+
+  it('that does not answer keeps nobody from cancelling the backup', async () => {
+    const server = kit('-r', '--filter=delay', 'file', at('disk'), 'delay-read=1000');
+    const disk = await open(server.uri());
+    try {
+      const job = await disk.backup({ target: at('copy'), format: 'raw', sync: 'full' });
+      await new Promise((resolve) => setTimeout(resolve, 200));
+      job.cancel();
+      await expect(job.result()).rejects.toMatchObject({ code: 'ERR_STILLFRAME_JOB_CANCELLED' });
+    } finally {
+      await disk.close();
+      server.kill();
+    }
+  });
+
+  it('that goes away fails the backup', async () => {
+    const server = qemu('-r', '-e', '8', at('disk'));
+    const disk = await open(server.uri());
+    try {
+      const job = await disk.backup({ target: at('copy'), format: 'raw', sync: 'full', speed: 1 << 20 });
+      server.kill();
+      await expect(job.result()).rejects.toMatchObject({ code: 'ERR_STILLFRAME_NBD_CONNECTION' });
+    } finally {
+      await disk.close();
+    }
+  });
+
+  it('that goes away and comes back is read on', async () => {
+    const server = qemu('-r', '-e', '8', at('disk'));
+    const disk = await open(server.uri('', '&x-reconnect-delay=60'));
+    try {
+      const job = await disk.backup({ target: at('copy'), format: 'raw', sync: 'full', speed: 8 << 20 });
+      server.kill();
+      run('mkdir', ['-p', server.socket.replace(/\/[^/]*$/, '')]);
+      started(qemuNbd(['-f', 'raw', '-r', '-e', '8', at('disk')], server.socket));
+      await job.result();
+    } finally {
+      await disk.close();
+    }
+    expectContent(at('copy'));
+  });
+
+  it('that comes back as another one is refused', async () => {
+    const server = qemu('-r', at('disk'));
+    const disk = await open(server.uri('', '&x-reconnect-delay=60'));
+    try {
+      server.kill();
+      run('mkdir', ['-p', server.socket.replace(/\/[^/]*$/, '')]);
+      run('truncate', ['-s', '+1M', at('disk')]);
+      started(qemuNbd(['-f', 'raw', '-r', at('disk')], server.socket));
+      await expect(disk.read(0, 512)).rejects.toMatchObject({
+        message: expect.stringContaining('not the export any more'),
+      });
+    } finally {
+      await disk.close();
+    }
+  });
+
+  it('says what is in its dirty bitmaps', () => {
+    run('qemu-img', ['create', '-q', '-f', 'qcow2', at('disk.qcow2'), '8M']);
+    run('qemu-img', ['bitmap', '--add', '-g', '65536', at('disk.qcow2'), 'b0']);
+    run('qemu-io', ['-c', 'write 1M 100k', '-c', 'write 4M 64k', at('disk.qcow2')]);
+    const server = started(qemuNbd(['-f', 'qcow2', '-r', '-B', 'b0', at('disk.qcow2')]));
+    const runtime = createRuntime(16 << 20);
+    const descriptor = openNbd(runtime, server.uri('', '&x-dirty-bitmap=b0'), { readOnly: true });
+    try {
+      const node = attachNbd(runtime, descriptor);
+      const extents: object[] = [];
+      node.contextExtents('qemu:dirty-bitmap:b0', 0, 8 << 20, (extent) => extents.push(extent));
+      expect(extents).toEqual([
+        { length: 1 << 20, flags: 0 },
+        { length: 128 << 10, flags: 1 },
+        { length: (3 << 20) - (128 << 10), flags: 0 },
+        { length: 64 << 10, flags: 1 },
+        { length: (4 << 20) - (64 << 10), flags: 0 },
+      ]);
+      expect(() => node.contextExtents('qemu:dirty-bitmap:b1', 0, 512, () => undefined)).toThrow(
+        expect.objectContaining({ code: 'ERR_STILLFRAME_BITMAP_NOT_FOUND' }),
+      );
+    } finally {
+      closeNbd(runtime, descriptor);
+    }
+  });
+});
+
+describe.skipIf(!peers)('an export as the target', () => {
+  beforeEach(() => writeFileSync(at('target'), new Uint8Array(LENGTH).fill(0xee)));
+
+  it.each<[what: string, serve: () => Server]>([
+    ['qemu-nbd', () => qemu('-e', '8', '--discard=unmap', at('target'))],
+    ['qemu-nbd with one connection', () => qemu(at('target'))],
+    ['nbdkit', () => kit('file', at('target'))],
+    ['nbdkit without zeroes', () => kit('--filter=nozero', 'file', at('target'))],
+    ['nbdkit with FUA instead of flush', () => kit('--filter=fua', 'file', at('target'), 'fuamode=force')],
+    [
+      'nbdkit with large blocks',
+      () =>
+        kit(
+          '--filter=blocksize-policy',
+          'file',
+          at('target'),
+          'blocksize-minimum=65536',
+          'blocksize-preferred=65536',
+          'blocksize-maximum=65536',
+          'blocksize-error-policy=error',
+        ),
+    ],
+  ])('takes a backup, to %s', (_, serve) => {
+    const { status, stderr } = stillframe([
+      'backup',
+      '-f',
+      'raw',
+      at('disk'),
+      serve().uri(),
+      '--sync',
+      'full',
+      '-q',
+    ]);
+    expect([status, stderr]).toEqual([0, '']);
+    for (const server of servers.splice(0)) server.stop();
+    expectContent(at('target'));
+  });
+
+  it('is copied to from an export', () => {
+    const [source, target] = [kit('-r', 'file', at('disk')), qemu(at('target'))];
+    const { status, stderr } = stillframe([
+      'backup',
+      '-f',
+      'raw',
+      source.uri(),
+      target.uri(),
+      '--sync',
+      'full',
+      '-q',
+    ]);
+    expect([status, stderr]).toEqual([0, '']);
+    expectContent(at('target'));
+  });
+
+  it('may hold a qcow2 image', () => {
+    run('qemu-img', ['create', '-q', '-f', 'qcow2', at('target'), String(LENGTH)]);
+    run('truncate', ['-s', '16M', at('target')]);
+    const { status, stderr } = stillframe([
+      ...[
+        'backup',
+        '-f',
+        'raw',
+        at('disk'),
+        qemu(at('target')).uri(),
+        '--sync',
+        'full',
+        '-q',
+        '--format',
+        'qcow2',
+      ],
+    ]);
+    expect([status, stderr]).toEqual([0, '']);
+    for (const server of servers.splice(0)) server.stop();
+    run('qemu-img', ['compare', '-q', '-f', 'raw', '-F', 'qcow2', at('disk'), at('target')]);
+  });
+
+  it('cannot be the source as well', async () => {
+    const server = kit('file', at('disk'));
+    const disk = await open(server.uri());
+    try {
+      await expect(disk.backup({ target: `nbd:unix:${server.socket}`, sync: 'full' })).rejects.toMatchObject({
+        code: 'ERR_STILLFRAME_SAME_NODE',
+      });
+      writeFileSync(at('small'), new Uint8Array(512));
+      await expect(
+        disk.backup({ target: kit('file', at('small')).uri(), sync: 'full' }),
+      ).rejects.toMatchObject({
+        code: 'ERR_STILLFRAME_SIZE_MISMATCH',
+      });
+    } finally {
+      await disk.close();
+    }
+  });
+
+  it('that is full fails the backup with that', async () => {
+    const disk = await open(at('disk'));
+    try {
+      const target = kit(
+        '--filter=error',
+        'file',
+        at('target'),
+        'error-pwrite=ENOSPC',
+        'error-pwrite-rate=100%',
+      ).uri();
+      const job = await disk.backup({ target, sync: 'full' });
+      await expect(job.result()).rejects.toMatchObject({ code: 'ERR_STILLFRAME_NO_SPACE' });
+    } finally {
+      await disk.close();
+    }
+  });
+
+  it('that does not answer keeps nobody from cancelling the backup', async () => {
+    const disk = await open(at('disk'));
+    const server = kit('--filter=delay', 'file', at('target'), 'delay-write=1000');
+    try {
+      const job = await disk.backup({ target: server.uri(), sync: 'full' });
+      await new Promise((resolve) => setTimeout(resolve, 200));
+      job.cancel();
+      await expect(job.result()).rejects.toMatchObject({ code: 'ERR_STILLFRAME_JOB_CANCELLED' });
+    } finally {
+      await disk.close();
+      server.kill();
+    }
+  });
+
+  it('that is lost with writes that were not flushed takes no more, though it comes back', async () => {
+    const server = qemu(at('target'));
+    const disk = await open(server.uri('', '&x-reconnect-delay=60'), false);
+    const again = () => {
+      servers.at(-1)?.kill();
+      run('mkdir', ['-p', server.socket.replace(/\/[^/]*$/, '')]);
+      started(qemuNbd(['-f', 'raw', at('target')], server.socket));
+    };
+    try {
+      await disk.write(0, new Uint8Array(512).fill(1));
+      await disk.flush();
+      again();
+      // Nothing was lost so far.
+      await disk.write(512, new Uint8Array(512).fill(2));
+      again();
+      const lost = { code: 'ERR_STILLFRAME_IO', message: expect.stringContaining('not flushed') };
+      await expect(disk.flush()).rejects.toMatchObject(lost);
+      await expect(disk.write(1024, new Uint8Array(512))).rejects.toMatchObject(lost);
+      expect(Buffer.from(await disk.read(0, 512)).equals(Buffer.alloc(512, 1))).toBe(true);
+    } finally {
+      await disk.close().catch(() => undefined);
+    }
+  });
+});
+
+it.skipIf(!peers)('threads that share one connection do not get into each other', async () => {
+  const disk = await open(qemu('-e', '4', at('disk')).uri(), false);
+  const single = await open(kit('--filter=multi-conn', 'file', at('disk'), 'multi-conn-mode=disable').uri());
+  try {
+    const random = new Random(9);
+    const reads = Array.from({ length: 200 }, () => {
+      const offset = random.between(0, LENGTH - 1);
+      return { offset, length: random.between(1, Math.min(300_000, LENGTH - offset)) };
+    });
+    await Promise.all(
+      [disk, single].flatMap((one) =>
+        reads.map(async ({ offset, length }) => {
+          const found = await one.read(offset, length);
+          expect(firstDifference(Buffer.from(found), content.subarray(offset, offset + length))).toBe(-1);
+        }),
+      ),
+    );
+  } finally {
+    await disk.close();
+    await single.close();
+  }
+});
