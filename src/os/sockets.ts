@@ -1,3 +1,4 @@
+import { closeSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { getSystemErrorMap } from 'node:util';
 
@@ -23,6 +24,9 @@ export interface Sockets {
   setTimeout(fd: number, timeoutMs: number): void;
   /** Ends both directions of a connection at once: whoever is blocked in it comes back. Never throws. */
   shutdown(fd: number): void;
+  /** Another descriptor for the same socket, so that each of two owners closes its own. */
+  duplicate(fd: number): number;
+  close(fd: number): void;
   /** Two sockets that are connected to each other. */
   pair(): [number, number];
 }
@@ -45,6 +49,7 @@ const SO_SNDTIMEO = 21;
 const IPPROTO_TCP = 6;
 const TCP_NODELAY = 1;
 const SHUT_RDWR = 2;
+const F_DUPFD_CLOEXEC = 1030;
 const MAX_UNIX_PATH_BYTES = 107;
 
 /** The part of koffi that is used; its own types are far wider. */
@@ -76,6 +81,7 @@ function loadSockets(): Sockets {
   );
   const shutdown = libc.func('int shutdown(int fd, int how)');
   const socketpair = libc.func('int socketpair(int domain, int type, int protocol, _Out_ int *fds)');
+  const fcntl = libc.func('int fcntl(int fd, int command, int value)');
   const getaddrinfo = libc.func(
     'int getaddrinfo(const char *node, const char *service, void *hints, _Out_ void **result)',
   );
@@ -160,6 +166,10 @@ function loadSockets(): Sockets {
     shutdown(fd) {
       shutdown(fd, SHUT_RDWR);
     },
+    duplicate(fd) {
+      return checked('fcntl', fcntl(fd, F_DUPFD_CLOEXEC, 3));
+    },
+    close: closeSync,
     pair() {
       const fds: [number, number] = [-1, -1];
       checked('socketpair', socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds));

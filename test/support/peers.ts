@@ -11,6 +11,7 @@ const packages: Readonly<Record<string, string>> = {
   nbdcopy: 'libnbd-bin',
   nbdinfo: 'libnbd-bin',
   fio: 'fio',
+  openssl: 'openssl',
   'mkfs.ext4': 'e2fsprogs',
   e2fsck: 'e2fsprogs',
   debugfs: 'e2fsprogs',

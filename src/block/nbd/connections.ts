@@ -1,4 +1,3 @@
-import { closeSync } from 'node:fs';
 import { StillframeError } from '../../errors.js';
 import type { Arena } from '../../kernels/arena.js';
 import { advance, load, store, waitWhile, withLock } from '../../kernels/futex.js';
@@ -223,7 +222,10 @@ export class Connections {
     const plain = new SocketStream(this.#socketTo(slot, deadline), deadline);
     const { stream, session } = negotiate(path, target, plain, (before) => {
       const secured = startTls(path, target, before, this.#sockets);
+      // The relay has the connection now.
+      this.#close(slot);
       this.#keep(slot, secured.fd);
+      this.#sockets.setTimeout(secured.fd, Math.max(1, deadline - performance.now()));
       return secured;
     });
     if (agreed !== undefined && !sameExport(agreed, session)) {
@@ -392,7 +394,7 @@ export class Connections {
     withLock(this.#arena, at + FD_LOCK, () => {
       const fd = load(this.#arena, at + FD);
       store(this.#arena, at + FD, -1);
-      if (fd >= 0) closeSync(fd);
+      if (fd >= 0) this.#sockets.close(fd);
     });
   }
 

@@ -1,0 +1,75 @@
+import { Socket } from 'node:net';
+import { type ConnectionOptions, checkServerIdentity, connect } from 'node:tls';
+import { workerData } from 'node:worker_threads';
+import {
+  FAILED,
+  type RelayData,
+  type RelayTls,
+  SECURE,
+  serverName,
+  TEXT_AT,
+  TEXT_BYTES,
+  WAITING,
+} from './tls.js';
+
+/** TLS 1.3 first; the fastest cipher of each version. */
+const PSK_CIPHERS = 'TLS_AES_128_GCM_SHA256:DHE-PSK-AES128-GCM-SHA256:PSK-AES128-GCM-SHA256:PSK';
+
+function optionsOf({ hostname, verifyPeer, ca, cert, key, psk }: RelayTls): ConnectionOptions {
+  const common: ConnectionOptions = { minVersion: 'TLSv1.2', servername: serverName(hostname) };
+  if (psk !== undefined) {
+    return {
+      ...common,
+      ciphers: PSK_CIPHERS,
+      // No certificate is any good: whoever does not know the key is not let in by one.
+      ca: [],
+      pskCallback: () => ({ identity: psk.identity, psk: psk.key }),
+      checkServerIdentity: () => undefined,
+    };
+  }
+  return {
+    ...common,
+    ...(ca === undefined ? {} : { ca }),
+    ...(cert === undefined || key === undefined ? {} : { cert, key }),
+    rejectUnauthorized: verifyPeer,
+    checkServerIdentity: (_, certificate) => checkServerIdentity(hostname, certificate),
+  };
+}
+
+/** Speaks TLS with the server and plain text with the thread that has the other end of the pair. */
+function relay({ remote, local, tls, outcome }: RelayData): void {
+  const plain = new Socket({ fd: local, readable: true, writable: true, allowHalfOpen: true });
+  const socket = new Socket({ fd: remote, readable: true, writable: true });
+  const secure = connect({ ...optionsOf(tls), socket });
+  const state = new Int32Array(outcome, 0, 2);
+  const settle = (to: typeof SECURE | typeof FAILED, text: string): void => {
+    if (state[0] !== WAITING) return;
+    const bytes = new TextEncoder().encode(text).subarray(0, TEXT_BYTES);
+    new Uint8Array(outcome, TEXT_AT).set(bytes);
+    state[1] = bytes.length;
+    Atomics.store(state, 0, to);
+    Atomics.notify(state, 0);
+  };
+  const end = (error?: Error): void => {
+    settle(FAILED, error?.message ?? 'the connection was closed during the handshake');
+    secure.destroy();
+    socket.destroy();
+    plain.destroy();
+  };
+  for (const side of [plain, socket, secure]) {
+    side.on('error', end);
+    side.on('close', () => end());
+  }
+  secure.once('secureConnect', () => {
+    if (tls.psk !== undefined && Object.keys(secure.getPeerCertificate()).length > 0) {
+      end(new Error('the server has a certificate instead of the key'));
+      return;
+    }
+    settle(SECURE, '');
+    plain.pipe(secure);
+    secure.pipe(plain);
+  });
+}
+
+const data: RelayData = workerData;
+relay(data);

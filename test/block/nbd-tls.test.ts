@@ -1,0 +1,184 @@
+/** NBD over TLS with real servers, by certificates and by keys that both know. */
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
+import { createEngine, type Engine } from '#src/index.js';
+import { makeCertificates } from '../support/certificates.js';
+import { firstDifference, Random } from '../support/data.js';
+import { ACK, GREETING, optionReply, withFakeServer } from '../support/fake-nbd.js';
+import { nbdkit, qemuNbd, type Server } from '../support/nbd.js';
+import { hasPeer } from '../support/peers.js';
+
+const folder = mkdtempSync(join(tmpdir(), 'stillframe-tls-'));
+const at = (name: string): string => join(folder, name);
+const content = new Random(4).noise(6 << 20);
+const KEY = '0123456789abcdef'.repeat(4);
+const peers = hasPeer('qemu-nbd') && hasPeer('nbdkit') && hasPeer('openssl');
+
+let engine: Engine;
+let server: Server | undefined;
+beforeAll(async () => {
+  engine = await createEngine({ workers: 2 });
+  if (!peers) return;
+  makeCertificates(at('pki'));
+  makeCertificates(at('other'));
+  writeFileSync(at('disk'), content);
+  writeFileSync(at('keys.psk'), `alice:${KEY}\n`);
+  writeFileSync(at('wrong.psk'), `alice:${'ff'.repeat(32)}\n`);
+});
+afterAll(async () => {
+  await engine.close();
+  rmSync(folder, { recursive: true });
+});
+afterEach(() => {
+  server?.stop();
+  server = undefined;
+});
+
+function nameOf({ uri }: Server, parameters: string, user = ''): string {
+  return uri('', parameters).replace('nbd+unix://', `nbds+unix://${user}`);
+}
+
+async function readAll(name: string): Promise<void> {
+  const disk = await engine.openDisk(name, { format: 'raw', readOnly: true });
+  try {
+    const job = await disk.backup({ target: at('copy'), format: 'raw', sync: 'full', force: true });
+    await job.result();
+    for (let offset = 0; offset < content.length; offset += 1 << 20) {
+      const found = Buffer.from(await disk.read(offset, 1 << 20));
+      expect(firstDifference(found, content.subarray(offset, offset + (1 << 20)))).toBe(-1);
+    }
+  } finally {
+    await disk.close();
+  }
+}
+
+const kitX509 = (...args: string[]) =>
+  nbdkit(['-r', '--tls=require', `--tls-certificates=${at('pki')}`, ...args, 'file', at('disk')]);
+const kitPsk = () => nbdkit(['-r', '--tls=require', `--tls-psk=${at('keys.psk')}`, 'file', at('disk')]);
+const qemu = (credentials: string) =>
+  qemuNbd([
+    '-r',
+    '-f',
+    'raw',
+    '-e',
+    '4',
+    '--object',
+    `${credentials},id=tls0,endpoint=server,dir=${at(credentials.endsWith('psk') ? '.' : 'pki')}`,
+    '--tls-creds',
+    'tls0',
+    at('disk'),
+  ]);
+
+describe.skipIf(!peers)('an export is read over TLS', () => {
+  it.each<[what: string, serve: () => Server, parameters: () => string, user?: string]>([
+    ['nbdkit with certificates', () => kitX509(), () => `&tls-certificates=${at('pki')}`],
+    [
+      'nbdkit that wants to know the client',
+      () => kitX509('--tls-verify-peer'),
+      () => `&tls-certificates=${at('pki')}`,
+    ],
+    ['nbdkit with a key', kitPsk, () => `&tls-psk-file=${at('keys.psk')}`, 'alice@'],
+    ['qemu-nbd with certificates', () => qemu('tls-creds-x509'), () => `&tls-certificates=${at('pki')}`],
+    ['qemu-nbd with a key', () => qemu('tls-creds-psk'), () => `&tls-psk-file=${at('keys.psk')}`],
+  ])('from %s', async (_, serve, parameters, user) => {
+    server = serve();
+    await readAll(nameOf(server, parameters(), user));
+  });
+
+  it.each<[what: string, serve: () => Server, parameters: () => string, text: RegExp]>([
+    [
+      'a certificate of an unknown authority',
+      () => kitX509(),
+      () => `&tls-certificates=${at('other')}`,
+      /certificate/,
+    ],
+    ['no authority', () => kitX509(), () => '', /certificate/],
+    [
+      'a certificate for another host',
+      () => kitX509(),
+      () => `&tls-certificates=${at('pki')}&tls-hostname=example.com`,
+      /example\.com/,
+    ],
+    ['a wrong key', kitPsk, () => `&tls-psk-file=${at('wrong.psk')}`, /TLS/],
+    [
+      'a key where the server has a certificate',
+      () => kitX509(),
+      () => `&tls-psk-file=${at('keys.psk')}`,
+      /TLS/,
+    ],
+    [
+      'a server without TLS',
+      () => nbdkit(['-r', 'file', at('disk')]),
+      () => `&tls-certificates=${at('pki')}`,
+      /TLS/,
+    ],
+  ])('but not with %s', async (_, serve, parameters, text) => {
+    server = serve();
+    await expect(readAll(nameOf(server, parameters()))).rejects.toMatchObject({
+      code: 'ERR_STILLFRAME_NBD_REFUSED',
+      message: expect.stringMatching(text),
+    });
+  });
+
+  it('with anybody, where nobody is to be verified', async () => {
+    server = kitX509();
+    await readAll(nameOf(server, '&tls-verify-peer=0'));
+  });
+
+  it('and not without, where the server wants it', async () => {
+    server = kitX509();
+    await expect(readAll(server.uri())).rejects.toMatchObject({
+      code: 'ERR_STILLFRAME_NBD_REFUSED',
+      message: expect.stringContaining('nbds'),
+    });
+  });
+
+  it('with the keys of users that are there', async () => {
+    server = kitPsk();
+    await expect(readAll(nameOf(server, `&tls-psk-file=${at('keys.psk')}`, 'bob@'))).rejects.toMatchObject({
+      code: 'ERR_STILLFRAME_INVALID_ARGUMENT',
+    });
+    await expect(readAll(nameOf(server, `&tls-psk-file=${at('none.psk')}`))).rejects.toMatchObject({
+      code: 'ERR_STILLFRAME_NOT_FOUND',
+    });
+  });
+
+  it('until it goes away', async () => {
+    server = kitX509();
+    const disk = await engine.openDisk(nameOf(server, `&tls-certificates=${at('pki')}`), {
+      format: 'raw',
+      readOnly: true,
+    });
+    server.kill();
+    await expect(disk.read(0, 512)).rejects.toMatchObject({ code: 'ERR_STILLFRAME_NBD_CONNECTION' });
+    await disk.close();
+  });
+});
+
+it('a server that sends plain text behind its leave to start TLS is not believed', async () => {
+  const outcome = withFakeServer(
+    async (peer) => {
+      peer.write(GREETING);
+      await peer.read(4);
+      const { option } = await peer.option();
+      peer.write(optionReply(option, ACK), optionReply(8, ACK), optionReply(10, ACK), optionReply(7, ACK));
+    },
+    (uri) => engine.openDisk(uri.replace('nbd+', 'nbds+'), { format: 'raw', readOnly: true }),
+  );
+  await expect(outcome).rejects.toMatchObject({ code: 'ERR_STILLFRAME_NBD_REFUSED' });
+});
+
+it('a server that never answers the TLS handshake is given up', async () => {
+  const outcome = withFakeServer(
+    async (peer) => {
+      peer.write(GREETING);
+      await peer.read(4);
+      const { option } = await peer.option();
+      peer.write(optionReply(option, ACK));
+    },
+    (uri) => engine.openDisk(uri.replace('nbd+', 'nbds+'), { format: 'raw', readOnly: true }),
+  );
+  await expect(outcome).rejects.toMatchObject({ code: 'ERR_STILLFRAME_NBD_CONNECTION' });
+});
