@@ -1,4 +1,3 @@
-import { closeSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { getSystemErrorMap } from 'node:util';
 
@@ -24,6 +23,8 @@ export interface Sockets {
   setTimeout(fd: number, timeoutMs: number): void;
   /** Ends both directions of a connection at once: whoever is blocked in it comes back. Never throws. */
   shutdown(fd: number): void;
+  /** Says that nothing more will be sent. Never throws. */
+  finish(fd: number): void;
   /** Another descriptor for the same socket, so that each of two owners closes its own. */
   duplicate(fd: number): number;
   close(fd: number): void;
@@ -48,6 +49,7 @@ const SO_RCVTIMEO = 20;
 const SO_SNDTIMEO = 21;
 const IPPROTO_TCP = 6;
 const TCP_NODELAY = 1;
+const SHUT_WR = 1;
 const SHUT_RDWR = 2;
 const F_DUPFD_CLOEXEC = 1030;
 const MAX_UNIX_PATH_BYTES = 107;
@@ -81,6 +83,8 @@ function loadSockets(): Sockets {
   );
   const shutdown = libc.func('int shutdown(int fd, int how)');
   const socketpair = libc.func('int socketpair(int domain, int type, int protocol, _Out_ int *fds)');
+  // Not Node's: it knows nothing of these descriptors, and in a worker it warns of closing one that it did not open.
+  const close = libc.func('int close(int fd)');
   const fcntl = libc.func('int fcntl(int fd, int command, int value)');
   const getaddrinfo = libc.func(
     'int getaddrinfo(const char *node, const char *service, void *hints, _Out_ void **result)',
@@ -166,10 +170,15 @@ function loadSockets(): Sockets {
     shutdown(fd) {
       shutdown(fd, SHUT_RDWR);
     },
+    finish(fd) {
+      shutdown(fd, SHUT_WR);
+    },
     duplicate(fd) {
       return checked('fcntl', fcntl(fd, F_DUPFD_CLOEXEC, 3));
     },
-    close: closeSync,
+    close(fd) {
+      checked('close', close(fd));
+    },
     pair() {
       const fds: [number, number] = [-1, -1];
       checked('socketpair', socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds));

@@ -374,7 +374,13 @@ export class Connections {
         const headers = HEADERS[load(this.#arena, at + HEADERS_AT)] ?? 'simple';
         // Nobody reads what the server would have to say: it is not worth waiting for.
         this.#sockets.setTimeout(fd, RETRY_MS);
-        farewell({ slot, stream: new SocketStream(fd, performance.now()), headers, flags: 0 });
+        const stream = new SocketStream(fd, performance.now());
+        farewell({ slot, stream, headers, flags: 0 });
+        if (this.#export.target.tls !== undefined) {
+          // TLS has its own farewell, which the relay gets round to once it sees our end.
+          this.#sockets.finish(fd);
+          stream.read(new Uint8Array(1), 0, 1);
+        }
       } catch {
         // It is gone already.
       }

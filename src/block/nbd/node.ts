@@ -17,8 +17,8 @@ import { COMMAND, COMMAND_FLAG, EXPORT, STATE } from './wire.js';
 
 /** Bytes of one request for data: large enough to be cheap, small enough that several overlap. */
 const PIECE_BYTES = 256 * 1024;
-/** Bytes of one request that moves no data. */
-const EFFECT_BYTES = 1024 * 1024 * 1024;
+/** Bytes of one request that moves no data: a server that has to write zeroes for it should not take long. */
+const EFFECT_BYTES = 128 * 1024 * 1024;
 /** How far block status is asked for ahead, in bytes, and how long the answer is believed, in milliseconds. */
 const STATUS_BYTES = 1024 * 1024 * 1024;
 const STATUS_MS = 1000;
@@ -182,7 +182,7 @@ export class NbdNode implements FileNode {
   /**
    * Makes the range zero where the server can do so faster than by writing; for the preparation of a whole drive.
    *
-   * @param offset a multiple of the block size, as is `length`, which is at most 64 GiB
+   * @param offset a multiple of the block size, as is `length`, which is at most 8 GiB
    * @returns false where it cannot; whatever was zeroed until then stays so
    */
   tryFastZero(offset: number, length: number): boolean {

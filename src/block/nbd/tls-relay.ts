@@ -1,4 +1,5 @@
 import { Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
 import { type ConnectionOptions, checkServerIdentity, connect } from 'node:tls';
 import { workerData } from 'node:worker_threads';
 import {
@@ -36,6 +37,28 @@ function optionsOf({ hostname, verifyPeer, ca, cert, key, psk }: RelayTls): Conn
   };
 }
 
+/** Bytes on their way in one direction at which no more are read. */
+const MAX_PENDING_BYTES = 4 * 1024 * 1024;
+
+/** As `pipe`, but what comes in one turn of the event loop is sent with one call: records of TLS are small. */
+function forward(from: Duplex, to: Duplex): void {
+  let corked = false;
+  from.on('data', (bytes: Uint8Array) => {
+    if (!corked) {
+      corked = true;
+      to.cork();
+      setImmediate(() => {
+        corked = false;
+        to.uncork();
+      });
+    }
+    to.write(bytes);
+    if (to.writableLength > MAX_PENDING_BYTES) from.pause();
+  });
+  to.on('drain', () => from.resume());
+  from.on('end', () => to.end());
+}
+
 /** Speaks TLS with the server and plain text with the thread that has the other end of the pair. */
 function relay({ remote, local, tls, outcome }: RelayData): void {
   const plain = new Socket({ fd: local, readable: true, writable: true, allowHalfOpen: true });
@@ -66,8 +89,8 @@ function relay({ remote, local, tls, outcome }: RelayData): void {
       return;
     }
     settle(SECURE, '');
-    plain.pipe(secure);
-    secure.pipe(plain);
+    forward(plain, secure);
+    forward(secure, plain);
   });
 }
 
