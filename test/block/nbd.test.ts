@@ -8,7 +8,7 @@ import { createEngine, type Engine } from '#src/index.js';
 import { createRuntime } from '#src/kernels/runtime.js';
 import { stillframe } from '../support/cli.js';
 import { firstDifference, Random } from '../support/data.js';
-import { nbdkit, qemuNbd, type Server } from '../support/nbd.js';
+import { nbdkit, nbdServer, qemuNbd, type Server } from '../support/nbd.js';
 import { hasPeer, run } from '../support/peers.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'stillframe-nbd-'));
@@ -395,6 +395,22 @@ describe.skipIf(!peers)('an export as the target', () => {
       await disk.close().catch(() => undefined);
     }
   });
+});
+
+describe.skipIf(!peers || !hasPeer('nbd-server'))('an export of nbd-server', () => {
+  it.each([[[]], [['flush = true', 'fua = true', 'trim = true']], [['fua = true']]])(
+    'is read and written, %j',
+    (lines) => {
+      writeFileSync(at('target'), new Uint8Array(LENGTH).fill(0xee));
+      const source = started(nbdServer(at('disk'), 'readonly = true'));
+      const target = started(nbdServer(at('target'), ...lines));
+      const words = ['backup', '-f', 'raw', source.uri('disk'), target.uri('disk'), '--sync', 'full', '-q'];
+      const { status, stderr } = stillframe(words);
+      expect([status, stderr]).toEqual([0, '']);
+      expectContent(at('target'));
+      expect(stillframe(['info', source.uri('other')]).stderr).toContain('[ERR_STILLFRAME_NBD_REFUSED]');
+    },
+  );
 });
 
 it.skipIf(!peers)('threads that share one connection do not get into each other', async () => {

@@ -1,5 +1,5 @@
 import { type SpawnSyncReturns, spawnSync } from 'node:child_process';
-import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
@@ -31,6 +31,16 @@ export function nbdkit(args: readonly string[], socket?: string): Server {
   );
 }
 
+/** `nbd-server` with the export `disk`, and further lines of its configuration. */
+export function nbdServer(path: string, ...lines: readonly string[]): Server {
+  return serve(undefined, (at, pidFile) => {
+    const configuration = `${pidFile}.conf`;
+    const generic = ['[generic]', `unixsock = ${at}`, '[disk]', `exportname = ${path}`];
+    writeFileSync(configuration, `${[...generic, ...lines].join('\n')}\n`);
+    return spawnSync('nbd-server', ['-C', configuration, '-p', pidFile], { stdio: 'ignore' });
+  });
+}
+
 function waitUntil(condition: () => boolean): void {
   for (let round = 0; round < 4000; round++) {
     if (condition()) return;
@@ -60,7 +70,7 @@ function serve(
   const { status, error } = start(socket, pidFile);
   if (status !== 0) throw error ?? new Error(`the server ended with ${status}`);
   // nbdkit writes it a moment later.
-  waitUntil(() => existsSync(pidFile) && readFileSync(pidFile, 'utf8').endsWith('\n'));
+  waitUntil(() => existsSync(pidFile) && Number(readFileSync(pidFile, 'utf8')) > 0);
   const pid = Number(readFileSync(pidFile, 'utf8'));
   let running = true;
   const end = (signal: NodeJS.Signals): void => {

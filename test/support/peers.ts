@@ -8,6 +8,7 @@ const packages: Readonly<Record<string, string>> = {
   'qemu-storage-daemon': 'qemu-system-common',
   'qemu-system-x86_64': 'qemu-system-x86',
   nbdkit: 'nbdkit',
+  'nbd-server': 'nbd-server',
   nbdcopy: 'libnbd-bin',
   nbdinfo: 'libnbd-bin',
   fio: 'fio',
