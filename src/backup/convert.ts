@@ -10,10 +10,12 @@ import {
   fileIdentity,
   filesOf,
   type ImageFormat,
+  imagePath,
   type OpenImageOptions,
   openImage,
   type TargetFormat,
 } from '../block/graph.js';
+import { isNbdName } from '../block/nbd/index.js';
 import type { NodeDescriptor } from '../block/node.js';
 import { readBitmaps, readHeader } from '../block/qcow2/index.js';
 import { attachFile } from '../block/raw/file.js';
@@ -244,17 +246,19 @@ function openTarget(
   length: number,
   options: ConvertOptions,
 ): Target {
-  const path = resolve(name);
+  const path = imagePath(name);
   const identity = fileIdentity(path);
   for (const file of sources.flatMap(filesOf)) {
-    if (file.identity !== identity && file.identity !== fileIdentity(`${path}.partial`)) continue;
+    const same =
+      file.identity === identity || (!isNbdName(path) && file.identity === fileIdentity(`${path}.partial`));
+    if (!same) continue;
     throw new StillframeError(
       'ERR_STILLFRAME_SAME_NODE',
       `Source and target cannot be the same: '${name}' or '${name}.partial' is '${file.path}'; choose another target`,
     );
   }
   const { format = 'raw', allowTargetBacking } = options;
-  const device = identity !== undefined && !statSync(path).isFile();
+  const device = isNbdName(path) || (identity !== undefined && !statSync(path).isFile());
   if (options.existing === true || (device && format === 'raw')) {
     const descriptor = openImage(runtime, path, {
       format,

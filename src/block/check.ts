@@ -1,10 +1,9 @@
-import { resolve } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
-import { type ImageFormat, probe } from './graph.js';
+import { type ImageFormat, imagePath, openStorage, probe } from './graph.js';
 import { checkQcow2, type Qcow2Check, type RepairMode } from './qcow2/index.js';
-import { attachFile, closeFile, openFile } from './raw/file.js';
+import { attachFile, closeFile } from './raw/file.js';
 
 /**
  * What `qemu-img check --output=json` says of an image, with its field names. What is 0 is absent, as there, but for
@@ -62,7 +61,7 @@ export function checkImage(runtime: Runtime, filename: string, options: CheckIma
   const { repair, onMessage, onRepaired } = options;
   const readOnly = repair === undefined;
   const lock = options.lock ?? (readOnly ? 'read' : 'write');
-  const descriptor = openFile(runtime, resolve(filename), { readOnly, lock });
+  const descriptor = openStorage(runtime, imagePath(filename), { readOnly, lock });
   try {
     const file = attachFile(runtime, descriptor);
     const format = options.format ?? probe(file);

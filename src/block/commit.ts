@@ -1,4 +1,3 @@
-import { resolve } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 import {
@@ -7,6 +6,7 @@ import {
   closeNode,
   fileIdentity,
   type ImageFormat,
+  imagePath,
   isStorage,
   namedBacking,
   openImage,
@@ -76,8 +76,8 @@ function openBase(
   options: CommitOptions,
 ): NodeDescriptor {
   const { base } = options;
-  const folders = allowedFolders(resolve(path), options.allowBacking);
-  const wanted = base === undefined ? undefined : fileIdentity(resolve(base));
+  const folders = allowedFolders(imagePath(path), options.allowBacking);
+  const wanted = base === undefined ? undefined : fileIdentity(imagePath(base));
   for (;;) {
     const lowest = layers.at(-1);
     const named = lowest?.driver === 'qcow2' ? namedBacking(lowest, folders) : undefined;

@@ -6,12 +6,14 @@ import {
   closeNode,
   fileIdentity,
   type ImageFormat,
+  imagePath,
   isStorage,
   openImage,
   resolveBackingName,
   type TargetFormat,
 } from './graph.js';
-import type { FileDescriptor } from './node.js';
+import { isNbdName, openNbd } from './nbd/index.js';
+import type { FileDescriptor, StorageDescriptor } from './node.js';
 import {
   type CreateQcow2Options,
   checkQcow2Options,
@@ -62,21 +64,24 @@ export interface CreateImageOptions extends CreationOptions {
 }
 
 /**
- * Makes a new image, like `qemu-img create`.
+ * Makes a new image, like `qemu-img create`. In an NBD export it is made with `force` only: something is there always.
  *
  * @returns the virtual size in bytes
  * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT, …_TARGET_EXISTS, …_BACKING_MISSING, …_LOCKED and
  *   what making a file throws; nothing is left behind
  */
 export function createImage(runtime: Runtime, name: string, options: CreateImageOptions): number {
-  const path = resolve(name);
+  const path = imagePath(name);
   if (options.force !== true && fileIdentity(path) !== undefined) {
     throw new StillframeError('ERR_STILLFRAME_TARGET_EXISTS', `'${name}' exists; use --force to replace it`);
   }
   const backing = options.unsafeBacking === true ? undefined : lookAtBacking(runtime, path, options);
   const length = roundUp(options.length ?? backing);
   checkCreation(path, length, options);
-  const file = openFile(runtime, path, { readOnly: false, lock: 'write', create: 'truncate' });
+  const isFile = !isNbdName(path);
+  const file = isFile
+    ? openFile(runtime, path, { readOnly: false, lock: 'write', create: 'truncate' })
+    : openNbd(runtime, path, { readOnly: false });
   let dataFile: FileDescriptor | undefined;
   let done = false;
   try {
@@ -85,7 +90,7 @@ export function createImage(runtime: Runtime, name: string, options: CreateImage
     done = true;
     return length;
   } finally {
-    if (!done) rmSync(path, { force: true });
+    if (!done && isFile) rmSync(path, { force: true });
     closeFile(runtime, file);
     if (dataFile !== undefined) {
       if (!done) rmSync(dataFile.path, { force: true });
@@ -124,7 +129,7 @@ function qcow2Options(length: number, options: FormatOptions): CreateQcow2Option
  */
 export function formatFile(
   runtime: Runtime,
-  file: FileDescriptor,
+  file: StorageDescriptor,
   dataFile: FileDescriptor | undefined,
   length: number,
   options: FormatOptions,

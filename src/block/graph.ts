@@ -90,6 +90,19 @@ export function openImage(runtime: Runtime, name: string, options: OpenImageOpti
   return openLayer(runtime, path, options, chain);
 }
 
+/**
+ * Opens what an image lies on, by its name.
+ *
+ * @throws StillframeError what {@link openFile} and `openNbd` throw
+ */
+export function openStorage(
+  runtime: Runtime,
+  name: string,
+  options: Pick<OpenFileOptions, 'readOnly' | 'lock' | 'writeBehind'>,
+): StorageDescriptor {
+  return isNbdName(name) ? openNbd(runtime, name, options) : openFile(runtime, name, options);
+}
+
 /** An image name as descriptors have it: an absolute path, or the name of an NBD export as it is. */
 export function imagePath(name: string): string {
   return isNbdName(name) ? name : resolve(name);
@@ -118,9 +131,7 @@ function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, ch
   }
   const lock = options.lock ?? (options.readOnly ? 'read' : 'write');
   const { readOnly, writeBehind } = options;
-  const file = isNbdName(path)
-    ? openNbd(runtime, path, { readOnly })
-    : openFile(runtime, path, { readOnly, lock, writeBehind });
+  const file = openStorage(runtime, path, { readOnly, lock, writeBehind });
   let backing: NodeDescriptor | undefined;
   let dataFile: FileDescriptor | undefined;
   try {

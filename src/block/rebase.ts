@@ -7,6 +7,7 @@ import {
   fileIdentity,
   filesOf,
   type ImageFormat,
+  imagePath,
   isStorage,
   openImage,
 } from './graph.js';
@@ -89,7 +90,7 @@ function openNew(runtime: Runtime, path: string, options: RebaseOptions): NodeDe
   const { backing, backingFormat, allowBacking } = options;
   if (backing === undefined) return undefined;
   const newPath = isAbsolute(backing) ? backing : resolve(dirname(resolve(path)), backing);
-  const identity = fileIdentity(resolve(path));
+  const identity = fileIdentity(imagePath(path));
   const cycle = (): StillframeError =>
     new StillframeError(
       'ERR_STILLFRAME_BACKING_CYCLE',

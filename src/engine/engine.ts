@@ -8,10 +8,11 @@ import { type CompareResult, compareResult, type Finding } from '../block/compar
 import type { CreateImageOptions } from '../block/create.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapAction } from '../block/edit-bitmap.js';
-import type { ImageFormat } from '../block/graph.js';
+import { type ImageFormat, interruptNode } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
 import { MapBatch, type MapRange, type PackedMap } from '../block/map-batch.js';
 import type { Measure, MeasureOptions } from '../block/measure.js';
+import type { NodeDescriptor } from '../block/node.js';
 import type { RepairMode, SnapshotSelector } from '../block/qcow2/index.js';
 import type { RebaseOptions } from '../block/rebase.js';
 import type { ResizeOptions } from '../block/resize.js';
@@ -100,6 +101,11 @@ export interface MapOptions extends ImageOptions, MapRange {}
 
 /** Threads that jobs and tools may use at once. */
 const MAX_JOB_THREADS = 64;
+
+/** What a team has opened for itself. */
+function nodesOf(started: Started): readonly NodeDescriptor[] {
+  return 'target' in started ? [...started.sources, started.target] : [started.first, started.second];
+}
 
 function imageTask(options: ImageOptions | undefined): ImageTask {
   return {
@@ -364,7 +370,11 @@ export class Engine {
   ): Promise<{ readonly result: Result; readonly helped: Helped[] }> {
     const { workers, signal, onProgress, onMessage } = options;
     const memory = Team.memory();
-    const stop = (): void => new Team(memory).stop();
+    let nodes: readonly NodeDescriptor[] = [];
+    const stop = (): void => {
+      new Team(memory).stop();
+      for (const node of nodes) interruptNode(this.arena, node);
+    };
     const helpers: Promise<Helped>[] = [];
     const ports: MessagePort[] = [];
     const channel = (): MessagePort => {
@@ -379,6 +389,8 @@ export class Engine {
       return port2;
     };
     const callHelp = (started: Started): void => {
+      nodes = nodesOf(started);
+      if (signal?.aborted) stop();
       for (let index = 1; index < workers; index++) {
         const port = channel();
         const task = help(started, memory, port);
@@ -397,6 +409,9 @@ export class Engine {
       );
       // One that failed tells why.
       return { result, helped: await Promise.all(helpers) };
+    } catch (error) {
+      signal?.throwIfAborted();
+      throw error;
     } finally {
       signal?.removeEventListener('abort', stop);
       for (const port of ports) port.close();

@@ -397,6 +397,100 @@ describe.skipIf(!peers)('an export as the target', () => {
   });
 });
 
+describe.skipIf(!peers)('the tools take exports', () => {
+  const succeeds = (...words: string[]) => {
+    const { status, stdout, stderr } = stillframe(words);
+    expect([status, stderr]).toEqual([0, '']);
+    return stdout;
+  };
+
+  it('to make, fill, check and list images in', () => {
+    writeFileSync(at('target'), new Uint8Array(16 << 20).fill(0xee));
+    const uri = qemu(at('target')).uri();
+    expect(stillframe(['create', '-f', 'qcow2', uri, '8M']).stderr).toContain(
+      '[ERR_STILLFRAME_TARGET_EXISTS]',
+    );
+    succeeds('create', '-f', 'qcow2', '--force', uri, '8M');
+    succeeds('bitmap', '--add', '-f', 'qcow2', uri, 'b0');
+    succeeds('convert', '-f', 'raw', '-n', '-O', 'qcow2', at('disk'), uri);
+    expect(succeeds('info', '-f', 'qcow2', uri)).toContain('name: b0');
+    expect(stillframe(['check', '-f', 'qcow2', uri]).status).toBe(0);
+    for (const server of servers.splice(0)) server.stop();
+    run('qemu-img', ['check', '-q', '-f', 'qcow2', at('target')]);
+    run('qemu-img', ['compare', '-q', '-f', 'raw', '-F', 'qcow2', at('disk'), at('target')]);
+  });
+
+  it('to convert from and to', () => {
+    writeFileSync(at('target'), new Uint8Array(LENGTH).fill(0xee));
+    const [source, target] = [qemu('-r', at('disk')).uri(), kit('file', at('target')).uri()];
+    succeeds('convert', '-f', 'raw', '-O', 'raw', source, target);
+    expectContent(at('target'));
+    succeeds('convert', '-f', 'raw', '-O', 'qcow2', source, at('copy.qcow2'));
+    run('qemu-img', ['compare', '-q', '-f', 'raw', '-F', 'qcow2', at('disk'), at('copy.qcow2')]);
+    expect(stillframe(['convert', '-f', 'raw', '-O', 'qcow2', source, target]).stderr).toContain(
+      'cannot be made',
+    );
+    expect(stillframe(['convert', '-f', 'raw', target, target]).stderr).toContain(
+      '[ERR_STILLFRAME_SAME_NODE]',
+    );
+  });
+
+  it('and give them up at once when they are cancelled', async () => {
+    const server = kit('-r', '--filter=delay', 'file', at('disk'), 'delay-read=1000');
+    const abort = new AbortController();
+    const conversion = engine.convertImage(server.uri(), at('copy'), {
+      source: { format: 'raw' },
+      signal: abort.signal,
+      onProgress: () => abort.abort(new Error('enough')),
+    });
+    setTimeout(() => abort.abort(new Error('enough')), 500);
+    await expect(conversion).rejects.toThrow('enough');
+    server.kill();
+  });
+
+  it('and cannot make them larger', () => {
+    expect(stillframe(['resize', '-f', 'raw', qemu(at('disk')).uri(), '16M']).stderr).toContain('NBD export');
+  });
+});
+
+it.skipIf(!peers)('a server that is not there yet is waited for', async () => {
+  const server = qemu('-r', at('disk'));
+  server.stop();
+  const opening = open(server.uri('', '&x-open-timeout=60'));
+  run('mkdir', ['-p', server.socket.replace(/\/[^/]*$/, '')]);
+  started(qemuNbd(['-f', 'raw', '-r', at('disk')], server.socket));
+  const disk = await opening;
+  await disk.close();
+});
+
+describe.skipIf(!peers)('a node', () => {
+  it('zeroes fast where the server can, and says where it cannot', () => {
+    const runtime = createRuntime(16 << 20);
+    const pointer = runtime.arena.alloc(4096, 'test');
+    const zeroed = (server: Server): boolean => {
+      const descriptor = openNbd(runtime, server.uri(), { readOnly: false });
+      try {
+        const node = attachNbd(runtime, descriptor);
+        runtime.arena.u8.fill(7, pointer, pointer + 4096);
+        node.write(8192, pointer, 4096);
+        node.cache(8192, 4096);
+        const done = node.tryFastZero(0, 1 << 20);
+        node.read(8192, pointer, 4096);
+        const byte = runtime.arena.u8[pointer];
+        expect(byte).toBe(done ? 0 : 7);
+        return done;
+      } finally {
+        closeNbd(runtime, descriptor);
+      }
+    };
+    expect(zeroed(kit('memory', '1M'))).toBe(true);
+    expect(zeroed(kit('--filter=nozero', 'memory', '1M'))).toBe(false);
+    expect(zeroed(kit('--filter=nozero', 'memory', '1M', 'zeromode=notrim', 'fastzeromode=slow'))).toBe(
+      false,
+    );
+  });
+});
+
 describe.skipIf(!peers || !hasPeer('nbd-server'))('an export of nbd-server', () => {
   it.each([[[]], [['flush = true', 'fua = true', 'trim = true']], [['fua = true']]])(
     'is read and written, %j',

@@ -9,13 +9,14 @@ import { editBitmap } from '#src/block/edit-bitmap.js';
 import { attachNode, closeNode, openImage } from '#src/block/graph.js';
 import { STATUS_COMPRESSED } from '#src/block/node.js';
 import { readBitmap } from '#src/block/qcow2/index.js';
-import { FileNode } from '#src/block/raw/file.js';
+import { HostFile } from '#src/block/raw/file.js';
 import { StillframeError } from '#src/errors.js';
 import { areasOf } from '../support/bitmaps.js';
 import { firstDifference, Random } from '../support/data.js';
 import { hasPeer, run } from '../support/peers.js';
 import { COMPRESSED, Qcow2Bytes } from '../support/qcow2-bytes.js';
 import { temporaryFolder, Workbench } from './qcow2-support.js';
+import { hostFile } from './volatile-file.js';
 
 const folder = temporaryFolder();
 const bench = new Workbench();
@@ -232,7 +233,7 @@ describe('compressed data', () => {
   it('that could not be written leaves nothing behind', () => {
     const path = newImage('failed.qcow2');
     let failing = false;
-    class FailingFile extends FileNode {
+    class FailingFile extends HostFile {
       override write(offset: number, pointer: number, length: number): void {
         if (failing) throw new StillframeError('ERR_STILLFRAME_NO_SPACE', 'full');
         super.write(offset, pointer, length);
@@ -242,7 +243,7 @@ describe('compressed data', () => {
       path,
       false,
       undefined,
-      (file) => new FailingFile(bench.runtime.arena, file.descriptor),
+      (file) => new FailingFile(bench.runtime.arena, hostFile(file)),
     );
     const random = new Random(8);
     const first = quarters(random, 3);

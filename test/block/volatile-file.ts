@@ -1,4 +1,5 @@
 import { readFileSync } from 'node:fs';
+import type { FileDescriptor } from '#src/block/node.js';
 import { type FileNode, HostFile } from '#src/block/raw/file.js';
 import type { Arena } from '#src/kernels/arena.js';
 
@@ -7,6 +8,12 @@ export interface FileWrite {
   /** undefined: zeroes */
   readonly bytes: Uint8Array | undefined;
   readonly length: number;
+}
+
+/** The descriptor of what is a file of this host. */
+export function hostFile({ descriptor }: FileNode): FileDescriptor {
+  if (descriptor.driver !== 'file') throw new TypeError(`'${descriptor.path}' is no file`);
+  return descriptor;
 }
 
 /** A file that remembers what reached it since its last sync: what a power cut may or may not lose. */
@@ -18,8 +25,7 @@ export class VolatileFile extends HostFile {
   afterWrite: () => void = () => undefined;
 
   constructor(arena: Arena, file: FileNode) {
-    if (file.descriptor.driver !== 'file') throw new TypeError('only files are supported');
-    super(arena, file.descriptor);
+    super(arena, hostFile(file));
     this.#recordedArena = arena;
     this.durable = readFileSync(file.descriptor.path);
   }

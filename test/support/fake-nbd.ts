@@ -48,6 +48,25 @@ export class Peer {
     return { option: header.readUInt32BE(8), data: await this.read(header.readUInt32BE(12)) };
   }
 
+  /** As {@link request}, with extended headers. */
+  async extendedRequest(): Promise<{
+    readonly command: number;
+    readonly flags: number;
+    readonly cookie: Buffer;
+    readonly offset: number;
+    readonly length: number;
+  }> {
+    const header = await this.read(32);
+    if (header.readUInt32BE(0) !== 0x21e41c71) throw new Error('no extended request');
+    return {
+      flags: header.readUInt16BE(4),
+      command: header.readUInt16BE(6),
+      cookie: header.subarray(8, 16),
+      offset: Number(header.readBigUInt64BE(16)),
+      length: Number(header.readBigUInt64BE(24)),
+    };
+  }
+
   /** The request that comes next; the data of a write is left to be read. */
   async request(): Promise<{
     readonly command: number;
@@ -103,6 +122,16 @@ export function chunk(
   data: Uint8Array = Buffer.alloc(0),
 ): Buffer {
   return Buffer.concat([u32(0x668e33ef), u16(flags), u16(type), cookie, u32(data.length), data]);
+}
+
+/** A chunk of an answer to an extended request. */
+export function extendedChunk(
+  flags: number,
+  type: number,
+  cookie: Uint8Array,
+  data: Uint8Array = Buffer.alloc(0),
+): Buffer {
+  return Buffer.concat([u32(0x6e8a278c), u16(flags), u16(type), cookie, u64(0), u64(data.length), data]);
 }
 
 export interface Manners {

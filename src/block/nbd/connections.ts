@@ -36,6 +36,7 @@ import { EXPORT } from './wire.js';
  *     +20 headers   int32   index into HEADERS
  *     +24 flags     int32   transmission flags
  *     +28 contexts  6 × int32  numbers of the contexts of the descriptor, -1 where the server has it not
+ *     +52 ready     int32   1 while there is a connection that requests can be made on
  */
 const SEQUENCE = 4;
 const INTERRUPTED = 8;
@@ -61,6 +62,7 @@ const COOKIE = 16;
 const HEADERS_AT = 20;
 const FLAGS = 24;
 const CONTEXTS = 28;
+const READY = 52;
 
 /** States of a slot: nothing in it; waiting to be taken; taken. */
 const FREE = 0;
@@ -128,7 +130,7 @@ export class Connections {
   open(): Session {
     const { target } = this.#export;
     this.#store(OPEN, 1);
-    const session = this.#connectUntil(0, performance.now() + target.openTimeoutMs, HANDSHAKE_MS);
+    const session = this.#connectUntil(0, performance.now() + target.openTimeoutMs);
     const several = (session.flags & EXPORT.multiConn) !== 0;
     this.#store(LIMIT, several ? target.connections : 1);
     store(this.#arena, this.#slot(0) + STATE, IDLE);
@@ -183,33 +185,41 @@ export class Connections {
 
   /** Connects a claimed slot. @returns false where another connection has to do */
   #connect(slot: number, untilMs: number): boolean {
-    const others = this.#load(OPEN) - 1;
     try {
-      const now = performance.now();
-      this.#connectUntil(slot, others > 0 ? now : untilMs, others > 0 ? FURTHER_MS : HANDSHAKE_MS);
+      this.#connectUntil(slot, untilMs);
       return true;
     } catch (error) {
       this.discard(slot);
-      // The server may not want as many as we do.
-      const late = error instanceof StillframeError && error.code === 'ERR_STILLFRAME_NBD_CONNECTION';
-      const left = this.#load(OPEN);
-      if (others === 0 || left === 0 || !late || this.#interrupted()) throw error;
-      this.#store(LIMIT, left);
+      // The server may not want as many connections as we do.
+      const ready = this.#ready();
+      const unwanted =
+        error instanceof StillframeError &&
+        ['ERR_STILLFRAME_NBD_CONNECTION', 'ERR_STILLFRAME_NBD_REFUSED'].includes(error.code);
+      if (ready === 0 || !unwanted || this.#interrupted()) throw error;
+      this.#store(LIMIT, ready);
       return false;
     }
   }
 
-  #connectUntil(slot: number, untilMs: number, handshakeMs: number): Session {
+  /** How many connections there are that requests can be made on. */
+  #ready(): number {
+    let ready = 0;
+    for (let slot = 0; slot < MAX_CONNECTIONS; slot++) ready += load(this.#arena, this.#slot(slot) + READY);
+    return ready;
+  }
+
+  /** Tries again until then, unless another connection will do. */
+  #connectUntil(slot: number, untilMs: number): Session {
     for (;;) {
       try {
-        return this.#connectOnce(slot, handshakeMs);
+        return this.#connectOnce(slot, this.#ready() > 0 ? FURTHER_MS : HANDSHAKE_MS);
       } catch (error) {
         this.#close(slot);
         this.checkInterrupted();
         const known = error instanceof StillframeError ? error : this.#connectionError(error);
         const again =
           known.code === 'ERR_STILLFRAME_NBD_CONNECTION' && performance.now() + RETRY_MS < untilMs;
-        if (!again) throw known;
+        if (!again || this.#ready() > 0) throw known;
       }
       waitWhile(this.#arena, this.#control + SEQUENCE, this.#load(SEQUENCE), RETRY_MS);
       this.checkInterrupted();
@@ -242,6 +252,7 @@ export class Connections {
     for (const [index, name] of this.#export.contexts.entries()) {
       store(this.#arena, at + CONTEXTS + index * 4, session.contexts.get(name) ?? -1);
     }
+    store(this.#arena, at + READY, 1);
     return session;
   }
 
@@ -397,6 +408,7 @@ export class Connections {
 
   #close(slot: number): void {
     const at = this.#slot(slot);
+    store(this.#arena, at + READY, 0);
     withLock(this.#arena, at + FD_LOCK, () => {
       const fd = load(this.#arena, at + FD);
       store(this.#arena, at + FD, -1);
