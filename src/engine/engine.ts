@@ -165,9 +165,11 @@ export class Engine {
   /**
    * Opens an image as a live disk.
    *
+   * @param path of the image, or name of an NBD export: `nbd://HOST/EXPORT`, `nbd+unix:///EXPORT?socket=PATH`, with TLS
+   *   `nbds://HOST/EXPORT`; every method that takes the path of an image takes those as well
    * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_LOCKED, …_FORMAT, …_CORRUPT_IMAGE,
    *   …_UNSUPPORTED_FEATURE, …_BACKING_FORBIDDEN, …_BACKING_MISSING, …_BACKING_CYCLE, …_BACKING_DEPTH,
-   *   …_ARENA_EXHAUSTED
+   *   …_NBD_CONNECTION, …_NBD_REFUSED, …_NBD_PROTOCOL, …_ARENA_EXHAUSTED
    */
   async openDisk(path: string, options: OpenDiskOptions = {}): Promise<DiskHandle> {
     const descriptor = await this.run<DiskDescriptor>({

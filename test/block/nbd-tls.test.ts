@@ -1,5 +1,5 @@
 /** NBD over TLS with real servers, by certificates and by keys that both know. */
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
@@ -120,6 +120,37 @@ describe.skipIf(!peers)('an export is read over TLS', () => {
       code: 'ERR_STILLFRAME_NBD_REFUSED',
       message: expect.stringMatching(text),
     });
+  });
+
+  it.each([
+    ['localhost', 0],
+    ['127.0.0.1', 'ERR_STILLFRAME_NBD_REFUSED'],
+    ['127.0.0.1', 0, 'tls-hostname=localhost'],
+  ])('from the host %s: %s', async (host, expected, parameter = '') => {
+    const port = 30_000 + (process.pid % 10_000);
+    server = kitX509('--port', String(port), '--ipaddr', '127.0.0.1');
+    const name = `nbds://${host}:${port}/?tls-certificates=${at('pki')}&${parameter}`;
+    const outcome = await readAll(name).then(
+      () => 0,
+      ({ code }) => code,
+    );
+    expect(outcome).toBe(expected);
+  });
+
+  it.each([
+    ['certificates', ['--tls-certificates', 'pki'], '&tls-certificates='],
+    ['a key', ['--tls-psk', 'keys.psk'], '&tls-psk-file='],
+  ] as const)('and written, with %s', async (_, [option, file], parameter) => {
+    writeFileSync(at('target'), new Uint8Array(content.length).fill(0xee));
+    server = nbdkit(['--tls=require', `${option}=${at(file)}`, 'file', at('target')]);
+    const disk = await engine.openDisk(at('disk'), { format: 'raw', readOnly: true });
+    try {
+      const target = nameOf(server, `${parameter}${at(file)}`);
+      await (await disk.backup({ target, sync: 'full' })).result();
+    } finally {
+      await disk.close();
+    }
+    expect(firstDifference(readFileSync(at('target')), content)).toBe(-1);
   });
 
   it('with anybody, where nobody is to be verified', async () => {

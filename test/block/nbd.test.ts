@@ -151,6 +151,11 @@ describe.skipIf(!peers)('an export as the source', () => {
     });
   });
 
+  it('is not to be had without the system calls for it', () => {
+    const { stderr } = stillframe(['info', 'nbd://localhost/'], { env: { STILLFRAME_NO_FFI: '1' } });
+    expect(stderr).toContain('[ERR_STILLFRAME_UNSUPPORTED_FEATURE]');
+  });
+
   it('that cannot be read fails the backup with the error of the server', async () => {
     const disk = await open(
       kit('-r', '--filter=error', 'file', at('disk'), 'error-pread=EIO', 'error-pread-rate=100%').uri(),
@@ -395,6 +400,30 @@ describe.skipIf(!peers)('an export as the target', () => {
       await disk.close().catch(() => undefined);
     }
   });
+});
+
+it.skipIf(!peers)('threads that write parts of one block lose nothing of each other', async () => {
+  const policy = ['blocksize-minimum=65536', 'blocksize-preferred=65536', 'blocksize-error-policy=error'];
+  const disk = await open(kit('--filter=blocksize-policy', 'file', at('disk'), ...policy).uri(), false);
+  const expected = Buffer.from(content.subarray(0, 1 << 20));
+  try {
+    for (let round = 1; round <= 4; round++) {
+      const parts = Array.from({ length: 64 }, (_, index) => index * 16384 + round * 512);
+      await Promise.all(
+        parts.map(async (offset, index) => {
+          const bytes = new Uint8Array(9000).fill(round * 16 + (index % 16));
+          if (index % 3 === 0) await disk.writeZeroes(offset, bytes.fill(0).length);
+          else await disk.write(offset, bytes);
+          expected.set(bytes, offset);
+        }),
+      );
+    }
+    expect(firstDifference(Buffer.from(await disk.read(0, 1 << 20)), expected)).toBe(-1);
+    await disk.flush();
+  } finally {
+    await disk.close();
+  }
+  expect(firstDifference(readFileSync(at('disk')).subarray(0, 1 << 20), expected)).toBe(-1);
 });
 
 describe.skipIf(!peers)('the tools take exports', () => {

@@ -34,9 +34,8 @@ import { EXPORT } from './wire.js';
  *     +12 owner     int32   mark of whoever has it; 0 nobody's
  *     +16 cookie    uint32  no request with this one or a later one was made
  *     +20 headers   int32   index into HEADERS
- *     +24 flags     int32   transmission flags
- *     +28 contexts  6 × int32  numbers of the contexts of the descriptor, -1 where the server has it not
- *     +52 ready     int32   1 while there is a connection that requests can be made on
+ *     +24 contexts  6 × int32  numbers of the contexts of the descriptor, -1 where the server has it not
+ *     +48 ready     int32   1 while there is a connection that requests can be made on
  */
 const SEQUENCE = 4;
 const INTERRUPTED = 8;
@@ -60,9 +59,8 @@ const FD_LOCK = 8;
 const OWNER = 12;
 const COOKIE = 16;
 const HEADERS_AT = 20;
-const FLAGS = 24;
-const CONTEXTS = 28;
-const READY = 52;
+const CONTEXTS = 24;
+const READY = 48;
 
 /** States of a slot: nothing in it; waiting to be taken; taken. */
 const FREE = 0;
@@ -82,7 +80,6 @@ export interface Taken {
   readonly slot: number;
   readonly stream: SocketStream;
   readonly headers: Session['headers'];
-  readonly flags: number;
 }
 
 /** What all connections to an export have in common. */
@@ -96,8 +93,18 @@ export interface Export {
   readonly control: number;
 }
 
-/** Takes memory for connections. */
+function socketsFor(path: string): Sockets {
+  const calls = sockets();
+  if (calls !== undefined) return calls;
+  throw new StillframeError(
+    'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+    `'${path}': NBD needs the system calls of Linux, which are not there on this platform (or left out by STILLFRAME_NO_FFI)`,
+  );
+}
+
+/** Takes memory for connections. @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE, …_ARENA_EXHAUSTED */
 export function allocateConnections(arena: Arena, path: string): number {
+  socketsFor(path);
   const control = arena.alloc(CONTROL_BYTES, `connections of '${path}'`);
   for (let index = 0; index < MAX_CONNECTIONS; index++)
     store(arena, control + SLOTS + index * SLOT_BYTES + FD, -1);
@@ -113,17 +120,10 @@ export class Connections {
   readonly #sockets: Sockets;
 
   constructor(arena: Arena, nbdExport: Export) {
-    const calls = sockets();
-    if (calls === undefined) {
-      throw new StillframeError(
-        'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
-        `'${nbdExport.path}': NBD needs the system calls of Linux, which are not there on this platform (or left out by STILLFRAME_NO_FFI)`,
-      );
-    }
     this.#arena = arena;
     this.#export = nbdExport;
     this.#control = nbdExport.control;
-    this.#sockets = calls;
+    this.#sockets = socketsFor(nbdExport.path);
   }
 
   /** Makes the first connection. @returns what was agreed on */
@@ -158,7 +158,6 @@ export class Connections {
         slot,
         stream: new SocketStream(load(this.#arena, at + FD), 0),
         headers: HEADERS[load(this.#arena, at + HEADERS_AT)] ?? 'simple',
-        flags: load(this.#arena, at + FLAGS),
       };
     }
   }
@@ -248,7 +247,6 @@ export class Connections {
     const at = this.#slot(slot);
     store(this.#arena, at + COOKIE, 0);
     store(this.#arena, at + HEADERS_AT, HEADERS.indexOf(session.headers));
-    store(this.#arena, at + FLAGS, session.flags);
     for (const [index, name] of this.#export.contexts.entries()) {
       store(this.#arena, at + CONTEXTS + index * 4, session.contexts.get(name) ?? -1);
     }
@@ -386,7 +384,7 @@ export class Connections {
         // Nobody reads what the server would have to say: it is not worth waiting for.
         this.#sockets.setTimeout(fd, RETRY_MS);
         const stream = new SocketStream(fd, performance.now());
-        farewell({ slot, stream, headers, flags: 0 });
+        farewell({ slot, stream, headers });
         if (this.#export.target.tls !== undefined) {
           // TLS has its own farewell, which the relay gets round to once it sees our end.
           this.#sockets.finish(fd);

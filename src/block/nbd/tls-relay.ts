@@ -40,6 +40,9 @@ function optionsOf({ hostname, verifyPeer, ca, cert, key, psk }: RelayTls): Conn
 /** Bytes on their way in one direction at which no more are read. */
 const MAX_PENDING_BYTES = 4 * 1024 * 1024;
 
+/** How long the second direction may go on once the first has ended, in milliseconds. */
+const LEAVE_MS = 5000;
+
 /** As `pipe`, but what comes in one turn of the event loop is sent with one call: records of TLS are small. */
 function forward(from: Duplex, to: Duplex): void {
   let corked = false;
@@ -82,6 +85,8 @@ function relay({ remote, local, tls, outcome }: RelayData): void {
   for (const side of [plain, socket, secure]) {
     side.on('error', end);
     side.on('close', () => end());
+    // The other direction may take a moment more, but nobody waits for a server that never ends it.
+    side.on('end', () => setTimeout(end, LEAVE_MS));
   }
   secure.once('secureConnect', () => {
     if (tls.psk !== undefined && Object.keys(secure.getPeerCertificate()).length > 0) {
