@@ -126,6 +126,19 @@ describe('in the handshake', () => {
     await failure.catch(({ message }: Error) => expect(message).not.toMatch(/\p{C}/u));
   });
 
+  it('answers that drip', async () => {
+    const dripping = opening(async (peer) => {
+      peer.write(GREETING);
+      await peer.read(4);
+      const { option } = await peer.option();
+      const timer = setInterval(() => {
+        if (peer.socket.destroyed) clearInterval(timer);
+        else peer.write(optionReply(option, 3, u16(9)));
+      }, 50);
+    });
+    await expect(dripping).rejects.toMatchObject(CONNECTION);
+  });
+
   it('goes on without what the server does not know', async () => {
     await opening((peer) =>
       handshake(peer, { options: (option) => (option === 7 ? undefined : optionReply(option, 0x80000001)) }),

@@ -383,7 +383,7 @@ export class Connections {
         const headers = HEADERS[load(this.#arena, at + HEADERS_AT)] ?? 'simple';
         // Nobody reads what the server would have to say: it is not worth waiting for.
         this.#sockets.setTimeout(fd, RETRY_MS);
-        const stream = new SocketStream(fd, performance.now());
+        const stream = new SocketStream(fd, performance.now() + RETRY_MS);
         farewell({ slot, stream, headers });
         if (this.#export.target.tls !== undefined) {
           // TLS has its own farewell, which the relay gets round to once it sees our end.

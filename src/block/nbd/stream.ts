@@ -19,10 +19,10 @@ export class SocketStream {
   read(bytes: Uint8Array, start: number, length: number): void {
     const end = start + length;
     for (let at = start; at < end; ) {
+      this.#checkTime();
       const got = this.#attempt(() => readSync(this.fd, bytes, at, end - at, null));
       if (got === 0) throw new ConnectionLost('the server has closed the connection');
       at += got;
-      if (at < end) this.checkTime();
     }
   }
 
@@ -31,7 +31,7 @@ export class SocketStream {
     const end = start + length;
     for (let at = start; at < end; ) {
       at += this.#attempt(() => writeSync(this.fd, bytes, at, end - at, null));
-      if (at < end) this.checkTime();
+      if (at < end) this.#checkTime();
     }
   }
 
@@ -50,7 +50,7 @@ export class SocketStream {
   }
 
   /** @throws ConnectionLost when the deadline is over */
-  checkTime(): void {
+  #checkTime(): void {
     if (performance.now() > this.deadlineMs) throw late();
   }
 }
