@@ -200,7 +200,6 @@ describe.skipIf(!peers)('an export as the source', () => {
     try {
       const job = await disk.backup({ target: at('copy'), format: 'raw', sync: 'full', speed: 8 << 20 });
       server.kill();
-      run('mkdir', ['-p', server.socket.replace(/\/[^/]*$/, '')]);
       started(qemuNbd(['-f', 'raw', '-r', '-e', '8', at('disk')], server.socket));
       await job.result();
     } finally {
@@ -214,7 +213,6 @@ describe.skipIf(!peers)('an export as the source', () => {
     const disk = await open(server.uri('', '&x-reconnect-delay=60'));
     try {
       server.kill();
-      run('mkdir', ['-p', server.socket.replace(/\/[^/]*$/, '')]);
       run('truncate', ['-s', '+1M', at('disk')]);
       started(qemuNbd(['-f', 'raw', '-r', at('disk')], server.socket));
       await expect(disk.read(0, 512)).rejects.toMatchObject({
@@ -382,7 +380,6 @@ describe.skipIf(!peers)('an export as the target', () => {
     const disk = await open(server.uri('', '&x-reconnect-delay=60'), false);
     const again = () => {
       servers.at(-1)?.kill();
-      run('mkdir', ['-p', server.socket.replace(/\/[^/]*$/, '')]);
       started(qemuNbd(['-f', 'raw', at('target')], server.socket));
     };
     try {
@@ -484,9 +481,8 @@ describe.skipIf(!peers)('the tools take exports', () => {
 
 it.skipIf(!peers)('a server that is not there yet is waited for', async () => {
   const server = qemu('-r', at('disk'));
-  server.stop();
+  server.kill();
   const opening = open(server.uri('', '&x-open-timeout=60'));
-  run('mkdir', ['-p', server.socket.replace(/\/[^/]*$/, '')]);
   started(qemuNbd(['-f', 'raw', '-r', at('disk')], server.socket));
   const disk = await opening;
   await disk.close();

@@ -8,9 +8,9 @@ export interface Server {
   readonly socket: string;
   /** Name of its default export, or of another one. */
   readonly uri: (exportName?: string, parameters?: string) => string;
-  /** Ends it and waits until it is gone. */
+  /** Ends it and waits until it and its socket are gone. */
   readonly stop: () => void;
-  /** Kills it with everything that it has not written yet. */
+  /** Kills it with everything that it has not written yet; another one may take its place. */
   readonly kill: () => void;
 }
 
@@ -78,13 +78,15 @@ function serve(
     running = false;
     if (alive(pid)) process.kill(pid, signal);
     waitUntil(() => !alive(pid));
-    rmSync(folder, { recursive: true, force: true });
   };
   return {
     socket,
     uri: (exportName = '', parameters = '') =>
       `nbd+unix:///${encodeURIComponent(exportName)}?socket=${encodeURIComponent(socket)}${parameters}`,
-    stop: () => end('SIGTERM'),
+    stop: () => {
+      end('SIGTERM');
+      rmSync(folder, { recursive: true, force: true });
+    },
     kill: () => end('SIGKILL'),
   };
 }
