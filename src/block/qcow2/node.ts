@@ -23,6 +23,7 @@ import {
   STATUS_ZERO,
 } from '../node.js';
 import type { FileNode } from '../raw/file.js';
+import { chainStatus } from '../status.js';
 import { compressCluster } from './compress.js';
 import { decompressCluster } from './decompress.js';
 import { type HostRun, Metadata } from './metadata.js';
@@ -518,8 +519,7 @@ export class Qcow2Node implements BlockNode {
       for (let at = from; at < end; ) {
         const { kind, length } = this.#lookup(at, end - at);
         const beyondBacking = !this.#hasBacking || (backing !== undefined && at >= backing.length);
-        const zero = kind === L2_ZERO_PLAIN || kind === L2_ZERO_ALLOCATED;
-        if (!zero && !(isUnallocated(kind) && beyondBacking)) return false;
+        if (!isZero(kind) && !(isUnallocated(kind) && beyondBacking)) return false;
         at += length;
       }
       return true;
@@ -843,27 +843,37 @@ export class Qcow2Node implements BlockNode {
 
   // ---- Zeroes and discards ------------------------------------------------------------------------------------
 
+  /**
+   * The layer itself says zero afterwards, even where it would read as zeroes anyway: an image may be given another
+   * backing file. Version 2 has no way to say so but data, which only an image with a backing file is worth.
+   */
   writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
     this.#beginMutation('write zeroes', offset, length);
     if (this.descriptor.dataFileRaw) this.#data.writeZeroes(offset, length, mayUnmap);
     const { clusterSize } = this;
     const end = offset + length;
     const wholeStart = Math.ceil(offset / clusterSize) * clusterSize;
-    const wholeEnd = this.#wholeEnd(end);
+    const wholeEnd = this.#zeroedEnd(end);
     if (wholeStart >= wholeEnd) {
-      this.#zeroPart(offset, Math.min(end, wholeStart) - offset);
-      if (end > wholeStart) this.#zeroPart(wholeStart, end - wholeStart);
+      this.#zeroPart(offset, Math.min(end, wholeStart) - offset, mayUnmap);
+      if (end > wholeStart) this.#zeroPart(wholeStart, end - wholeStart, mayUnmap);
       return;
     }
-    this.#zeroPart(offset, wholeStart - offset);
-    this.#changeClusters(wholeStart / clusterSize, Math.ceil(wholeEnd / clusterSize), (kind) => {
-      const readsZero = kind === L2_ZERO_PLAIN || (kind === L2_UNALLOCATED && !this.#hasBacking);
-      if (readsZero) return 'keep';
+    this.#zeroPart(offset, wholeStart - offset, mayUnmap);
+    this.#zeroClusters(wholeStart / clusterSize, Math.ceil(wholeEnd / clusterSize), mayUnmap);
+    this.#zeroPart(wholeEnd, end - wholeEnd, mayUnmap);
+  }
+
+  #zeroClusters(first: number, end: number, mayUnmap: boolean): void {
+    this.#changeClusters(first, end, (kind) => {
+      if (!this.#hasZeroFlag) {
+        if (this.#hasBacking) return 'write';
+        return kind === L2_UNALLOCATED ? 'keep' : 'clear';
+      }
+      if (kind === L2_ZERO_PLAIN) return 'keep';
       if (kind === L2_ZERO_ALLOCATED) return mayUnmap ? 'zero' : 'keep';
-      if (!this.#hasZeroFlag) return mayUnmap && !this.#hasBacking ? 'clear' : 'write';
       return kind === L2_UNALLOCATED || kind === L2_COMPRESSED || mayUnmap ? 'zero' : 'zero-keep';
     });
-    if (end > wholeEnd) this.#zeroPart(wholeEnd, end - wholeEnd);
   }
 
   discard(offset: number, length: number): void {
@@ -873,8 +883,10 @@ export class Qcow2Node implements BlockNode {
     const { clusterSize } = this;
     const first = Math.ceil(offset / clusterSize);
     const end = Math.ceil(this.#wholeEnd(offset + length) / clusterSize);
-    this.#changeClusters(first, end, (kind) => {
-      if (kind === L2_ZERO_PLAIN || (kind === L2_UNALLOCATED && !this.#hasBacking)) return 'keep';
+    this.#changeClusters(first, end, (kind, cluster) => {
+      // Subclusters without a place read as zeroes, flagged or not, where nothing is below.
+      const empty = !this.#hasBacking && this.#meta.entry(cluster) === 0n;
+      if (kind === L2_ZERO_PLAIN || empty) return 'keep';
       return this.#hasZeroFlag ? 'zero' : 'clear';
     });
   }
@@ -917,7 +929,16 @@ export class Qcow2Node implements BlockNode {
       if (mode !== 'full' && run.offset < this.#data.length) this.#data.writeZeroes(run.offset, inFile, true);
       if (mode !== 'metadata') this.#data.preallocate(run.offset, inFile, mode);
       else this.#data.extend(run.offset + inFile);
-      meta.state.withLock(() => meta.mapData(cluster, run.clusters, run.offset));
+      meta.state.withLock(() => {
+        if (meta.subclusters === 1) {
+          meta.mapData(cluster, run.clusters, run.offset);
+          return;
+        }
+        // Subclusters can be unallocated and have a place.
+        for (let index = 0; index < run.clusters; index++) {
+          meta.mapData(cluster + index, 1, run.offset + index * clusterSize, 0, 0);
+        }
+      });
       cluster += run.clusters;
       this.#relieveIfCrowded();
     }
@@ -936,16 +957,26 @@ export class Qcow2Node implements BlockNode {
     return end === this.length ? end : end - (end % this.clusterSize);
   }
 
+  /**
+   * The same for zeroes. Where the drive ends inside of a subcluster, QEMU flags the subclusters of the last cluster
+   * one by one; those behind the end are then left as they are, for a drive that grows.
+   */
+  #zeroedEnd(end: number): number {
+    const inCluster = end % this.clusterSize;
+    const size = this.#subclusterSize;
+    return inCluster > size && inCluster % size !== 0 ? end - inCluster : this.#wholeEnd(end);
+  }
+
   /** Zeroes a part of one cluster. */
-  #zeroPart(offset: number, length: number): void {
+  #zeroPart(offset: number, length: number, mayUnmap: boolean): void {
     if (length <= 0) return;
     const size = this.#subclusterSize;
     const end = offset + length;
-    const from = Math.ceil(offset / size) * size;
-    const to = end === this.length ? Math.ceil(end / size) * size : end - (end % size);
-    const whole = size < this.clusterSize && from < to && this.#zeroSubclusters(from, to);
-    this.#zeroBytes(offset, (whole ? from : end) - offset);
-    if (whole) this.#zeroBytes(to, end - to);
+    const from = Math.min(end, Math.ceil(offset / size) * size);
+    const to = Math.max(from, end === this.length ? end : end - (end % size));
+    this.#zeroBytes(offset, from - offset, mayUnmap);
+    if (from < to && !this.#zeroSubclusters(from, to)) this.#writeZeroRange(from, to - from);
+    this.#zeroBytes(to, end - to, mayUnmap);
   }
 
   /** Flags subclusters of one cluster as zero. False, with nothing done, where it is compressed. */
@@ -954,34 +985,50 @@ export class Qcow2Node implements BlockNode {
     const cluster = Math.floor(start / this.clusterSize);
     const first = cluster * this.clusterSize;
     return this.#withRoomForFrees(1, () => {
-      const found = this.#lookup(start, end - start);
-      if (found.kind === L2_COMPRESSED) return false;
-      const readsZero = found.kind === L2_ZERO_PLAIN || (found.kind === L2_UNALLOCATED && !this.#hasBacking);
-      if (readsZero && found.length === end - start) return true;
+      const { kind, length } = this.#lookup(start, end - start);
+      if (kind === L2_COMPRESSED) return false;
+      if (isZero(kind) && length === end - start) return true;
       meta.prepareL2(Math.floor(cluster / meta.l2Entries));
       const size = this.#subclusterSize;
-      meta.zeroInPlace(cluster, (start - first) / size, (end - first) / size);
+      meta.zeroInPlace(cluster, (start - first) / size, Math.ceil((end - first) / size));
       return true;
     });
   }
 
-  /** Zeroes bytes of one cluster by writing them, where they are not zero anyway. */
-  #zeroBytes(offset: number, length: number): void {
+  /** Zeroes a part of one subcluster: all of it where the rest is zero anyway, else by writing the bytes. */
+  #zeroBytes(offset: number, length: number, mayUnmap: boolean): void {
     if (length <= 0) return;
-    const found = this.#meta.state.withLock(() => this.#lookup(offset, length));
-    if (found.length === length) {
-      const { kind } = found;
-      if (kind === L2_ZERO_PLAIN || kind === L2_ZERO_ALLOCATED) return;
-      if (isUnallocated(kind)) {
-        const { backing } = this;
-        if (!this.#hasBacking || (backing !== undefined && offset >= backing.length)) return;
-      }
+    const size = this.#subclusterSize;
+    const start = offset - (offset % size);
+    const end = Math.min(start + size, this.length);
+    const { kind } = this.#meta.state.withLock(() => this.#lookup(start, end - start));
+    if (!this.#hasZeroFlag) {
+      if (kind !== L2_UNALLOCATED || this.#hasBacking) this.#writeZeroRange(offset, length);
+      return;
     }
-    this.#writeZeroRange(offset, length);
+    const restIsZero =
+      isZero(kind) ||
+      (isUnallocated(kind) && this.#isZeroBelow(start, offset) && this.#isZeroBelow(offset + length, end));
+    if (!restIsZero) this.#writeZeroRange(offset, length);
+    else if (size < this.clusterSize) this.#zeroSubclusters(start, end);
+    else this.#zeroClusters(start / size, start / size + 1, mayUnmap);
+  }
+
+  /** Whether [from, to) reads as zeroes where this layer has nothing, as far as block status can tell. */
+  #isZeroBelow(from: number, to: number): boolean {
+    const { backing } = this;
+    if (backing === undefined) return !this.#hasBacking || from >= to;
+    const end = Math.min(to, backing.length);
+    for (let at = from; at < end; ) {
+      const { flags, length } = chainStatus(backing, at, end - at);
+      if (!(flags & STATUS_ZERO)) return false;
+      at += length;
+    }
+    return true;
   }
 
   /** Changes the entries of the clusters [first, end), slice by slice. A cluster of several kinds counts as data. */
-  #changeClusters(first: number, end: number, decide: (kind: number) => Change): void {
+  #changeClusters(first: number, end: number, decide: (kind: number, cluster: number) => Change): void {
     const meta = this.#meta;
     const { clusterSize } = this;
     for (let cluster = first; cluster < end; ) {
@@ -996,7 +1043,7 @@ export class Qcow2Node implements BlockNode {
           const found = this.#lookup(at * clusterSize, wanted);
           const mixed = found.length < clusterSize;
           const count = mixed ? 1 : Math.floor(found.length / clusterSize);
-          const change = decide(mixed ? L2_DATA : found.kind);
+          const change = decide(mixed ? L2_DATA : found.kind, at);
           if (change === 'keep') {
             // Where there is no table, nothing is in the rest of its range.
             if (at + count > stop) next = at + count;
@@ -1079,6 +1126,10 @@ function contiguous(pieces: readonly CompressedPiece[], first: number) {
     end++;
   }
   return { at, host, length, end };
+}
+
+function isZero(kind: number): boolean {
+  return kind === L2_ZERO_PLAIN || kind === L2_ZERO_ALLOCATED;
 }
 
 function isUnallocated(kind: number): boolean {
