@@ -73,18 +73,35 @@ class Resizer {
     this.#with(layout, (descriptor, metadata) => {
       resizeBitmaps(this.#runtime, descriptor, this.#file, metadata, length, () => {
         const node = bareNode(this.#runtime, descriptor, this.#backing);
-        const { clusterSize } = header;
-        // What was behind the end of the drive in its last cluster, and what a longer backing file has there.
-        const lastEnd = Math.min(length, Math.ceil(header.length / clusterSize) * clusterSize);
-        const zeroEnd = Math.max(lastEnd, Math.min(length, this.#backing?.length ?? 0));
-        if (zeroEnd > header.length) node.writeZeroes(header.length, zeroEnd - header.length, true);
+        const lastEnd = Math.ceil(header.length / header.clusterSize) * header.clusterSize;
         // Whoever reads a raw data file alone takes each of its clusters for one of the drive.
         const mode = header.dataFileRaw && preallocation === 'off' ? 'metadata' : preallocation;
-        if (mode !== 'off') node.preallocate(Math.ceil(zeroEnd / clusterSize) * clusterSize, mode);
+        if (mode !== 'off' && lastEnd < length) node.preallocate(lastEnd, mode);
+        const below = this.#backing?.length ?? 0;
+        if (below > header.length) {
+          // All that is new hides the longer backing file, as with QEMU; version 2 can do that only by data.
+          const end = header.version === 2 ? Math.min(length, below) : length;
+          node.writeZeroes(header.length, end - header.length, false);
+        } else {
+          this.#zeroTail(node, header.length, Math.min(length, lastEnd));
+        }
         node.flush();
         this.#writeLayout(layout);
       });
     });
+  }
+
+  /** Zeroes what is behind the end of the drive in its last cluster, left there when the drive became shorter. */
+  #zeroTail(node: BlockNode, from: number, to: number): void {
+    if (from >= to) return;
+    const { arena, kernels } = this.#runtime;
+    const pointer = arena.alloc(to - from, 'end of the drive');
+    try {
+      node.read(from, pointer, to - from);
+      if (!kernels.isZero(pointer, to - from)) node.writeZeroes(from, to - from, false);
+    } finally {
+      arena.free(pointer);
+    }
   }
 
   shrink(): void {
