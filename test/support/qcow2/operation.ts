@@ -45,6 +45,9 @@ export class Patterns {
   }
 }
 
+/** How the command of a compressed write starts, the only one that is not told to be quiet. */
+export const COMPRESSED_WRITE = 'write -c';
+
 /** The command of `qemu-io` that does it. */
 export function qemuIoCommand(operation: Operation, patterns: Patterns): string {
   switch (operation.kind) {
@@ -52,7 +55,7 @@ export function qemuIoCommand(operation: Operation, patterns: Patterns): string 
     case 'compressed': {
       const { kind, offset, length, pattern } = operation;
       const content = pattern < 0 ? '-P 0' : `-s ${patterns.file(pattern)}`;
-      return `write -q ${kind === 'compressed' ? '-c ' : ''}${content} ${offset} ${length}`;
+      return `${kind === 'compressed' ? COMPRESSED_WRITE : 'write -q'} ${content} ${offset} ${length}`;
     }
     case 'zeroes':
       return `write -q -z ${operation.unmap ? '-u ' : ''}${operation.offset} ${operation.length}`;

@@ -1,3 +1,4 @@
+import type { CreateImageOptions } from '#src/block/create.js';
 import { pairwise, product } from '../pairwise.js';
 
 /** The features a qcow2 image is made with. */
@@ -59,8 +60,8 @@ export function isValid(shape: Shape): boolean {
 }
 
 /** Every two features that go together at all do so in one of these. */
-export function pairwiseShapes(valid: (shape: Shape) => boolean = isValid): Shape[] {
-  return pairwise(SIZES, (row) => isValid(shapeOf(row)) && valid(shapeOf(row))).map(shapeOf);
+export function pairwiseShapes(): Shape[] {
+  return pairwise(SIZES, (row) => isValid(shapeOf(row))).map(shapeOf);
 }
 
 /** All of them: thousands. */
@@ -92,6 +93,20 @@ export function creationOptions(shape: Shape, dataFile: string): string {
     ...(shape.dataFile === 'none' ? [] : [`data_file=${dataFile}`]),
     ...(shape.dataFile === 'raw' ? ['data_file_raw=on'] : []),
   ].join(',');
+}
+
+/** The same for us. */
+export function imageOptions(shape: Shape, dataFile: string): CreateImageOptions {
+  const { version, clusterSize, refcountBits, subclusters, compression } = shape;
+  return {
+    format: 'qcow2',
+    version,
+    clusterSize,
+    refcountBits,
+    extendedL2: subclusters,
+    ...(compression === 'none' ? {} : { compressionType: compression }),
+    ...(shape.dataFile === 'none' ? {} : { dataFile, dataFileRaw: shape.dataFile === 'raw' }),
+  };
 }
 
 /** Bytes of the smallest part that is allocated by itself. */

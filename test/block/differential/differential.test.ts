@@ -1,0 +1,29 @@
+import { describe, expect, it } from 'vitest';
+import { hasPeer } from '../../support/peers.js';
+import { temporaryFolder } from '../qcow2-support.js';
+import { shorten } from './minimise.js';
+import { regressions } from './regressions.js';
+import { Replay } from './replay.js';
+import { randomTrace } from './trace.js';
+
+describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('one trace, told to us and to QEMU', () => {
+  const replay = new Replay(temporaryFolder());
+
+  it.each(regressions)('makes images alike where it once did not: $what', ({ trace }) => {
+    expect(replay.run(trace)).toBeUndefined();
+  });
+
+  it.each(Array.from({ length: 20 }, (_, index) => 500_001 + index))(
+    'makes images alike: seed %i',
+    (seed) => {
+      expect(replay.run(randomTrace(seed))).toBeUndefined();
+    },
+  );
+});
+
+it('a failing list is made as short as it gets', () => {
+  const items = Array.from({ length: 50 }, (_, index) => index);
+  const fails = (list: readonly number[]): boolean => list.includes(7) && list.indexOf(7) < list.indexOf(31);
+  expect(shorten(items, fails)).toEqual([7, 31]);
+  expect(shorten(items, () => true)).toEqual([]);
+});
