@@ -906,7 +906,8 @@ export class Qcow2Node implements BlockNode {
   }
 
   /**
-   * Gives unallocated clusters from `offset` on a place in the file, read as zeroes.
+   * Gives unallocated clusters from `offset` on a place in the file, read as zeroes, and the cluster around `offset`
+   * one, too; it reads as before in front of `offset`.
    *
    * @param mode what is made sure of their space, see `Preallocation`
    */
@@ -915,7 +916,13 @@ export class Qcow2Node implements BlockNode {
     const meta = this.#meta;
     const { clusterSize } = this;
     const end = Math.ceil(this.length / clusterSize);
-    for (let cluster = Math.ceil(offset / clusterSize); cluster < end; ) {
+    let cluster = Math.ceil(offset / clusterSize);
+    const inside = Math.min(cluster * clusterSize, this.length) - offset;
+    if (inside > 0) {
+      if (meta.subclusters === 1) this.#writeZeroRange(offset, inside);
+      else if (meta.state.withLock(() => meta.entry(cluster - 1)) === 0n) cluster--;
+    }
+    while (cluster < end) {
       const inSlice = meta.sliceEntries - (cluster % meta.sliceEntries);
       const wanted = Math.min(inSlice, end - cluster);
       const run = meta.state.withLock(() => {

@@ -76,7 +76,7 @@ class Resizer {
         const lastEnd = Math.ceil(header.length / header.clusterSize) * header.clusterSize;
         // Whoever reads a raw data file alone takes each of its clusters for one of the drive.
         const mode = header.dataFileRaw && preallocation === 'off' ? 'metadata' : preallocation;
-        if (mode !== 'off' && lastEnd < length) node.preallocate(lastEnd, mode);
+        if (mode !== 'off') node.preallocate(header.length, mode);
         const below = this.#backing?.length ?? 0;
         if (below > header.length) {
           // All that is new hides the longer backing file, as with QEMU; version 2 can do that only by data.
