@@ -107,6 +107,19 @@ export const regressions: readonly { readonly what: string; readonly trace: Trac
     },
   },
   {
+    what: 'growth of a raw data file that ends inside of a cluster',
+    trace: {
+      ...one,
+      shape: { ...plain, clusterSize: 16384, subclusters: true, dataFile: 'raw' },
+      length: 524288,
+      steps: [
+        { kind: 'resize', length: 317952 },
+        { kind: 'zeroes', offset: 297472, length: 20480, unmap: true },
+        { kind: 'resize', length: 635904 },
+      ],
+    },
+  },
+  {
     what: 'growth of a raw data file with subclusters',
     trace: {
       ...one,

@@ -155,8 +155,7 @@ export class Replay {
     };
     // A drive that shrinks and grows inside of a cluster shows QEMU's users the old bytes again, and ours zeroes.
     if (to < from) zeroes(to, Math.min(from, Math.ceil(to / shape.clusterSize) * shape.clusterSize));
-    // QEMU gives the last cluster a place, too, where the drive ended inside of it.
-    const preallocation = to > from && from % shape.clusterSize === 0 ? (step.preallocation ?? 'off') : 'off';
+    const preallocation = to > from ? (step.preallocation ?? 'off') : 'off';
     const grow = to > from ? [`--preallocation=${preallocation}`] : ['--shrink'];
     run('qemu-img', ['resize', '-q', ...grow, '-f', 'qcow2', this.#at('theirs'), String(to)]);
     resizeImage(this.#ours.runtime, this.#at('ours'), {

@@ -63,7 +63,9 @@ export function randomTrace(seed: number): Trace {
     };
   });
   const steps: Step[] = [];
-  const snapshots = shape.dataFile === 'none' && shape.refcountBits > 1;
+  // A cluster of compressed data is counted by everything in it and, once more each, by every snapshot.
+  const leastBits = shape.compression === 'none' ? 2 : 16;
+  const snapshots = shape.dataFile === 'none' && shape.refcountBits >= leastBits;
   // A cluster is in use by the image and by all snapshots at once.
   const mostSnapshots = Math.min(3, 2 ** Math.min(shape.refcountBits, 8) - 2);
   let current = length;
