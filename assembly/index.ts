@@ -42,6 +42,7 @@ export {
 export { firstDifference } from './compare';
 export { compactUnits } from './copy';
 export { digestUnits, xxh3, zeroLeaves, zeroUnits } from './hash';
+export { INFLATE_WORKSPACE, inflate } from './inflate';
 export { l2CompressedLength, l2Copied, l2Extent, l2HostOffset, l2Kind } from './l2';
 export { refcountFindFree, refcountFreeRun } from './refcount';
 export { isZero, zeroMask } from './zero';

@@ -9,6 +9,8 @@ interface Exports {
   digestUnits(pointer: number, length: number, unit: number, first: bigint, mask: number): bigint;
   zeroLeaves(unit: number, last: number, first: bigint, count: bigint): bigint;
   zeroUnits(): number;
+  inflate(from: number, length: number, to: number, capacity: number, work: number): number;
+  readonly INFLATE_WORKSPACE: { readonly value: number };
   bitmapSet(bitmap: number, start: number, count: number): void;
   bitmapClear(bitmap: number, start: number, count: number): void;
   bitmapTest(bitmap: number, index: number): number;
@@ -119,6 +121,22 @@ export class Kernels {
   /** Marks the zero units of a buffer in the bitmap `mask`, as {@link digestUnits} does. @returns how many there are */
   zeroMask(pointer: number, length: number, unit: number, mask: number): number {
     return this.#exports.zeroMask(pointer, length, unit, mask);
+  }
+
+  /** Bytes of the workspace of {@link inflate}. */
+  get inflateWorkspace(): number {
+    return this.#exports.INFLATE_WORKSPACE.value;
+  }
+
+  /**
+   * Decompresses a raw deflate stream (RFC 1951) until it ends or `capacity` bytes are there, whatever follows.
+   *
+   * @param to has room for 8 bytes more than `capacity`
+   * @param work {@link inflateWorkspace} bytes
+   * @returns the bytes, or -1 where the stream is damaged or cut off before
+   */
+  inflate(from: number, length: number, to: number, capacity: number, work: number): number {
+    return this.#exports.inflate(from, length, to, capacity, work);
   }
 
   /** XXH3-64 with seed 0. */

@@ -1,5 +1,5 @@
 import { createRequire } from 'node:module';
-import * as zlib from 'node:zlib';
+import { createRuntime, type Runtime } from '../../kernels/runtime.js';
 import { zstd } from './zstd.js';
 
 /**
@@ -14,45 +14,50 @@ export function decompressCluster(
   compressionType: number,
   clusterSize: number,
 ): Uint8Array | undefined {
-  return compressionType === 1 ? unzstd(input, clusterSize) : inflate(input, clusterSize);
+  if (compressionType === 1) return unzstd(input, clusterSize);
+  inflater ??= new Inflater();
+  return inflater.inflate(input, clusterSize);
 }
 
 // ---- Deflate --------------------------------------------------------------------------------------------------
 
-/** Upper bound of what one byte of a deflate stream can become: four matches of 258 bytes, and some slack. */
-const INFLATE_SLACK = 65536;
+/** Memory of an {@link Inflater}: the longest compressed data and the largest cluster of the format, and some room. */
+const INFLATER_BYTES = 8 * 1024 * 1024;
+/** What `inflate` may write behind the cluster. */
+const SLACK = 8;
 
-type Inflated = Uint8Array | 'damaged' | 'more';
+/**
+ * Inflates in memory of its own. Node's zlib keeps what belongs to a damaged stream until its thread comes back to its
+ * event loop, which a thread that reads image after image does not.
+ */
+class Inflater {
+  readonly #runtime: Runtime = createRuntime(INFLATER_BYTES);
+  readonly #work: number;
+  #buffer = 0;
+  #capacity = 0;
 
-function tryInflate(input: Uint8Array, most: number): Inflated {
-  try {
-    return zlib.inflateRawSync(input, { finishFlush: zlib.constants.Z_SYNC_FLUSH, maxOutputLength: most });
-  } catch (error) {
-    const more = error instanceof Error && 'code' in error && error.code === 'ERR_BUFFER_TOO_LARGE';
-    return more ? 'more' : 'damaged';
+  constructor() {
+    this.#work = this.#runtime.arena.alloc(this.#runtime.kernels.inflateWorkspace, 'tables of codes');
   }
-}
 
-function inflate(input: Uint8Array, clusterSize: number): Uint8Array | undefined {
-  const whole = tryInflate(input, clusterSize);
-  if (whole instanceof Uint8Array) return whole.length === clusterSize ? whole : undefined;
-  // More than a cluster, or damaged somewhere, perhaps behind the cluster: the shortest part of the input that
-  // yields a cluster gives its bytes.
-  let low = 0;
-  let high = input.length;
-  let best: Uint8Array | undefined;
-  while (low < high) {
-    const middle = Math.floor((low + high) / 2);
-    const part = tryInflate(input.subarray(0, middle), clusterSize + INFLATE_SLACK);
-    if (part instanceof Uint8Array && part.length < clusterSize) {
-      low = middle + 1;
-    } else {
-      if (part instanceof Uint8Array) best = part;
-      high = middle;
+  inflate(input: Uint8Array, clusterSize: number): Uint8Array | undefined {
+    const { arena, kernels } = this.#runtime;
+    const needed = clusterSize + SLACK + input.length;
+    if (needed > this.#capacity) {
+      if (this.#capacity > 0) arena.free(this.#buffer);
+      this.#capacity = 0;
+      this.#buffer = arena.alloc(needed, 'compressed data and a cluster');
+      this.#capacity = needed;
     }
+    const from = this.#buffer + clusterSize + SLACK;
+    arena.u8.set(input, from);
+    const bytes = kernels.inflate(from, input.length, this.#buffer, clusterSize, this.#work);
+    return bytes === clusterSize ? arena.copyOut(this.#buffer, clusterSize) : undefined;
   }
-  return best?.subarray(0, clusterSize);
 }
+
+/** This thread's, made with the first cluster that needs it. */
+let inflater: Inflater | undefined;
 
 // ---- Zstandard ------------------------------------------------------------------------------------------------
 
