@@ -48,7 +48,8 @@ export function commitImage(
   const keep = options.keep || options.base !== undefined;
   const layers: NodeDescriptor[] = [];
   try {
-    layers.push(openImage(runtime, path, { format: options.format, readOnly: keep, backing: false }));
+    const { format, allowBacking } = options;
+    layers.push(openImage(runtime, path, { format, readOnly: keep, backing: allowBacking, chain: false }));
     const base = openBase(runtime, path, layers, options);
     try {
       const nodes = layers.map((layer) => attachNode(runtime, layer));
@@ -92,7 +93,8 @@ function openBase(
     if (base === undefined || (wanted !== undefined && fileIdentity(named.path) === wanted)) {
       return openTarget(runtime, named.path, named.format, layers, folders);
     }
-    layers.push(openImage(runtime, named.path, { format: named.format, readOnly: true, backing: false }));
+    const { path: next, format } = named;
+    layers.push(openImage(runtime, next, { format, readOnly: true, backing: folders, chain: false }));
   }
 }
 

@@ -71,6 +71,8 @@ export interface OpenImageOptions {
    * opened; unallocated ranges read as zeroes, and data in a data file cannot be read (for `info`).
    */
   readonly backing?: readonly string[] | false | undefined;
+  /** Whether backing files are opened; without them what the image has not itself reads as zeroes. Default true. */
+  readonly chain?: boolean | undefined;
   /** Read a qcow2 image as it is in an internal snapshot; only read-only. */
   readonly snapshot?: SnapshotSelector | undefined;
 }
@@ -165,7 +167,7 @@ function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, ch
         writeBehind,
       });
     }
-    if (header.backingFile !== undefined && options.backing !== false) {
+    if (header.backingFile !== undefined && options.backing !== false && options.chain !== false) {
       const format = formatOfBacking(path, header.backingFormat);
       backing = openBacking(runtime, path, header.backingFile, format, lock, chain);
     }
@@ -226,7 +228,7 @@ function openForeignLayer(
       const opening = openNamedFile(runtime, path, 'extent', extentPath, chain, { readOnly: true, lock });
       return { index: extents.push(opening), file: opening };
     });
-    if (options.backing !== false) {
+    if (options.backing !== false && options.chain !== false) {
       const { backingFile } = opened;
       if (backingFile !== undefined) {
         backing = openBacking(runtime, path, backingFile, format, lock, chain);

@@ -957,6 +957,9 @@ export class Qcow2Node implements BlockNode {
     this.#beginMutation('empty', 0, 0);
     const clusters = Math.ceil(this.length / this.clusterSize);
     this.#changeClusters(0, clusters, (kind) => (kind === L2_UNALLOCATED ? 'keep' : 'clear'));
+    if (!this.descriptor.hasDataFile) return;
+    this.flush();
+    this.#freeData(0, clusters);
   }
 
   /** Where the last whole cluster before `end` ends; the last cluster of the drive is whole where the drive ends. */
@@ -1034,7 +1037,10 @@ export class Qcow2Node implements BlockNode {
     return true;
   }
 
-  /** Changes the entries of the clusters [first, end), slice by slice. A cluster of several kinds counts as data. */
+  /**
+   * Changes the entries of the clusters [first, end), slice by slice. A cluster of several kinds counts as data. What
+   * becomes unallocated leaves its data in an external data file, which the entries on the disk still refer to.
+   */
   #changeClusters(first: number, end: number, decide: (kind: number, cluster: number) => Change): void {
     const meta = this.#meta;
     const { clusterSize } = this;
@@ -1062,7 +1068,7 @@ export class Qcow2Node implements BlockNode {
             meta.prepareL2(Math.floor(at / meta.l2Entries));
             const until = Math.min(at + count, stop);
             for (let index = at; index < until; index++) this.#change(index, change);
-            if (change !== 'zero-keep') freed.push({ first: at, count: until - at });
+            if (change === 'zero') freed.push({ first: at, count: until - at });
           }
           at += count;
         }
