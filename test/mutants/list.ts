@@ -14,6 +14,7 @@ export interface Mutant {
 const FRAME = 'src/block/filters/copy-before-write.ts';
 const DISK = 'src/block/disk.ts';
 const NODE = 'src/block/qcow2/node.ts';
+const REBASE = 'src/block/rebase.ts';
 const METADATA = 'src/block/qcow2/metadata.ts';
 const TARGET = 'src/backup/target.ts';
 const JOB = 'src/backup/backup-job.ts';
@@ -28,6 +29,7 @@ const modes = ['test/backup/modes.test.ts'];
 const errors = ['test/backup/errors.test.ts'];
 const rounds = ['test/backup/rounds.test.ts'];
 const power = ['test/block/qcow2-power-cut.test.ts'];
+const kill = ['test/block/kill/power-cut.test.ts'];
 const qcow2 = ['test/block/qcow2.test.ts'];
 const contract = ['test/block/conformance.test.ts'];
 const compressed = ['test/block/qcow2-compressed.test.ts'];
@@ -468,6 +470,25 @@ export const mutants: readonly Mutant[] = [
       const from`,
     replace: `      this.#refcounts.writeDirty();
       const from`,
+    tests: kill,
+  },
+  {
+    name: 'data-freed-before-emptied',
+    what: 'a committed image gives up the data in its data file while its tables on the disk refer to it',
+    file: NODE,
+    find: `    this.flush();
+    this.#freeData(0, clusters);`,
+    replace: `    this.#freeData(0, clusters);`,
+    tests: kill,
+  },
+  {
+    name: 'renamed-before-copied',
+    what: 'a rebased image names its new backing file before what it needed of the old one is durable',
+    file: REBASE,
+    find: `    node.flush();
+`,
+    replace: '',
+    tests: kill,
   },
   {
     name: 'flush-without-sync',

@@ -40,9 +40,14 @@ export function hasPeer(tool: string): boolean {
   return present;
 }
 
-/** Runs a tool to its end; throws with its output when the exit status is none of `allowed`. */
-export function run(tool: string, args: readonly string[], allowed: readonly number[] = [0]): string {
-  const result = spawnSync(tool, args, { encoding: 'utf8', maxBuffer: 1 << 28 });
+/** Runs a tool (in `folder`) to its end; throws with its output when the exit status is none of `allowed`. */
+export function run(
+  tool: string,
+  args: readonly string[],
+  allowed: readonly number[] = [0],
+  folder?: string,
+): string {
+  const result = spawnSync(tool, args, { encoding: 'utf8', maxBuffer: 1 << 28, cwd: folder });
   if (result.error) throw result.error;
   if (result.status === null || !allowed.includes(result.status)) {
     throw new Error(
