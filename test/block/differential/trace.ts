@@ -66,15 +66,16 @@ export function randomTrace(seed: number): Trace {
   // A cluster of compressed data is counted by everything in it and, once more each, by every snapshot.
   const leastBits = shape.compression === 'none' ? 2 : 16;
   const snapshots = shape.dataFile === 'none' && shape.refcountBits >= leastBits;
-  // A cluster is in use by the image and by all snapshots at once.
-  const mostSnapshots = Math.min(3, 2 ** Math.min(shape.refcountBits, 8) - 2);
+  // A cluster is in use by the image and by all snapshots at once, and twice by one that is gone back to.
+  const mostSnapshots = Math.min(3, 2 ** Math.min(shape.refcountBits, 8) - 3);
   let current = length;
   for (let left = random.between(3, 40); left > 0; left--) {
     const kind = random.next();
     if (kind < 0.08) steps.push({ kind: 'reopen' });
     else if (kind < 0.12) {
       current = Math.max(512, Math.ceil((current * random.pick([0.5, 0.9, 1.1, 2])) / 512) * 512);
-      const metadata = random.chance(0.2);
+      // QEMU shows what compressed data left behind in the places that it takes.
+      const metadata = random.chance(0.2) && shape.compression === 'none';
       steps.push({ kind: 'resize', length: current, ...(metadata ? { preallocation: 'metadata' } : {}) });
     } else if (kind < 0.18 && snapshots) {
       const action = random.pick<'snapshot' | 'revert' | 'delete'>([

@@ -66,13 +66,13 @@ describe.skipIf(!hasPeer('qemu-img'))('the power fails while an image is changed
   const story = new Story(temporaryFolder());
 
   describe.each(kinds)('with %s', (name, fits) => {
-    it.each(tracesOf(fits, 2, 1000 * name.length))('seed $seed', ({ seed, trace }) => {
+    it.each(tracesOf(fits, 1, 1000 * name.length))('seed $seed', ({ seed, trace }) => {
       expect(story.run(trace, seed, { chance: 0.12 })).toBeGreaterThan(0);
     });
   });
 
   describe.each(['commit', 'rebase'] as const)('and in a %s after it', (end) => {
-    it.each([...tracesOf(overBases, 3, 1), ...tracesOf(dataFileOverBases, 3, 1)])(
+    it.each([...tracesOf(overBases, 2, 1), ...tracesOf(dataFileOverBases, 2, 1)])(
       'seed $seed',
       ({ seed, trace }) => {
         // The steps make something to move.

@@ -1,6 +1,6 @@
 import { readFileSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
-import { FileNode } from '#src/block/raw/file.js';
+import { HostFile } from '#src/block/raw/file.js';
 import type { Arena } from '#src/kernels/arena.js';
 
 const SECTOR = 512;
@@ -81,47 +81,47 @@ export class Power {
 
   /** Calls `body` while the driver's files are watched. */
   during<T>(body: () => T): T {
-    const driver = FileNode.prototype;
+    const driver = HostFile.prototype;
     const { write, writeZeroes, discard, preallocate, truncate, extend, flush } = driver;
-    const watched = (file: FileNode): boolean => this.#files.has(file.descriptor.path);
+    const watched = (file: HostFile): boolean => this.#files.has(file.descriptor.path);
     const arena = this.#arena;
-    const bytes = (file: FileNode, offset: number, length: number, content?: Uint8Array): void => {
+    const bytes = (file: HostFile, offset: number, length: number, content?: Uint8Array): void => {
       if (length <= 0 || !watched(file)) return;
       this.#changed({ kind: 'bytes', path: file.descriptor.path, offset, length, bytes: content });
     };
-    const lengthOf = (file: FileNode, before: number): void => {
+    const lengthOf = (file: HostFile, before: number): void => {
       const { length } = file;
       if (length !== before && watched(file)) {
         this.#changed({ kind: 'length', path: file.descriptor.path, length });
       }
     };
-    driver.write = function (this: FileNode, offset, pointer, length) {
+    driver.write = function (this: HostFile, offset, pointer, length) {
       write.call(this, offset, pointer, length);
       bytes(this, offset, length, arena.copyOut(pointer, length));
     };
-    driver.writeZeroes = function (this: FileNode, offset, length, mayUnmap) {
+    driver.writeZeroes = function (this: HostFile, offset, length, mayUnmap) {
       writeZeroes.call(this, offset, length, mayUnmap);
       bytes(this, offset, length);
     };
-    driver.discard = function (this: FileNode, offset, length) {
+    driver.discard = function (this: HostFile, offset, length) {
       discard.call(this, offset, length);
       bytes(this, offset, Math.min(length, this.length - offset));
     };
-    driver.preallocate = function (this: FileNode, offset, length, mode) {
+    driver.preallocate = function (this: HostFile, offset, length, mode) {
       preallocate.call(this, offset, length, mode);
       bytes(this, offset, length);
     };
-    driver.truncate = function (this: FileNode, length) {
+    driver.truncate = function (this: HostFile, length) {
       const before = this.length;
       truncate.call(this, length);
       lengthOf(this, before);
     };
-    driver.extend = function (this: FileNode, length) {
+    driver.extend = function (this: HostFile, length) {
       const before = this.length;
       extend.call(this, length);
       lengthOf(this, before);
     };
-    const synced = (file: FileNode): void => {
+    const synced = (file: HostFile): void => {
       const state = this.#files.get(file.descriptor.path);
       if (state === undefined) {
         flush.call(file);
@@ -131,7 +131,7 @@ export class Power {
       state.durable = left(state.durable, state.pending, () => true);
       state.pending = [];
     };
-    driver.flush = function (this: FileNode) {
+    driver.flush = function (this: HostFile) {
       synced(this);
     };
     try {
