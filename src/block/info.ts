@@ -30,6 +30,8 @@ export interface ImageInfo {
           /** Persistent dirty bitmaps; absent where there are none. */
           readonly bitmaps?: readonly BitmapInfo[];
           readonly 'refcount-bits': number;
+          readonly 'data-file'?: string;
+          readonly 'data-file-raw'?: boolean;
           readonly corrupt?: boolean;
           readonly 'extended-l2'?: boolean;
         };
@@ -93,12 +95,28 @@ export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename
         ...(descriptor.version === 2 ? {} : { 'lazy-refcounts': descriptor.lazyRefcounts }),
         ...(bitmaps.length === 0 ? {} : { bitmaps }),
         'refcount-bits': descriptor.refcountBits,
+        ...(descriptor.hasDataFile
+          ? { 'data-file': descriptor.dataFileName ?? '', 'data-file-raw': descriptor.dataFileRaw }
+          : {}),
         ...(descriptor.version === 2
           ? {}
           : { corrupt: descriptor.corrupt, 'extended-l2': descriptor.extendedL2 }),
       },
     },
   };
+}
+
+/** Describes an image and every image of its backing chain, the top one first. */
+export function chainInfo(runtime: Runtime, top: NodeDescriptor, filename: string): ImageInfo[] {
+  const infos: ImageInfo[] = [];
+  let name = filename;
+  for (let image: NodeDescriptor | undefined = top; image !== undefined; ) {
+    infos.push(imageInfo(runtime, image, name));
+    if (image.driver !== 'qcow2') break;
+    name = combineNames(name, image.backingFile ?? '');
+    image = image.backing;
+  }
+  return infos;
 }
 
 /** Space that the image takes, its backing files left out. */

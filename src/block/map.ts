@@ -65,6 +65,9 @@ export function mapFiles(node: BlockNode, filename: string): string[][] {
 
 /** By the number that extents have for them. */
 function filesOfLayer(descriptor: NodeDescriptor, name: string): string[] {
+  if (descriptor.driver === 'qcow2' && descriptor.hasDataFile) {
+    return [combineNames(name, descriptor.dataFileName ?? '')];
+  }
   if (!('layout' in descriptor)) return [name];
   const names = [name];
   if (descriptor.layout.format !== 'vmdk') return names;

@@ -1,5 +1,5 @@
 import { createEngine, type ImageInfo } from '../index.js';
-import { type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS } from './command.js';
+import { ALLOW_BACKING, type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS } from './command.js';
 import { snapshotTable } from './snapshot.js';
 import { formatBytes, printable } from './units.js';
 
@@ -41,18 +41,29 @@ function human(info: ImageInfo): string {
 export const info: Command = {
   name: 'info',
   usage: '[options] FILE',
-  summary: 'Describes an image. Its backing file is not opened.',
+  summary: 'Describes an image. Its backing file is opened with --backing-chain only.',
   positionals: [1, 1],
-  options: [FORMAT, FORCE_SHARE, OUTPUT],
+  options: [
+    FORMAT,
+    { long: 'backing-chain', help: 'describe all images of the backing chain' },
+    ALLOW_BACKING,
+    FORCE_SHARE,
+    OUTPUT,
+  ],
   run: async (args) => {
     const output = args.choice('output', OUTPUTS, 'human');
     const engine = await createEngine({ workers: 1 });
     try {
-      const result = await engine.imageInfo(args.positionals[0] ?? '', {
+      const file = args.positionals[0] ?? '';
+      const options = {
         format: args.choice('format', FORMATS),
+        allowBacking: args.texts('allow-backing'),
         forceShare: args.flag('force-share'),
-      });
-      console.log(output === 'json' ? JSON.stringify(result, null, 4) : human(result));
+      };
+      const chain = args.flag('backing-chain');
+      const infos = chain ? await engine.chainInfo(file, options) : [await engine.imageInfo(file, options)];
+      if (output === 'json') console.log(JSON.stringify(chain ? infos : infos[0], null, 4));
+      else console.log(infos.map(human).join('\n\n'));
       return 0;
     } finally {
       await engine.close();

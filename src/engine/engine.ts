@@ -213,6 +213,11 @@ export class Engine {
     return this.run({ kind: 'info', path, options: imageTask(options) });
   }
 
+  /** What `qemu-img info --backing-chain` says: of the image and all of its backing chain, which is opened. */
+  chainInfo(path: string, options?: ImageOptions): Promise<ImageInfo[]> {
+    return this.run({ kind: 'chain-info', path, options: imageTask(options) });
+  }
+
   /**
    * How large the file of a new image will be, like `qemu-img measure`.
    *

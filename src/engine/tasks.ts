@@ -11,7 +11,7 @@ import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '../block/disk.js'
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
 import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-write.js';
 import { attachNode, closeNode, isStorage, type OpenImageOptions, openImage } from '../block/graph.js';
-import { type ImageInfo, imageInfo } from '../block/info.js';
+import { chainInfo, type ImageInfo, imageInfo } from '../block/info.js';
 import { mapFiles, mapNode } from '../block/map.js';
 import type { MapRange } from '../block/map-batch.js';
 import { type Measured, type MeasureOptions, measureImage } from '../block/measure.js';
@@ -81,7 +81,7 @@ export type Task =
       readonly options: Pick<ImageTask, 'format'>;
     }
   | { readonly kind: 'measure'; readonly measured: Measured; readonly options: MeasureOptions }
-  | { readonly kind: 'info'; readonly path: string; readonly options: ImageTask }
+  | { readonly kind: 'info' | 'chain-info'; readonly path: string; readonly options: ImageTask }
   | {
       readonly kind: 'map';
       readonly path: string;
@@ -218,6 +218,8 @@ export class TaskRunner {
         return measureImage(this.#runtime, task.measured, task.options);
       case 'info':
         return this.#info(task.path, task.options);
+      case 'chain-info':
+        return this.#chainInfo(task.path, task.options);
       case 'map':
         return this.#map(task);
       case 'check':
@@ -316,6 +318,15 @@ export class TaskRunner {
     const node = openImage(this.#runtime, path, { ...options, readOnly: true, backing: false });
     try {
       return imageInfo(this.#runtime, node, path);
+    } finally {
+      closeNode(this.#runtime, node);
+    }
+  }
+
+  #chainInfo(path: string, options: ImageTask): ImageInfo[] {
+    const node = openImage(this.#runtime, path, { ...options, readOnly: true });
+    try {
+      return chainInfo(this.#runtime, node, path);
     } finally {
       closeNode(this.#runtime, node);
     }

@@ -49,12 +49,29 @@ const images = [
   'preallocated-small.qcow2',
   'fallocated.qcow2',
   'fallocated.raw',
+  'data-file.qcow2',
+  'data-file-raw.qcow2',
+  'subclusters.qcow2',
 ];
 
 describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', () => {
   beforeAll(() => {
     mkdirSync(join(folder, 'sub'));
     make('create', '-q', '-f', 'raw', 'base.raw', '10M');
+    make('create', '-q', '-f', 'qcow2', '-o', `data_file=${join(folder, 'data')}`, 'data-file.qcow2', '3M');
+    make(
+      'create',
+      '-q',
+      '-f',
+      'qcow2',
+      '-o',
+      `data_file=${join(folder, 'raw-data')},data_file_raw=on`,
+      'data-file-raw.qcow2',
+      '3M',
+    );
+    make('create', '-q', '-f', 'qcow2', '-o', 'extended_l2=on', 'subclusters.qcow2', '3M');
+    for (const image of ['data-file.qcow2', 'subclusters.qcow2'])
+      io(image, 'write -P 5 1M 70k', 'write -z 2M 3k');
     io('base.raw', 'write -P 5 1M 2M', 'write -P 7 9M 100k');
     make('create', '-q', '-f', 'qcow2', '-b', 'base.raw', '-F', 'raw', 'overlay.qcow2');
     io('overlay.qcow2', 'write -P 6 2M 1M', 'write -z 5M 1M', 'write -P 3 6M 1M', 'discard 6M 1M');
@@ -154,6 +171,24 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', 
         stdout: 'Images are identical.\n',
         stderr: '',
       });
+    });
+  });
+
+  describe('info of a chain', () => {
+    const chains = ['deep.qcow2', 'chain.qcow2', 'sub/relative.qcow2', 'v2.qcow2', 'base.raw', 'zstd.qcow2'];
+    const folders = ['--allow-backing', folder];
+
+    it.each(chains)('describes every image alike: %s', (image) => {
+      const args = ['info', '--backing-chain', image];
+      expect(stillframe([...args, ...folders], { cwd: folder }).stdout).toBe(qemuImg(args).stdout);
+      const ours = stillframe([...args, '--output', 'json', ...folders], { cwd: folder });
+      expect(JSON.parse(ours.stdout)).toEqual(JSON.parse(qemuImg([...args, '--output=json']).stdout));
+    });
+
+    it('opens no image of it that is not allowed', () => {
+      const done = stillframe(['info', '--backing-chain', 'sub/relative.qcow2'], { cwd: folder });
+      expect(done.status).toBe(1);
+      expect(done.stderr).toContain('ERR_STILLFRAME_BACKING_FORBIDDEN');
     });
   });
 
