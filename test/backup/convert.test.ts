@@ -120,10 +120,10 @@ describe.skipIf(!peers)('convert', () => {
     run('qemu-img', ['convert', '-f', 'raw', ...args, at('source.raw'), at('theirs')]);
     await engine.convertImage(at('source.raw'), at('ours'), { ...options, source: { format: 'raw' } });
     const [ours, theirs] = [statSync(at('ours')), statSync(at('theirs'))];
-    // QEMU's file may end within its last cluster.
-    expect(ours.size).toBeLessThanOrEqual(Math.ceil(theirs.size / 65536) * 65536);
+    // QEMU's file may end within its last cluster; each of three threads may leave one that is not full.
+    expect(ours.size).toBeLessThanOrEqual((Math.ceil(theirs.size / 65536) + 3) * 65536);
     // The file system's own tables count too.
-    expect(ours.blocks).toBeLessThanOrEqual(theirs.blocks + 16);
+    expect(ours.blocks).toBeLessThanOrEqual(theirs.blocks + 64);
   });
 
   it.each([
