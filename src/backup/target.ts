@@ -133,7 +133,7 @@ function openExisting(
   const descriptor = openImage(runtime, path, {
     format: options.format,
     readOnly: false,
-    backing: false,
+    chain: false,
     writeBehind: true,
   });
   try {

@@ -50,6 +50,16 @@ function expectError(args: readonly string[], code: string, left: readonly strin
 }
 
 describe('stillframe backup', () => {
+  it('writes into an image with an external data file that is there', () => {
+    writeFileSync(at('disk.raw'), random.bytes(1 << 20));
+    createImage('-f', 'qcow2', '-o', 'data_file=copy.data', 'copy.qcow2', '1M');
+    const args = ['backup', 'disk.raw', 'copy.qcow2', '--sync', 'full', '--format', 'qcow2', '--existing'];
+    const { status, stderr } = stillframe([...args, '--source-format', 'raw', '-q'], { cwd: folder });
+    expect(stderr).toBe('');
+    expect(status).toBe(0);
+    expect(firstDifference(readFileSync(at('copy.data')), readFileSync(at('disk.raw')))).toBe(-1);
+  });
+
   it('prints one result object with --output json', () => {
     const data = random.bytes(1_000_000).fill(0, 65536, 65536 * 3);
     writeFileSync(at('disk.raw'), data);
