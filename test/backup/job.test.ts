@@ -174,7 +174,14 @@ describe('several jobs at once', () => {
       jobs.push(await start({ target: at(`t${index}.raw`), speed: 2 * MiB }));
     }
     await disk.write(0, new Uint8Array(8 * MiB).fill(99));
-    for (const job of jobs) job.setSpeed(0);
+    for (const job of jobs) {
+      try {
+        job.setSpeed(0);
+      } catch (error) {
+        // What guests wrote to was copied for them: nothing may be left to do.
+        expect(error).toMatchObject({ code: 'ERR_STILLFRAME_JOB_VERB' });
+      }
+    }
     for (const [index, job] of jobs.entries()) {
       await job.result();
       const copy = await engine.openDisk(at(`t${index}.raw`), { format: 'raw', readOnly: true });
