@@ -460,6 +460,7 @@ export const mutants: readonly Mutant[] = [
     file: CACHE,
     find: 'if ((this.#needed[slot] ?? 0) <= durable) this.#write(slot);',
     replace: 'if ((this.#needed[slot] ?? 0) <= durable + 1e9) this.#write(slot);',
+    tests: power,
   },
   {
     name: 'table-before-block',
