@@ -9,7 +9,15 @@ export const CORPUS = fileURLToPath(
 );
 
 /** Files that lie beside every image, for it to use as backing and data files. */
-export const COMMON = ['base.raw', 'data.raw', 'base.qcow2', 'middle.qcow2'] as const;
+export const COMMON = [
+  'base.raw',
+  'data.raw',
+  'base.qcow2',
+  'middle.qcow2',
+  'base.vmdk',
+  'part.vmdk',
+  'part-cowd.vmdk',
+] as const;
 
 /** A file with its holes: what is not in an extent is zero. */
 export interface SparseFile {

@@ -1,4 +1,5 @@
 import { readSync } from 'node:fs';
+import { checkImage, type ImageCheck } from '#src/block/check.js';
 import {
   attachNode,
   closeNode,
@@ -17,6 +18,7 @@ import {
   STATUS_DATA,
   STATUS_ZERO,
 } from '#src/block/node.js';
+import type { RepairMode } from '#src/block/qcow2/index.js';
 import { chainStatus } from '#src/block/status.js';
 import { StillframeError } from '#src/errors.js';
 import type { Runtime } from '#src/kernels/runtime.js';
@@ -38,10 +40,22 @@ export class Defect extends Error {}
 class Enough extends Error {}
 
 const BUFFER_BYTES = 256 * 1024;
-/** A larger drive is read in samples. */
-const MOST_CONTENT = 512 * 1024;
 const MOST_EXTENTS = 300;
-const ZEROES = Buffer.alloc(MOST_CONTENT);
+
+/** What a repair came to. */
+export interface Repaired {
+  /** What was found before it, or undefined where the image cannot be checked. */
+  readonly found: ImageCheck | undefined;
+  /** It says that nothing is wrong any more. */
+  readonly sound: boolean;
+  /** Offset of the first byte that reads differently, -1 where there is none. */
+  readonly lost: number;
+}
+
+/** Everything that is wrong. */
+function wrongs(check: ImageCheck): number {
+  return check['check-errors'] + (check.corruptions ?? 0) + (check.leaks ?? 0);
+}
 
 /** Does with an image what can be done with one. */
 export class Exercise {
@@ -50,11 +64,15 @@ export class Exercise {
   readonly #format: ImageFormat;
   readonly #buffer: number;
   readonly #skip: number;
-  /** What was read: first, again, after changes. */
-  readonly #contents = [0, 1, 2].map(() => Buffer.alloc(MOST_CONTENT));
+  /** What was read: first, again, after changes, after a repair. */
+  readonly #contents: readonly Buffer[];
+  readonly #zeroes: Buffer;
   #errors: StillframeError[] = [];
 
-  constructor(runtime: Runtime, path: string, format: ImageFormat) {
+  /** @param mostContent a larger drive is read in samples, bytes */
+  constructor(runtime: Runtime, path: string, format: ImageFormat, mostContent: number) {
+    this.#zeroes = Buffer.alloc(mostContent);
+    this.#contents = [0, 1, 2, 3].map(() => Buffer.alloc(mostContent));
     this.#runtime = runtime;
     this.#path = path;
     this.#format = format;
@@ -90,6 +108,49 @@ export class Exercise {
     return { content, changed, errors: this.#errors };
   }
 
+  /**
+   * Checks the image, repairs it, checks it again, reads and changes it.
+   *
+   * @param content what was read before, where all of it could be
+   */
+  repair(dice: Random, content: Buffer | undefined): Repaired {
+    const found = this.#check(undefined);
+    const repaired = this.#check('all');
+    const again = this.#check(undefined);
+    if (repaired === undefined || wrongs(repaired) > 0) return { found, sound: false, lost: -1 };
+    if (again === undefined || wrongs(again) > 0) {
+      throw new Defect(`the repair says that all is well, the check after it: ${JSON.stringify(again)}`);
+    }
+    let lost = -1;
+    this.#with({ readOnly: true }, (node) => {
+      const now = this.#read(dice, node, 3);
+      if (content !== undefined && now?.equals(content) !== true) {
+        lost = content.findIndex((byte, index) => byte !== now?.[index]);
+      }
+    });
+    return { found, sound: true, lost };
+  }
+
+  /** Changes an image with which nothing is wrong; nothing may be wrong with it after that. */
+  changeSound(dice: Random): void {
+    const before = this.#errors.length;
+    if (!this.#with({ readOnly: false }, (node) => this.#change(dice, node))) return;
+    const check = this.#check(undefined);
+    if (this.#errors.length > before || (check !== undefined && wrongs(check) === 0)) return;
+    throw new Defect(`changes of a sound image have damaged it: ${JSON.stringify(check)}`);
+  }
+
+  #check(repair: RepairMode | undefined): ImageCheck | undefined {
+    return this.#attempt(() =>
+      checkImage(this.#runtime, this.#path, {
+        format: 'qcow2',
+        repair,
+        onMessage: () => undefined,
+        onRepaired: () => undefined,
+      }),
+    );
+  }
+
   /** False where it cannot be opened. */
   #with(
     options: Omit<OpenImageOptions, 'format'>,
@@ -120,7 +181,7 @@ export class Exercise {
   /** @param into number of the buffer for what is read */
   #read(dice: Random, node: BlockNode, into: number): Buffer | undefined {
     const { length } = node;
-    if (length <= MOST_CONTENT) {
+    if (length <= this.#zeroes.length) {
       const content = this.#pass(dice, node, into);
       const again = this.#pass(dice, node, 1);
       if (content !== undefined && again !== undefined && !content.equals(again)) {
@@ -190,7 +251,7 @@ export class Exercise {
       if (extent === undefined) return;
       const found = content.subarray(offset, offset + extent.length);
       if ((extent.flags & STATUS_ZERO) !== 0) {
-        if (!found.equals(ZEROES.subarray(0, found.length)))
+        if (!found.equals(this.#zeroes.subarray(0, found.length)))
           throw new Defect(`said to be zero, but is not: ${offset}`);
       } else if (
         (extent.flags & (STATUS_DATA | STATUS_COMPRESSED)) === STATUS_DATA &&
@@ -198,9 +259,14 @@ export class Exercise {
       ) {
         const descriptor = extent.node?.descriptor;
         if (descriptor === undefined || isStorage(descriptor)) throw new Defect('an extent of no image');
-        const file =
-          descriptor.driver === 'qcow2' ? (descriptor.dataFile ?? descriptor.file) : descriptor.file;
-        if (file.driver !== 'file') throw new Defect('an image that is in no file');
+        // What a log holds is not in its place in the file.
+        if (descriptor.driver === 'vhdx' && this.#format === 'vhdx') return;
+        const files =
+          descriptor.driver === 'qcow2'
+            ? [descriptor.dataFile ?? descriptor.file]
+            : [descriptor.file, ...('extents' in descriptor ? descriptor.extents : [])];
+        const file = files[extent.file ?? 0];
+        if (file?.driver !== 'file') throw new Defect('an image that is in no file');
         const there = Buffer.alloc(Math.min(extent.length, 4096));
         readSync(file.fd, there, 0, there.length, extent.hostOffset);
         if (!there.equals(found.subarray(0, there.length))) {

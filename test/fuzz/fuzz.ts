@@ -1,11 +1,11 @@
 /**
  * Images damaged at random, read, described and written by the production code:
  *
- *     npm run fuzz -- qcow2 --minutes N [--seed S] [--executions N] [--compare N]
+ *     npm run fuzz -- FORMAT --minutes N [--seed S] [--executions N] [--compare N]
  *     npm run fuzz -- qcow2 --seed S [--drop 0,2]      one execution, with what is done
  *     npm run fuzz -- qcow2 --regressions              what once failed
  *
- * Every N-th image (`--compare`, default 200, 0 none) is read by QEMU as well, and what both can read must be the same.
+ * FORMAT is qcow2, vmdk, vhdx, vpc or vdi. One qcow2 image in four is repaired as well. Every N-th image (`--compare`, default 200, 0 none) is read by QEMU as well, and what both can read must be the same.
  * No execution may end in anything but errors with a code, take more than 5 s or 256 MiB, open a file that the image
  * is not allowed, or leave memory taken or files open. Exit status 1 when one does; what is left of it when everything
  * it does not need is dropped is printed.
@@ -19,6 +19,7 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { isMainThread, parentPort, Worker, workerData } from 'node:worker_threads';
 import { hasPeer } from '../support/peers.js';
+import { FORMAT_NAMES, type FuzzFormat } from './formats.js';
 import { type Found, Fuzzer, type Tally } from './fuzzer.js';
 import { regressions } from './regressions.js';
 
@@ -35,7 +36,7 @@ type Message =
 
 /** What the thread of a part is to do, and the words it shares with its watchdog: the seed under way, a counter. */
 interface Work {
-  readonly format: 'qcow2';
+  readonly format: FuzzFormat;
   readonly first: number;
   readonly step: number;
   readonly count: number;
@@ -61,7 +62,11 @@ function work({ format, first, step, count, minutes, compare, words }: Work): vo
       const compared = compare > 0 && seed % compare === 0;
       const what = fuzzer.execute(recipe, compared);
       if (what !== undefined) {
-        post({ type: 'found', found: { seed, what, recipe: fuzzer.minimise(recipe, compared) } });
+        const smallest = fuzzer.minimise(recipe, compared);
+        post({
+          type: 'found',
+          found: { seed, what: fuzzer.explain(smallest, compared) ?? what, recipe: smallest },
+        });
       }
       if (performance.now() - told < 500) continue;
       told = performance.now();
@@ -97,10 +102,12 @@ function numberOf(name: 'minutes' | 'seed' | 'executions' | 'compare', otherwise
   return value;
 }
 
-function formatOf(): 'qcow2' {
-  const [format] = positionals;
-  if (format !== 'qcow2') throw new Error(`there is no fuzzer for '${format ?? ''}'; there is one for qcow2`);
-  return format;
+function formatOf(): FuzzFormat {
+  const format = FORMAT_NAMES.find((name) => name === positionals[0]);
+  if (format !== undefined) return format;
+  throw new Error(
+    `there is no fuzzer for '${positionals[0] ?? ''}'; there is one for ${FORMAT_NAMES.join(', ')}`,
+  );
 }
 
 const send = (message: Message): void => {
@@ -234,6 +241,7 @@ function summarise(tallies: readonly Tally[], found: number, seconds: number): v
   console.log(
     `${executions} executions in ${seconds.toFixed(0)} s (${(executions / seconds).toFixed(0)} a second): ` +
       `${sum((tally) => tally.read)} images read, ${sum((tally) => tally.changed)} changed, ` +
+      `${sum((tally) => tally.repaired)} repaired, ` +
       `${sum((tally) => tally.compared)} compared with QEMU; ${found} failures`,
   );
 }
@@ -244,8 +252,9 @@ function replay(): boolean {
   const compare = hasPeer('qemu-img') && numberOf('compare', 1) > 0;
   try {
     if (values.regressions) {
-      const failed = regressions.filter(({ what, recipe }) => {
-        const found = fuzzer.execute(recipe, compare);
+      const ours = regressions.filter(({ format }) => format === formatOf());
+      const failed = ours.filter(({ what, recipe }) => {
+        const found = fuzzer.explain(recipe, compare);
         console.log(`${what}: ${found ?? 'no failure'}`);
         return found !== undefined;
       });
@@ -255,7 +264,7 @@ function replay(): boolean {
     const whole = fuzzer.recipe(numberOf('seed', 1));
     const recipe = { ...whole, mutations: whole.mutations.filter((_, index) => !dropped.has(index)) };
     console.log(JSON.stringify(recipe));
-    const found = fuzzer.execute(recipe, compare);
+    const found = fuzzer.explain(recipe, compare);
     for (const [event, { times }] of Object.entries(fuzzer.tally.events)) console.log(`${times} × ${event}`);
     console.log(found ?? 'no failure');
     return found === undefined;

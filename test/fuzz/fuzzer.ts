@@ -17,15 +17,18 @@ import { join } from 'node:path';
 import { createRuntime } from '#src/kernels/runtime.js';
 import { Random } from '../support/data.js';
 import { loadCorpus, type SparseFile } from './corpus.js';
-import { Exercise, type Outcome } from './exercise.js';
+import { Exercise } from './exercise.js';
+import { FORMATS, type FuzzFormat } from './formats.js';
 import { Guard } from './guard.js';
 import { anyOf, type Base, type Edit, makeBase, mutate } from './mutation.js';
-import { qcow2Layout } from './qcow2-layout.js';
-import { QCOW2_MUTATORS } from './qcow2-mutators.js';
-import { qemuCheck, qemuContent } from './qemu.js';
+import { qemuCheck, qemuContent, qemuRepair } from './qemu.js';
 
-// Most of the time of an error goes into its stack.
-Error.stackTraceLimit = 5;
+/** Most of the time of an error goes into its stack: there is one only where an execution is repeated for it. */
+const STACK = 12;
+Error.stackTraceLimit = 0;
+
+/** Part of the images that are repaired. */
+const REPAIRED = 0.25;
 
 /** One execution, as it can be repeated. */
 export interface Recipe {
@@ -33,6 +36,8 @@ export interface Recipe {
   readonly mutations: readonly (readonly Edit[])[];
   /** Seed of what is done with the image. */
   readonly actions: number;
+  /** Sums over what was damaged are made right again. */
+  readonly sealed?: boolean;
 }
 
 export interface Found {
@@ -48,13 +53,15 @@ export interface Tally {
   read: number;
   /** Images that were changed without an error. */
   changed: number;
+  /** Images that a repair has made sound, and changed ones that were so already. */
+  repaired: number;
   compared: number;
   /** How often each kind of thing happened, and the first seed that made it. */
   readonly events: Record<string, { times: number; readonly seed: number }>;
 }
 
 export function newTally(): Tally {
-  return { executions: 0, read: 0, changed: 0, compared: 0, events: {} };
+  return { executions: 0, read: 0, changed: 0, repaired: 0, compared: 0, events: {} };
 }
 
 /** Numbers and names taken out of a message, so that those of a kind are counted together. */
@@ -75,23 +82,23 @@ export class Fuzzer {
   readonly #root: string;
   readonly #folder: string;
   readonly #path: string;
-  readonly #format: 'qcow2';
+  readonly #format: FuzzFormat;
   readonly #bases: readonly Base[];
   readonly #common: readonly SparseFile[];
   readonly #exercise: Exercise;
   readonly #guard: Guard;
 
-  constructor(format: 'qcow2') {
+  constructor(format: FuzzFormat) {
     this.#format = format;
     const memory = '/dev/shm';
     this.#root = mkdtempSync(join(existsSync(memory) ? memory : tmpdir(), 'stillframe-fuzz-'));
     this.#folder = join(this.#root, 'images');
     this.#path = join(this.#folder, `image.${format}`);
-    this.#bases = loadCorpus(format).map((file) => makeBase(file, qcow2Layout(file.bytes)));
+    this.#bases = loadCorpus(format).map((file) => makeBase(file, FORMATS[format].layout(file.bytes)));
     this.#common = loadCorpus('common');
     const names = this.#furnish();
     const runtime = createRuntime();
-    this.#exercise = new Exercise(runtime, this.#path, format);
+    this.#exercise = new Exercise(runtime, this.#path, format, FORMATS[format].mostContent);
     this.#guard = new Guard(runtime.arena, new Set(names.map((name) => join(this.#folder, name))));
   }
 
@@ -118,8 +125,13 @@ export class Fuzzer {
     const dice = new Random(seed);
     let base = anyOf(dice, this.#bases);
     // Large clusters take long: rarely.
-    if (base.layout.unit > 32768 && dice.chance(0.8)) base = anyOf(dice, this.#bases);
-    return { base: base.file.name, mutations: mutate(dice, base, QCOW2_MUTATORS), actions: seed };
+    if (this.#format === 'qcow2' && base.layout.unit > 32768 && dice.chance(0.8)) {
+      base = anyOf(dice, this.#bases);
+    }
+    const { mutators, seal } = FORMATS[this.#format];
+    const mutations = mutate(dice, base, mutators);
+    const sealed = seal === undefined ? {} : { sealed: dice.chance(0.85) };
+    return { base: base.file.name, mutations, actions: seed, ...sealed };
   }
 
   #write(recipe: Recipe): void {
@@ -141,6 +153,7 @@ export class Fuzzer {
     } finally {
       closeSync(fd);
     }
+    if (recipe.sealed === true) FORMATS[this.#format].seal?.(this.#path);
     // The only other file that is ever written.
     const data = this.#common.find(({ name }) => name === 'data.raw');
     if (data !== undefined && /data/.test(recipe.base))
@@ -149,36 +162,84 @@ export class Fuzzer {
 
   /** One execution. Returns what must not be, or undefined. */
   execute(recipe: Recipe, compare: boolean): string | undefined {
+    const found = this.#execute(recipe, compare) ?? this.#repair(recipe, compare);
+    this.#content = undefined;
+    if (found === undefined) this.tally.executions++;
+    return found;
+  }
+
+  /** What is read of the image as it is, kept for the repair. */
+  #content: Buffer | undefined;
+
+  #execute(recipe: Recipe, compare: boolean): string | undefined {
     this.#write(recipe);
     const { tally } = this;
     let sound = false;
     let difference: string | undefined;
-    let outcome: Outcome | undefined;
-    let defect: string | undefined;
-    try {
-      outcome = this.#exercise.run(new Random(recipe.actions ^ 0x5bd1e995), (content, errors) => {
+    const outcome = this.#attempt(() =>
+      this.#exercise.run(new Random(recipe.actions ^ 0x5bd1e995), (content, errors) => {
         if (!compare) return;
         this.#guard.unwatched(() => {
           difference = this.#compare(recipe, content, 'as it was', errors.at(-1)?.message);
-          sound = content !== undefined && qemuCheck(this.#path, this.#format) === 0;
+          sound =
+            this.#format === 'qcow2' && content !== undefined && qemuCheck(this.#path, this.#format) === 0;
         });
-      });
-    } catch (error) {
-      defect = describeError(error);
-    }
-    const offence = this.#guard.offence();
-    if (defect !== undefined || offence !== undefined) return defect ?? offence;
+      }),
+    );
+    if (typeof outcome === 'string') return outcome;
     if (difference !== undefined) return difference;
-    tally.executions++;
-    if (outcome === undefined) return undefined;
     const { content, changed, errors } = outcome;
+    this.#content = content;
     if (content !== undefined) tally.read++;
     if (changed !== undefined) tally.changed++;
     for (const { code } of errors) this.#count(code, recipe);
     if (!compare || changed === undefined || !sound) return undefined;
-    const status = qemuCheck(this.#path, this.#format);
+    const status = this.#guard.unwatched(() => qemuCheck(this.#path, this.#format));
     if (status !== 0) return `qemu-img check says ${status} of what we wrote into a sound image`;
     return this.#guard.unwatched(() => this.#compare(recipe, changed, 'after changes'));
+  }
+
+  /** What the code under test does, or what of it must not be. */
+  #attempt<T>(body: () => T): T | string {
+    try {
+      const result = body();
+      return this.#guard.offence() ?? result;
+    } catch (error) {
+      this.#guard.offence();
+      return describeError(error);
+    }
+  }
+
+  /** The image once more, repaired. */
+  #repair(recipe: Recipe, compare: boolean): string | undefined {
+    const dice = new Random(recipe.actions ^ 0x1b873593);
+    if (this.#format !== 'qcow2' || !dice.chance(REPAIRED)) return undefined;
+    this.#write(recipe);
+    const outcome = this.#attempt(() => this.#exercise.repair(dice, this.#content));
+    if (typeof outcome === 'string') return outcome;
+    const { sound, lost } = outcome;
+    if (!sound) return undefined;
+    this.tally.repaired++;
+    if (compare) {
+      const status = this.#guard.unwatched(() => qemuCheck(this.#path, this.#format));
+      if (status === 2 || status === 3) return `qemu-img check says ${status} of what we have repaired`;
+      if (status !== 0) this.#count(`status ${status} of qemu-img check after a repair`, recipe);
+    }
+    const damage = this.#attempt(() => this.#exercise.changeSound(dice));
+    if (typeof damage === 'string') return damage;
+    return lost < 0 ? undefined : this.#guard.unwatched(() => this.#judgeLoss(recipe, lost));
+  }
+
+  /** Where tables and data share a cluster no repair can keep both: QEMU's cannot either then. */
+  #judgeLoss(recipe: Recipe, lost: number): string | undefined {
+    const content = this.#content;
+    this.#write(recipe);
+    const theirs = qemuRepair(this.#path, this.#format) ? qemuContent(this.#path, this.#format) : '';
+    if (content === undefined || typeof theirs === 'string' || !theirs.equals(content)) {
+      this.#count('read differently after a repair, by QEMU as well', recipe);
+      return undefined;
+    }
+    return `at ${lost} something else is read after the repair, but not after QEMU's`;
   }
 
   #count(event: string, { actions }: Recipe): void {
@@ -208,6 +269,16 @@ export class Fuzzer {
     }
     const at = content.findIndex((byte, index) => byte !== theirs[index]);
     return `at ${at} QEMU reads ${theirs[at]}, we read ${content[at]} (${when})`;
+  }
+
+  /** What goes wrong, with the stack of an error. */
+  explain(recipe: Recipe, compare: boolean): string | undefined {
+    Error.stackTraceLimit = STACK;
+    try {
+      return this.execute(recipe, compare);
+    } finally {
+      Error.stackTraceLimit = 0;
+    }
   }
 
   /** Leaves out what the failure does not need. */

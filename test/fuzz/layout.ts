@@ -24,4 +24,30 @@ export interface Layout {
   readonly unit: number;
   /** Whether numbers are little-endian. */
   readonly little: boolean;
+  /** Bytes that references count in. */
+  readonly scale: number;
+  /** Bits of a reference that are no part of the place. */
+  readonly flags: bigint;
+}
+
+/** Gathers the layout of an image; what is not in the file is left out. */
+export class Collector {
+  readonly fields: Field[] = [];
+  readonly regions: Region[] = [];
+  readonly places = new Set<number>([0]);
+  readonly #length: number;
+
+  constructor(bytes: Buffer) {
+    this.#length = bytes.length;
+  }
+
+  field(kind: string, at: number, width: Field['width']): void {
+    if (at + width <= this.#length) this.fields.push({ kind, at, width });
+  }
+
+  region(kind: string, at: number, length: number): void {
+    const end = Math.min(at + length, this.#length);
+    if (end > at) this.regions.push({ kind, at, length: end - at });
+    this.places.add(at);
+  }
 }

@@ -6,8 +6,11 @@ import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { brotliCompressSync, constants } from 'node:zlib';
+import { cowd, logEntry, putLog, streamOptimized } from '../block/foreign-images.js';
 import { run } from '../support/peers.js';
 import { COMMON, CORPUS } from './corpus.js';
+
+type Make = (name: string) => void;
 
 const folder = mkdtempSync(join(tmpdir(), 'stillframe-corpus-'));
 
@@ -70,14 +73,20 @@ function bits(name: string, field: number, value: bigint): void {
   writeFileSync(join(folder, name), bytes);
 }
 
-const common: Record<(typeof COMMON)[number], (name: string) => void> = {
+const common: Record<(typeof COMMON)[number], Make> = {
   'base.raw': (name) => patterned(name, 40_000),
   'data.raw': (name) => patterned(name, 65_536),
   'base.qcow2': (name) => qcow2(name, 'cluster_size=1k', '48k', ...mixed(700)),
   'middle.qcow2': (name) => overlay(name, 'base.qcow2', 'qcow2', 'cluster_size=2k', 'write -P 0x66 3k 5k'),
+  'base.vmdk': (name) => foreign('vmdk', 'subformat=monolithicSparse', '256k', 4096)(name),
+  'part.vmdk': (name) => foreign('vmdk', 'subformat=monolithicSparse', '64k', 1024)(name),
+  'part-cowd.vmdk': (name) => {
+    patterned('content.raw', 32_768);
+    writeFileSync(join(folder, name), cowd(readFileSync(join(folder, 'content.raw')), 4));
+  },
 };
 
-const images: Record<string, (name: string) => void> = {
+const images: Record<string, Make> = {
   'v3-512': (name) => qcow2(name, 'cluster_size=512', '32k', ...mixed(512)),
   'v3-1k-refcount1': (name) => qcow2(name, 'cluster_size=1k,refcount_bits=1', '64k', ...mixed(1024)),
   'v3-4k-refcount64': (name) => qcow2(name, 'cluster_size=4k,refcount_bits=64', '256k', ...mixed(4096)),
@@ -183,6 +192,91 @@ const images: Record<string, (name: string) => void> = {
   },
 };
 
+/** An image of another format, written to in pieces of `k` bytes. */
+function foreign(format: string, options: string, size: string, k: number): Make {
+  return (name) => {
+    img('create', '-q', '-f', format, ...(options === '' ? [] : ['-o', options]), name, size);
+    const commands = mixed(k).filter((command) => !command.startsWith('discard'));
+    io(format, name, ...commands.map((command) => command.replace(' -u', '')));
+  };
+}
+
+function vmdkDescriptor(name: string, createType: string, lines: readonly string[]): void {
+  const head = ['# Disk DescriptorFile', 'version=1', 'CID=12345678', 'parentCID=ffffffff'];
+  const text = [...head, `createType="${createType}"`, ...lines, ''].join('\n');
+  writeFileSync(join(folder, name), text);
+}
+
+function edited(name: string, change: (bytes: Buffer) => void): void {
+  const bytes = readFileSync(join(folder, name));
+  change(bytes);
+  writeFileSync(join(folder, name), bytes);
+}
+
+const MIB = 1 << 20;
+
+const vmdk: Record<string, Make> = {
+  sparse: foreign('vmdk', 'subformat=monolithicSparse', '512k', 8000),
+  'sparse-zeroes': foreign('vmdk', 'subformat=monolithicSparse,zeroed_grain=on', '1M', 16_000),
+  stream: (name) => {
+    patterned('content.raw', 300_032);
+    img('convert', '-f', 'raw', '-O', 'vmdk', '-o', 'subformat=streamOptimized', 'content.raw', name);
+  },
+  'stream-footer': (name) => {
+    patterned('content.raw', 300_032);
+    writeFileSync(join(folder, name), streamOptimized(readFileSync(join(folder, 'content.raw'))));
+  },
+  flat: (name) =>
+    vmdkDescriptor(name, 'monolithicFlat', ['RW 70 FLAT "base.raw" 0', 'RW 8 FLAT "base.raw" 4']),
+  extents: (name) =>
+    vmdkDescriptor(name, 'twoGbMaxExtentSparse', ['RW 128 SPARSE "part.vmdk"', 'RW 128 SPARSE "part.vmdk"']),
+  esx: (name) => vmdkDescriptor(name, 'vmfsSparse', ['RW 64 VMFSSPARSE "part-cowd.vmdk"']),
+  over: (name) => {
+    img('create', '-q', '-f', 'vmdk', '-b', 'base.vmdk', '-F', 'vmdk', name);
+    io('vmdk', name, 'write -P 0x77 70k 5k');
+  },
+};
+
+const vhdx: Record<string, Make> = {
+  dynamic: foreign('vhdx', 'subformat=dynamic,block_size=1M,log_size=1M', '3M', 40_960),
+  fixed: foreign('vhdx', 'subformat=fixed,block_size=1M,log_size=1M', '2M', 20_480),
+  log: (name) => {
+    foreign('vhdx', 'subformat=dynamic,block_size=1M,log_size=1M', '2M', 20_480)(name);
+    edited(name, (bytes) => {
+      const table = bytes.readBigUInt64LE(0x30000 + 16 + 16);
+      const other = bytes.readBigUInt64LE(0x30000 + 48 + 16);
+      const map = Number(
+        bytes.toString('latin1', Number(table), Number(table) + 8) === 'metadata' ? other : table,
+      );
+      const changed = Buffer.from(bytes.subarray(map, map + 4096));
+      changed.writeBigUInt64LE(changed.readBigUInt64LE(0), 8);
+      const first = Number(changed.readBigUInt64LE(0) & ~0xfffffn);
+      const entries = [
+        logEntry(7n, 0, bytes.length, [{ offset: first, data: Buffer.alloc(4096, 0x99) }]),
+        logEntry(8n, 0, bytes.length, [
+          { offset: map, data: changed },
+          { offset: first + 8192, data: 4096 },
+        ]),
+      ];
+      putLog(bytes, 0, entries);
+    });
+  },
+};
+
+const vpc: Record<string, Make> = {
+  dynamic: foreign('vpc', 'subformat=dynamic,force_size=on', '5M', 65_536),
+  fixed: foreign('vpc', 'subformat=fixed,force_size=on', '1M', 16_384),
+  geometry: foreign('vpc', 'subformat=dynamic', '1M', 8192),
+};
+
+const vdi: Record<string, Make> = {
+  dynamic: foreign('vdi', '', '3M', 40_960),
+  static: foreign('vdi', 'static=on', '2M', 20_480),
+  odd: foreign('vdi', '', String(2 * MIB + 1536), 16_384),
+};
+
+const FOREIGN: Readonly<Record<string, Record<string, Make>>> = { vmdk, vhdx, vpc, vdi };
+
 function keep(from: string, format: string, name: string): void {
   const path = join(CORPUS, `${format}.json`);
   const kept: Record<string, string> = existsSync(path) ? JSON.parse(readFileSync(path, 'utf8')) : {};
@@ -206,6 +300,13 @@ try {
     keep('image.qcow2', 'qcow2', name);
     rmSync('image.qcow2');
     if (!existsSync('data.raw')) patterned('data.raw', 65_536);
+  }
+  for (const [format, makers] of Object.entries(FOREIGN)) {
+    for (const [name, make] of Object.entries(makers)) {
+      make(`image.${format}`);
+      keep(`image.${format}`, format, name);
+      rmSync(`image.${format}`);
+    }
   }
 } finally {
   rmSync(folder, { recursive: true, force: true });

@@ -66,6 +66,11 @@ export function anyPlace(dice: Random, { layout, file }: Base): number {
   return Math.max(0, place + (dice.chance(0.5) ? shift : -shift));
 }
 
+/** What leads to a place in the file. */
+function reference(dice: Random, base: Base): bigint {
+  return BigInt(Math.floor(anyPlace(dice, base) / base.layout.scale));
+}
+
 function random64(dice: Random): bigint {
   return (BigInt(dice.between(0, 2 ** 32 - 1)) << 32n) | BigInt(dice.between(0, 2 ** 32 - 1));
 }
@@ -90,11 +95,12 @@ export function anyValue(dice: Random, base: Base, original: bigint, width: numb
       return original * BigInt(dice.between(2, 100));
     default:
       // With the flags of what was there, or with any.
-      return BigInt(anyPlace(dice, base)) | (dice.chance(0.5) ? original & (0xffn << 56n) : 0n);
+      return reference(dice, base) | (dice.chance(0.5) ? original & base.layout.flags : 0n);
   }
 }
 
 export const setField: Mutator = (dice, base) => {
+  if (base.fields.size === 0) return [];
   const { at, width } = anyKind(dice, base.fields);
   const { little } = base.layout;
   const original = decode(base.file.bytes, at, width, little);

@@ -1,5 +1,5 @@
 import { COMPRESSED, EXTENSION, HEADER, Qcow2Bytes } from '../support/qcow2-bytes.js';
-import type { Field, Layout, Region } from './layout.js';
+import { Collector, type Layout } from './layout.js';
 
 /** Fields of the header with 64 bits; the others have 32. */
 const LONG: ReadonlySet<string> = new Set([
@@ -15,24 +15,12 @@ const LONG: ReadonlySet<string> = new Set([
 /** Most entries of one table that become fields of their own. */
 const MOST = 512;
 
-class Collector {
-  readonly fields: Field[] = [];
-  readonly regions: Region[] = [];
-  readonly places = new Set<number>([0]);
+class Qcow2Collector extends Collector {
   readonly image: Qcow2Bytes;
 
   constructor(image: Qcow2Bytes) {
+    super(image.bytes);
     this.image = image;
-  }
-
-  field(kind: string, at: number, width: Field['width']): void {
-    if (at + width <= this.image.bytes.length) this.fields.push({ kind, at, width });
-  }
-
-  region(kind: string, at: number, length: number): void {
-    const end = Math.min(at + length, this.image.bytes.length);
-    if (end > at) this.regions.push({ kind, at, length: end - at });
-    this.places.add(at);
   }
 
   header(): void {
@@ -159,11 +147,19 @@ class Collector {
 /** Where everything is in an image that is sound. */
 export function qcow2Layout(bytes: Buffer): Layout {
   const image = new Qcow2Bytes(bytes);
-  const collector = new Collector(image);
+  const collector = new Qcow2Collector(image);
   collector.header();
   collector.tables('', image.l1, image.u32(HEADER.l1Size));
   collector.refcounts();
   collector.snapshots();
   const { fields, regions, places } = collector;
-  return { fields, regions, places: [...places], unit: image.clusterSize, little: false };
+  return {
+    fields,
+    regions,
+    places: [...places],
+    unit: image.clusterSize,
+    little: false,
+    scale: 1,
+    flags: 0xffn << 56n,
+  };
 }

@@ -122,7 +122,7 @@ const newStream: Mutator = (dice, base) => {
 };
 
 /** Bytes of a compressed stream. */
-const damageStream: Mutator = (dice, base) => {
+export const damageStream: Mutator = (dice, base) => {
   const streams = base.regions.get('stream');
   if (streams === undefined) return [];
   const region = anyOf(dice, streams);

@@ -3,7 +3,7 @@ import { closeSync, fstatSync, openSync, readSync, rmSync } from 'node:fs';
 import { dirname } from 'node:path';
 
 const TIMEOUT_MS = 3000;
-const MOST_BYTES = 1 << 20;
+const MOST_BYTES = 8 << 20;
 
 /** In the folder of the image, since QEMU takes the name of a data file as relative to where it runs. */
 function qemuImg(
@@ -18,7 +18,7 @@ function qemuImg(
   return { status, message: stderr.trim() };
 }
 
-/** What QEMU reads in an image (no more than the first MiB), or why it does not. */
+/** What QEMU reads in an image (no more than the first {@link MOST_BYTES}), or why it does not. */
 export function qemuContent(path: string, format: string): Buffer | string {
   const copy = `${path}.converted`;
   try {
@@ -38,6 +38,11 @@ function readStart(path: string): Buffer {
   } finally {
     closeSync(fd);
   }
+}
+
+/** Repairs the image. Returns whether QEMU says that all is well. */
+export function qemuRepair(path: string, format: string): boolean {
+  return qemuImg(path, 'check', '-q', '-r', 'all', '-f', format, path).status === 0;
 }
 
 /** Exit status of `qemu-img check`: 0 sound, 2 errors, 3 leaks, 1 cannot be checked. */
