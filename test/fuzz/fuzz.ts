@@ -5,7 +5,7 @@
  *     npm run fuzz -- qcow2 --seed S [--drop 0,2]      one execution, with what is done
  *     npm run fuzz -- qcow2 --regressions              what once failed
  *
- * FORMAT is qcow2, vmdk, vhdx, vpc or vdi. One qcow2 image in four is repaired as well. Every N-th image (`--compare`, default 200, 0 none) is read by QEMU as well, and what both can read must be the same.
+ * FORMAT is qcow2, vmdk, vhdx, vpc or vdi. One qcow2 image in five is repaired as well. Every N-th image (`--compare`, default 200, 0 none) is read by QEMU as well, and what both can read must be the same.
  * No execution may end in anything but errors with a code, take more than 5 s or 256 MiB, open a file that the image
  * is not allowed, or leave memory taken or files open. Exit status 1 when one does; what is left of it when everything
  * it does not need is dropped is printed.

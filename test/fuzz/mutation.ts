@@ -109,6 +109,7 @@ export const setField: Mutator = (dice, base) => {
 
 /** Two fields of a kind get the same value. */
 export const copyField: Mutator = (dice, base) => {
+  if (base.fields.size === 0) return [];
   const kind = anyOf(dice, [...base.fields.values()]);
   const [from, to] = [anyOf(dice, kind), anyOf(dice, kind)];
   if (from.width !== to.width) return [];

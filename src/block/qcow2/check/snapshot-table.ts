@@ -116,7 +116,6 @@ export class SnapshotTable {
     const pointer = arena.alloc(most, `a snapshot table entry of '${this.#image.path}'`);
     try {
       for (let index = 0; index < this.count; index++) {
-        arena.u8.fill(0, pointer, pointer + most);
         write(pointer, this.#encode(index, pointer));
       }
     } finally {
@@ -141,6 +140,10 @@ export class SnapshotTable {
     u8.set(this.#bytes(place, ENTRY.bytes), pointer);
     const oldExtra = this.#extraSizes[index] ?? 0;
     const extra = this.#newExtraSize(index);
+    const text = view.getUint16(pointer + ENTRY.idSize) + view.getUint16(pointer + ENTRY.nameSize);
+    const length = Math.ceil((ENTRY.bytes + extra + text) / 8) * 8;
+    // Not the whole buffer: there may be 65536 entries.
+    u8.fill(0, pointer + ENTRY.bytes, pointer + length);
     const kept = Math.min(oldExtra, extra);
     u8.set(this.#bytes(place + ENTRY.bytes, kept), pointer + ENTRY.bytes);
     const known = pointer + ENTRY.bytes;
@@ -148,7 +151,6 @@ export class SnapshotTable {
     if (kept < 16) view.setBigUint64(known + 8, BigInt(this.#image.header.length));
     if (kept < 24) view.setBigUint64(known + 16, 2n ** 64n - 1n);
     view.setUint32(pointer + ENTRY.extraSize, extra);
-    const text = view.getUint16(pointer + ENTRY.idSize) + view.getUint16(pointer + ENTRY.nameSize);
     let at = pointer + ENTRY.bytes + extra;
     for (let done = 0; done < text; ) {
       const part = Math.min(text - done, 65536);
@@ -156,7 +158,7 @@ export class SnapshotTable {
       at += part;
       done += part;
     }
-    return Math.ceil((ENTRY.bytes + extra + text) / 8) * 8;
+    return length;
   }
 
   #newExtraSize(index: number): number {
