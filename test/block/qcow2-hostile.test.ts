@@ -581,6 +581,20 @@ describe('hostile tables', () => {
     bench.open(bad, true).close();
   });
 
+  it.each<[string, (image: Qcow2Bytes) => number]>([
+    ['L1 table', (image) => image.l1],
+    ['refcount table', (image) => image.refcountTable],
+  ])('the %s in a table of a snapshot: it is not opened for writing', (what, placeOf) => {
+    const image = plain.copy();
+    const place = placeOf(image);
+    const table = image.append(snapshotEntry({ l1Offset: place, l1Size: 1 }));
+    image.put32(HEADER.snapshotCount, 1).put64(HEADER.snapshotsOffset, table).save(bad);
+    expect(errorOf(() => use(false, () => undefined))).toEqual(
+      refusal(CORRUPT, `'${bad}'`, `its ${what} at offset ${place} is in a table of the snapshots`),
+    );
+    bench.open(bad, true).close();
+  });
+
   it('data that lies on tables of snapshots is neither written nor given up', () => {
     const image = plain.copy();
     const l1 = image.append(Buffer.alloc(cluster));

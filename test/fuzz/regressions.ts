@@ -6,4 +6,22 @@ export const regressions: readonly {
   readonly format: FuzzFormat;
   readonly what: string;
   readonly recipe: Recipe;
-}[] = [];
+}[] = [
+  {
+    format: 'qcow2',
+    what: 'the L1 table of a snapshot is the active one, which was written to after a repair',
+    recipe: {
+      base: 'terabyte',
+      mutations: [
+        [
+          {
+            at: 12582912,
+            hex: '000000000060000000000001000100020000000000000000000000000000000000000000000000020707307330000000',
+          },
+          { at: 60, hex: '000000010000000000c00000' },
+        ],
+      ],
+      actions: 200013784,
+    },
+  },
+];

@@ -4,7 +4,7 @@ import type { Qcow2Descriptor } from '../node.js';
 import type { FileNode } from '../raw/file.js';
 import { beginRecording } from './bitmaps.js';
 import { FIELD, INCOMPATIBLE_CORRUPT, SUBCLUSTERS } from './header.js';
-import { checkNoneShared, overlapsPlace, type Places } from './places.js';
+import { checkApart, checkNoneShared, overlapsPlace, type Places } from './places.js';
 import {
   decrementRefcount,
   fillRefcounts,
@@ -129,6 +129,8 @@ export class Metadata {
     const [offset, entries] = [state.get('refcountTableOffset'), state.get('refcountTableEntries')];
     this.#file.read(offset, this.#table, entries * 8);
     const l1 = { pointer: this.#l1, entries: state.get('l1Entries'), offset: state.get('l1Offset') };
+    checkApart(this.#path, this.#places, 'L1 table', l1.offset, l1.entries * 8);
+    checkApart(this.#path, this.#places, 'refcount table', offset, entries * 8);
     checkNoneShared(this.#runtime.arena, this.#path, [
       { what: 'L1 entry', ...l1 },
       { what: 'refcount table entry', pointer: this.#table, entries, offset },

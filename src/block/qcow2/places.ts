@@ -37,6 +37,21 @@ export function overlapsPlace(places: Places, start: number, end: number): boole
   return (places[low * 2] ?? Infinity) < end;
 }
 
+/**
+ * Checks that a table of the active image is in none of the places: what is written to it would be written to a
+ * snapshot.
+ *
+ * @param offset of the table, bytes
+ * @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE
+ */
+export function checkApart(path: string, places: Places, what: string, offset: number, length: number): void {
+  if (!overlapsPlace(places, offset, offset + length)) return;
+  throw new StillframeError(
+    'ERR_STILLFRAME_CORRUPT_IMAGE',
+    `'${path}' is damaged: its ${what} at offset ${offset} is in a table of the snapshots, so that it can only be opened read-only; copy it with 'stillframe convert'`,
+  );
+}
+
 /** A table of entries in the arena, each of which may say where a cluster of metadata is. */
 export interface ReferringTable {
   /** For errors: `L1 entry`. */
