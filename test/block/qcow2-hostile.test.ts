@@ -573,6 +573,16 @@ describe('hostile tables', () => {
       (image) => image.put64(image.refcountTable + 8, image.u64(image.refcountTable)),
       /refcount table entry 0 .* and refcount table entry 1 .* both refer to the cluster/,
     ],
+    [
+      'an L1 entry and the L1 table',
+      (image) => image.put64(image.l1 + 8, COPIED | BigInt(image.l1)),
+      /L1 entry 1 \(at offset \d+\) refers to the cluster at offset \d+, which is in the L1 table/,
+    ],
+    [
+      'a refcount table entry and the L1 table',
+      (image) => image.put64(image.refcountTable + 8, BigInt(image.l1)),
+      /refcount table entry 1 \(at offset \d+\) refers to .*, which is in the L1 table/,
+    ],
   ])('%s for one cluster: it is not opened for writing', (_, change, words) => {
     const image = twoTables.copy();
     change(image);

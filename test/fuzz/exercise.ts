@@ -220,12 +220,12 @@ export class Exercise {
     const { u8 } = this.#runtime.arena;
     const content = (this.#contents[into] ?? Buffer.alloc(0)).subarray(0, node.length);
     // Not too many for one cluster: a compressed one is decompressed anew where that fails.
-    const least = Math.max(512, (node.clusterSize ?? 512) / 8);
+    const least = Math.min(BUFFER_BYTES, Math.max(512, Math.floor((node.clusterSize ?? 512) / 8)));
     const most = Math.max(least, 1 << dice.between(9, 18));
     let complete = true;
     for (let offset = 0; offset < node.length; ) {
       const bytes = Math.min(
-        dice.chance(0.5) ? most : dice.between(least / 2 + 1, most),
+        dice.chance(0.5) ? most : dice.between(Math.floor(least / 2) + 1, most),
         node.length - offset,
       );
       const done = this.#attempt(() => {

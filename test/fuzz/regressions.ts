@@ -24,4 +24,13 @@ export const regressions: readonly {
       actions: 200013784,
     },
   },
+  {
+    format: 'qcow2',
+    what: 'an L1 entry refers to the L1 table, which was written to after a repair',
+    recipe: {
+      base: 'bitmaps-512',
+      mutations: [[{ at: 1600, hex: '8000000000000600' }]],
+      actions: 200026920,
+    },
+  },
 ];

@@ -131,10 +131,14 @@ export class Metadata {
     const l1 = { pointer: this.#l1, entries: state.get('l1Entries'), offset: state.get('l1Offset') };
     checkApart(this.#path, this.#places, 'L1 table', l1.offset, l1.entries * 8);
     checkApart(this.#path, this.#places, 'refcount table', offset, entries * 8);
-    checkNoneShared(this.#runtime.arena, this.#path, [
+    const tables = [
       { what: 'L1 entry', ...l1 },
       { what: 'refcount table entry', pointer: this.#table, entries, offset },
-    ]);
+    ];
+    checkNoneShared(this.#runtime.arena, this.#path, tables, (place) =>
+      // What is no place for a table at all is told where it is used.
+      place % this.clusterSize === 0 ? this.#fixedOverlap(place, this.clusterSize) : undefined,
+    );
   }
 
   // ---- L1 and L2 ----------------------------------------------------------------------------------------------

@@ -64,34 +64,47 @@ export interface ReferringTable {
 }
 
 /**
- * Checks that no two entries of the tables refer to one cluster: what is written to one L2 table or refcount block
- * would be in another one.
+ * Checks that no two entries of the tables refer to one cluster, nor any to a table of fixed place: what is written to
+ * one table would be in another one.
  *
+ * @param fixed names the header or table of fixed place that the cluster at an offset overlaps
  * @throws StillframeError ERR_STILLFRAME_CORRUPT_IMAGE
  */
-export function checkNoneShared(arena: Arena, path: string, tables: readonly ReferringTable[]): void {
+export function checkNoneShared(
+  arena: Arena,
+  path: string,
+  tables: readonly ReferringTable[],
+  fixed: (offset: number) => string | undefined,
+): void {
+  const damaged = (what: string): StillframeError =>
+    new StillframeError(
+      'ERR_STILLFRAME_CORRUPT_IMAGE',
+      `'${path}' is damaged: ${what}, so that it can only be opened read-only; repair it with 'stillframe check --repair all'`,
+    );
   const offsets: number[] = [];
-  const each = (visit: (offset: number, what: string, at: number) => void): void => {
+  const each = (visit: (offset: number, what: string) => void): void => {
     for (const { what, pointer, entries, offset } of tables) {
       for (let index = 0; index < entries; index++) {
         const at = pointer + index * 8;
         const high = arena.view.getUint32(at) & 0x00ffffff;
         const low = arena.view.getUint32(at + 4) & 0xfffffe00;
         if (high === 0 && low === 0) continue;
-        visit(high * 2 ** 32 + (low >>> 0), `${what} ${index}`, offset + index * 8);
+        visit(high * 2 ** 32 + (low >>> 0), `${what} ${index} (at offset ${offset + index * 8})`);
       }
     }
   };
-  each((offset) => offsets.push(offset));
+  each((offset, what) => {
+    const problem = fixed(offset);
+    if (problem !== undefined)
+      throw damaged(`${what} refers to the cluster at offset ${offset}, which ${problem}`);
+    offsets.push(offset);
+  });
   const sorted = Float64Array.from(offsets).sort();
   const shared = sorted.find((offset, index) => offset === sorted[index + 1]);
   if (shared === undefined) return;
   const users: string[] = [];
-  each((offset, what, at) => {
-    if (offset === shared && users.length < 2) users.push(`${what} (at offset ${at})`);
+  each((offset, what) => {
+    if (offset === shared && users.length < 2) users.push(what);
   });
-  throw new StillframeError(
-    'ERR_STILLFRAME_CORRUPT_IMAGE',
-    `'${path}' is damaged: ${users.join(' and ')} both refer to the cluster at offset ${shared}, so that it can only be opened read-only; repair it with 'stillframe check --repair all'`,
-  );
+  throw damaged(`${users.join(' and ')} both refer to the cluster at offset ${shared}`);
 }
