@@ -254,3 +254,52 @@ describe('the image itself', () => {
     }
   });
 });
+
+describe('the name of an external data file', () => {
+  function withDataFile(name: string): void {
+    bench.create(at('image.qcow2'), { length: 1 << 20, clusterBits: 16, dataFile: 'base.raw' });
+    Qcow2Bytes.read(at('image.qcow2'))
+      .setHead([[EXTENSION.dataFile, Buffer.from(name)]])
+      .save(at('image.qcow2'));
+  }
+
+  it('inside of the folder is followed', () => {
+    withDataFile('inner/../base.raw');
+    expect(open(at('image.qcow2'))).toEqual([at('image.qcow2'), at('base.raw')]);
+  });
+
+  it.each(['../secret.raw', join(root, 'secret.raw'), '/etc/passwd', '/dev/zero'])(
+    'outside of the folder is not: %s',
+    (name) => {
+      withDataFile(name);
+      expectRefused(
+        FORBIDDEN,
+        /image\.qcow2' names the external data file '.*' outside of the allowed folders/,
+      );
+    },
+  );
+
+  it.each([
+    'json:{"driver":"file","filename":"/etc/passwd"}',
+    'json:{',
+    'nbd://127.0.0.1:10809/x',
+    'file:base.raw',
+    'host_device:/dev/sda',
+  ])('that is a protocol or json: name is never opened: %s', (name) => {
+    withDataFile(name);
+    expectRefused(FORBIDDEN, /protocol and json: names in image headers are never opened/);
+  });
+
+  it('that leads to the image, to nothing, to a folder or to a FIFO is refused', () => {
+    spawnSync('mkfifo', [at('fifo')]);
+    for (const [name, code] of [
+      ['image.qcow2', 'ERR_STILLFRAME_BACKING_CYCLE'],
+      ['gone.raw', MISSING],
+      ['inner', 'ERR_STILLFRAME_FORMAT'],
+      ['fifo', 'ERR_STILLFRAME_FORMAT'],
+    ] as const) {
+      withDataFile(name);
+      expect(() => open(at('image.qcow2'))).toThrow(expect.objectContaining({ code }));
+    }
+  });
+});

@@ -1,5 +1,7 @@
+import { closeSync, ftruncateSync, openSync, writeFileSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
+import { attachNode, closeNode, openImage } from '#src/block/graph.js';
 import { imageInfo } from '#src/block/info.js';
 import { StillframeError } from '#src/errors.js';
 import { firstDifference, Random } from '../support/data.js';
@@ -397,6 +399,98 @@ describe('a hostile snapshot table', () => {
   });
 });
 
+it('a snapshot table of more than 64 MiB', () => {
+  const image = made('listings.qcow2', { length: 1 << 20, clusterBits: 16 });
+  const entry = snapshotEntry({ idLength: 65535, nameLength: 65535 });
+  const step = Math.ceil((64 + 2 * 65535) / 8) * 8;
+  const place = image.append(Buffer.alloc(8));
+  image.put32(HEADER.snapshotCount, 520).put64(HEADER.snapshotsOffset, place).save(bad);
+  const fd = openSync(bad, 'r+');
+  for (let index = 0; index < 520; index++) writeSync(fd, entry, 0, 64, place + index * step);
+  ftruncateSync(fd, place + 520 * step);
+  closeSync(fd);
+  for (const readOnly of [true, false]) {
+    const thrown = errorOf(() =>
+      use(readOnly, (open) => void imageInfo(bench.runtime, open.descriptor, bad)),
+    );
+    expect(thrown).toEqual(refusal(CORRUPT, `'${bad}'`, `snapshot table at offset ${place}`));
+  }
+});
+
+describe('a hostile snapshot that is to be read', () => {
+  const plain = made('taken.qcow2', { length: 1 << 20, clusterBits: 16 });
+
+  function readSnapshot(): unknown {
+    return errorOf(() => {
+      const options = { readOnly: true, format: 'qcow2', snapshot: '1' } as const;
+      const descriptor = openImage(bench.runtime, bad, options);
+      try {
+        bench.read(attachNode(bench.runtime, descriptor), 0, 512);
+      } finally {
+        closeNode(bench.runtime, descriptor);
+      }
+    });
+  }
+
+  const extra = (size: bigint): Buffer => {
+    const bytes = Buffer.alloc(24);
+    bytes.writeBigUInt64BE(size, 8);
+    return bytes;
+  };
+
+  it.each<[string, Parameters<typeof snapshotEntry>[0], RegExp]>([
+    ['with its L1 table in the header', { l1Offset: 0, l1Size: 1 }, /L1 table is at offset 0,/],
+    ['with an unaligned L1 table', { l1Offset: 0x30200, l1Size: 1 }, /L1 table is at offset 197120,/],
+    [
+      'with an L1 table beyond the end',
+      { l1Offset: 2 ** 40, l1Size: 1 },
+      /L1 table is at offset 1099511627776,/,
+    ],
+    [
+      'with an L1 table near 2^63',
+      { l1Offset: 2n ** 63n - 65536n, l1Size: 1 },
+      /L1 table is at offset 9223372036854710000,/,
+    ],
+    [
+      'with an L1 table just over 32 MiB',
+      { l1Offset: 0x30000, l1Size: (32 << 17) + 1 },
+      /L1 table of 4194305 entries, more than/,
+    ],
+    ['with a huge L1 table', { l1Offset: 0x30000, l1Size: 0xffffffff }, /L1 table of 4294967295 entries/],
+    ['without an L1 table', { l1Offset: 0x30000, l1Size: 0 }, /L1 table of 0 entries, too few/],
+    [
+      'larger than its L1 table reaches',
+      { l1Offset: 0x30000, l1Size: 1, extra: extra(2n ** 40n) },
+      /L1 table of 1 entries, too few for its disk of 1099511627776 bytes/,
+    ],
+    [
+      'of 2^64 - 1 bytes',
+      { l1Offset: 0x30000, l1Size: 1, extra: extra(2n ** 64n - 1n) },
+      /disk of 18446744073709552000 bytes/,
+    ],
+  ])('%s', (_, fields, words) => {
+    const image = plain.copy();
+    const place = image.append(snapshotEntry({ extra: extra(1n << 20n), ...fields }));
+    image.put32(HEADER.snapshotCount, 1).put64(HEADER.snapshotsOffset, place).save(bad);
+    expect(readSnapshot()).toEqual(refusal(CORRUPT, `'${bad}'`, `snapshot 'snapshot'`, words));
+    // The drive itself is as good as ever.
+    expect(errorOf(() => bench.open(bad, true).close())).toBe(undefined);
+  });
+
+  it('with an L1 entry that has reserved bits', () => {
+    const image = plain.copy();
+    const l1 = Buffer.alloc(8);
+    l1.writeBigUInt64BE(COPIED | 1n);
+    const table = image.append(l1);
+    const entry = snapshotEntry({ extra: extra(1n << 20n), l1Offset: table, l1Size: 1 });
+    const place = image.append(entry);
+    image.put32(HEADER.snapshotCount, 1).put64(HEADER.snapshotsOffset, place).save(bad);
+    expect(readSnapshot()).toEqual(
+      refusal(CORRUPT, `'${bad}'`, `L1 entry 0 (at offset ${table}) has reserved bits set`),
+    );
+  });
+});
+
 describe('a hostile bitmap directory', () => {
   const plain = made('directory.qcow2', { length: 1 << 20, clusterBits: 16 });
 
@@ -546,6 +640,55 @@ describe('hostile tables', () => {
     image.put64(image.l2(), image.u64(image.l2()) | 1n).save(bad);
     expect(readError()).toEqual(refusal(CORRUPT, `'${bad}'`, 'entry 0 of the L2 table'));
     expectRestReadable();
+  });
+
+  it('a subcluster that is both data and zeroes', () => {
+    bench.create(bad, { length: 2 << 20, clusterBits: 16, extendedL2: true });
+    const open = bench.open(bad, false);
+    bench.write(open.node, 0, content.subarray(0, 131072));
+    open.close();
+    const image = Qcow2Bytes.read(bad);
+    image.put64(image.l2() + 8, (1n << 32n) | 1n).save(bad);
+    expect(readError()).toEqual(
+      refusal(CORRUPT, `'${bad}'`, `entry 0 of the L2 table at offset ${image.l2()}`),
+    );
+    use(true, ({ node }) => {
+      expect(bench.read(node, 65536, 65536).equals(Buffer.from(content.subarray(65536, 131072)))).toBe(true);
+    });
+  });
+
+  it('compressed data in an image whose data is in another file', () => {
+    const data = at('data.raw');
+    writeFileSync(data, content);
+    bench.create(bad, { length: 2 << 20, clusterBits: 12, dataFile: 'data.raw' });
+    const image = Qcow2Bytes.read(bad);
+    const table = Buffer.alloc(cluster);
+    table.writeBigUInt64BE(COMPRESSED | 4096n);
+    const place = image.append(table);
+    image.put64(image.l1, COPIED | BigInt(place)).save(bad);
+    const thrown = errorOf(() => {
+      const descriptor = openImage(bench.runtime, bad, { readOnly: true, format: 'qcow2' });
+      try {
+        bench.read(attachNode(bench.runtime, descriptor), 0, 512);
+      } finally {
+        closeNode(bench.runtime, descriptor);
+      }
+    });
+    expect(thrown).toEqual(refusal(CORRUPT, `'${bad}'`, `entry 0 of the L2 table at offset ${place}`));
+  });
+
+  it('data that lies on the bitmap directory is never written', () => {
+    const image = plain.copy();
+    const bitmapTable = image.append(Buffer.alloc(8));
+    const directory = image.append(bitmapEntry({ tableOffset: bitmapTable, tableSize: 1 }));
+    image
+      .setHead([[EXTENSION.bitmaps, bitmapsExtension(1, 32, directory)]])
+      .put64(HEADER.autoclearFeatures, 1)
+      .put64(image.l2(), COPIED | BigInt(directory))
+      .save(bad);
+    expect(errorOf(() => use(false, ({ node }) => bench.write(node, 0, Buffer.alloc(512, 1))))).toEqual(
+      refusal(CORRUPT, `'${bad}'`, `offset ${directory} is in the bitmap directory`),
+    );
   });
 
   it('data beyond the end of the file reads as zeroes', () => {
