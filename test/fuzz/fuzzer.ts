@@ -21,11 +21,14 @@ import { Exercise } from './exercise.js';
 import { FORMATS, type FuzzFormat } from './formats.js';
 import { Guard } from './guard.js';
 import { anyOf, type Base, type Edit, makeBase, mutate } from './mutation.js';
-import { qemuCheck, qemuContent, qemuRepair } from './qemu.js';
+import { qemuCheck, qemuContent, qemuFindings, qemuRepair } from './qemu.js';
 
 /** Most of the time of an error goes into its stack: there is one only where an execution is repeated for it. */
 const STACK = 12;
 Error.stackTraceLimit = 0;
+
+/** What a check counts. */
+const FINDINGS = ['corruptions', 'leaks', 'check-errors', 'image-end-offset', 'allocated-clusters'] as const;
 
 /** Part of the images that are repaired. */
 const REPAIRED = 0.2;
@@ -195,7 +198,9 @@ export class Fuzzer {
     for (const { code } of errors) this.#count(code, recipe);
     if (!compare || changed === undefined || !sound) return undefined;
     const status = this.#guard.unwatched(() => qemuCheck(this.#path, this.#format));
-    if (status !== 0) return `qemu-img check says ${status} of what we wrote into a sound image`;
+    // Refcounts behind the end of the file, which no check looks at, are leaks once it is longer.
+    if (status === 3) this.#count('leaks in what we wrote into a sound image, as QEMU says', recipe);
+    else if (status !== 0) return `qemu-img check says ${status} of what we wrote into a sound image`;
     return this.#guard.unwatched(() => this.#compare(recipe, changed, 'after changes'));
   }
 
@@ -215,9 +220,14 @@ export class Fuzzer {
     const dice = new Random(recipe.actions ^ 0x1b873593);
     if (this.#format !== 'qcow2' || !dice.chance(REPAIRED)) return undefined;
     this.#write(recipe);
+    const theirs = compare ? this.#guard.unwatched(() => qemuFindings(this.#path, this.#format)) : undefined;
     const outcome = this.#attempt(() => this.#exercise.repair(dice, this.#content));
     if (typeof outcome === 'string') return outcome;
-    const { sound, lost } = outcome;
+    const { found, sound, lost } = outcome;
+    const ours: Record<string, unknown> = { ...found };
+    for (const name of theirs === undefined || found === undefined ? [] : FINDINGS) {
+      if (ours[name] !== theirs?.[name]) this.#count(`a check finds other ${name} than QEMU's`, recipe);
+    }
     if (!sound) return undefined;
     this.tally.repaired++;
     if (compare) {

@@ -9,13 +9,13 @@ const MOST_BYTES = 8 << 20;
 function qemuImg(
   path: string,
   ...args: string[]
-): { readonly status: number | null; readonly message: string } {
-  const { status, stderr } = spawnSync('qemu-img', args, {
+): { readonly status: number | null; readonly stdout: string; readonly message: string } {
+  const { status, stdout, stderr } = spawnSync('qemu-img', args, {
     cwd: dirname(path),
     encoding: 'utf8',
     timeout: TIMEOUT_MS,
   });
-  return { status, message: stderr.trim() };
+  return { status, stdout, message: stderr.trim() };
 }
 
 /** What QEMU reads in an image (no more than the first {@link MOST_BYTES}), or why it does not. */
@@ -43,6 +43,12 @@ function readStart(path: string): Buffer {
 /** Repairs the image. Returns whether QEMU says that all is well. */
 export function qemuRepair(path: string, format: string): boolean {
   return qemuImg(path, 'check', '-q', '-r', 'all', '-f', format, path).status === 0;
+}
+
+/** What `qemu-img check` finds, or undefined where it cannot look at the image. */
+export function qemuFindings(path: string, format: string): Record<string, unknown> | undefined {
+  const { status, stdout } = qemuImg(path, 'check', '-U', '--output=json', '-f', format, path);
+  return status === 0 || status === 2 || status === 3 ? JSON.parse(stdout) : undefined;
 }
 
 /** Exit status of `qemu-img check`: 0 sound, 2 errors, 3 leaks, 1 cannot be checked. */
