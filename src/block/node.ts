@@ -128,7 +128,7 @@ export interface NbdDescriptor extends DescriptorBase {
   readonly minBlock: number;
   /** Most bytes of one read or write; a multiple of `minBlock`. */
   readonly maxBlock: number;
-  /** Transmission flags of the export: `EXPORT` in `nbd/wire.ts`. */
+  /** Transmission flags of the export: `EXPORT` in `nbd/protocol/numbers.ts`. */
   readonly flags: number;
   /** Whether the server has each of the contexts that were asked for, the status of allocation first. */
   readonly contexts: readonly boolean[];

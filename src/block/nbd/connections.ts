@@ -1,6 +1,7 @@
 import { StillframeError } from '../../errors.js';
 import type { Arena } from '../../kernels/arena.js';
 import { advance, load, store, waitWhile, withLock } from '../../kernels/futex.js';
+import { EXPORT } from '../../nbd/protocol/numbers.js';
 import { type SocketAddress, type Sockets, sockets } from '../../os/sockets.js';
 import { connectionError, refusedError } from './errors.js';
 import { negotiate, type Session } from './handshake.js';
@@ -8,7 +9,6 @@ import { currentOwner } from './owner.js';
 import { ConnectionLost, SocketStream } from './stream.js';
 import { startTls } from './tls.js';
 import type { NbdTarget } from './uri.js';
-import { EXPORT } from './wire.js';
 
 /**
  * The connections to one export, shared by all threads. A thread takes one for itself, makes any number of requests and

@@ -1,6 +1,3 @@
-import { protocolError, serverText } from './errors.js';
-import type { Session } from './handshake.js';
-import { ConnectionLost, type SocketStream } from './stream.js';
 import {
   CHUNK,
   CHUNK_DONE,
@@ -17,7 +14,10 @@ import {
   REQUEST_MAGIC,
   SIMPLE_REPLY_MAGIC,
   STRUCTURED_REPLY_MAGIC,
-} from './wire.js';
+} from '../../nbd/protocol/numbers.js';
+import { protocolError, serverText } from './errors.js';
+import type { Session } from './handshake.js';
+import { ConnectionLost, type SocketStream } from './stream.js';
 
 /** One request on its way. Offsets and lengths are bytes. */
 export interface NbdRequest {

@@ -1,7 +1,4 @@
 import { StillframeError } from '../../errors.js';
-import { connectionError, protocolError, refusedError, serverText } from './errors.js';
-import type { SocketStream } from './stream.js';
-import type { NbdTarget } from './uri.js';
 import {
   EXPORT,
   HANDSHAKE,
@@ -15,7 +12,10 @@ import {
   OPTION_REPLY_MAGIC,
   REPLY,
   REPLY_ERROR,
-} from './wire.js';
+} from '../../nbd/protocol/numbers.js';
+import { connectionError, protocolError, refusedError, serverText } from './errors.js';
+import type { SocketStream } from './stream.js';
+import type { NbdTarget } from './uri.js';
 
 /** What client and server have agreed on. */
 export interface Session {

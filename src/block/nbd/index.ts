@@ -1,12 +1,12 @@
 import { StillframeError } from '../../errors.js';
 import type { Arena } from '../../kernels/arena.js';
 import type { Runtime } from '../../kernels/runtime.js';
+import { EXPORT } from '../../nbd/protocol/numbers.js';
 import type { NbdDescriptor } from '../node.js';
 import { allocateConnections, Connections, interruptConnections, MAX_CONTEXTS } from './connections.js';
 import { Exchange } from './exchange.js';
 import { contextNames, NbdNode } from './node.js';
 import { nbdIdentity, parseNbdName } from './uri.js';
-import { EXPORT } from './wire.js';
 
 export { NbdNode } from './node.js';
 export { type Owner, workingFor } from './owner.js';

@@ -1,5 +1,6 @@
 import { StillframeError, systemError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
+import { COMMAND, COMMAND_FLAG, EXPORT, STATE } from '../../nbd/protocol/numbers.js';
 import {
   type Extent,
   type FileNode,
@@ -13,7 +14,6 @@ import { connectionError } from './errors.js';
 import { Exchange, type NbdRequest, type RequestError } from './exchange.js';
 import { BASE_ALLOCATION } from './handshake.js';
 import { ConnectionLost } from './stream.js';
-import { COMMAND, COMMAND_FLAG, EXPORT, STATE } from './wire.js';
 
 /** Bytes of one request for data: large enough to be cheap, small enough that several overlap. */
 const PIECE_BYTES = 256 * 1024;
