@@ -38,5 +38,7 @@ export type {
   BackupProgress,
   BackupResult,
 } from './engine/job.js';
+export type { NbdExport, NbdServer, NbdServerOptions } from './engine/nbd-server.js';
 export { type ErrorCode, StillframeError } from './errors.js';
 export type { JobStatus } from './job/status.js';
+export type { ListenAddress } from './nbd/server/address.js';

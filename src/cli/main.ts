@@ -19,6 +19,7 @@ const commands = new Map<string, () => Promise<Command>>([
   ['snapshot', async () => (await import('./snapshot.js')).snapshot],
   ['bitmap', async () => (await import('./bitmap.js')).bitmap],
   ['backup', async () => (await import('./backup.js')).backup],
+  ['serve', async () => (await import('./serve.js')).serve],
   ['demo', async () => (await import('./demo.js')).demo],
 ]);
 

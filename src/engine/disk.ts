@@ -5,6 +5,7 @@ import type { OnCbwError } from '../block/filters/copy-before-write.js';
 import { closedError, StillframeError } from '../errors.js';
 import type { Engine } from './engine.js';
 import { type BackupHandle, startBackup } from './job.js';
+import type { NbdServer } from './nbd-server.js';
 import type { GuestRequest } from './tasks.js';
 
 /** Arguments of a backup (QMP `drive-backup`, `blockdev-backup`). */
@@ -36,6 +37,8 @@ const SLOTS = 8;
 /** A live disk, as the host program sees it. Every method may be called while others are under way. */
 export class DiskHandle {
   readonly descriptor: DiskDescriptor;
+  /** @internal Servers that export it. */
+  readonly servers = new Set<NbdServer>();
   readonly #engine: Engine;
   readonly #onClose: () => void;
   readonly #jobs = new Set<BackupHandle>();
@@ -138,6 +141,7 @@ export class DiskHandle {
   }
 
   async #close(): Promise<void> {
+    await Promise.all([...this.servers].map((server) => server.close()));
     await Promise.allSettled(this.#pending);
     await Promise.all([...this.#jobs].map((job) => job.stop()));
     try {

@@ -19,8 +19,12 @@ import type { ResizeOptions } from '../block/resize.js';
 import { closedError, StillframeError } from '../errors.js';
 import { Team, type TeamMemory } from '../job/team.js';
 import type { Arena } from '../kernels/arena.js';
-import { createRuntime } from '../kernels/runtime.js';
+import { createRuntime, type Runtime, type SharedRuntime } from '../kernels/runtime.js';
+import { type ListenAddress, parseListenAddress } from '../nbd/server/address.js';
+import type { ExportDescriptor } from '../nbd/server/exports.js';
+import { Server } from '../nbd/server/server.js';
 import { DiskHandle } from './disk.js';
+import { NbdServer, type NbdServerOptions } from './nbd-server.js';
 import type { Compared, ImageTask, Task, TeamMessage, ToolProgress } from './tasks.js';
 import type { Answer } from './worker.js';
 
@@ -127,6 +131,8 @@ export class Engine {
   readonly #jobs: Piscina<Task, Answer>;
   readonly #requests: Piscina<Task, Answer>;
   readonly #disks = new Set<DiskHandle>();
+  readonly #servers = new Set<NbdServer>();
+  readonly #runtime: Runtime & { readonly shared: SharedRuntime };
   #nextId = 1;
   #closed = false;
   #closing: Promise<void> | undefined;
@@ -134,6 +140,7 @@ export class Engine {
   /** @internal Use {@link createEngine}. */
   constructor(options: EngineOptions = {}) {
     const runtime = createRuntime(options.arenaBytes);
+    this.#runtime = runtime;
     this.arena = runtime.arena;
     this.workers = options.workers ?? Math.min(4, availableParallelism());
     const common = {
@@ -185,6 +192,51 @@ export class Engine {
     const disk = new DiskHandle(this, descriptor, () => this.#disks.delete(disk));
     this.#disks.add(disk);
     return disk;
+  }
+
+  /**
+   * Serves disks over NBD. When this resolves, clients can connect.
+   *
+   * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT (an address, a name, two exports of one name),
+   *   …_NBD_CONNECTION (the address is taken), …_READ_ONLY, …_BITMAP_NOT_FOUND, …_BITMAP_INCONSISTENT,
+   *   …_ARENA_EXHAUSTED, …_UNSUPPORTED_FEATURE (no FFI on this platform)
+   */
+  async serveNbd(options: NbdServerOptions): Promise<NbdServer> {
+    const { listen, exports: wanted, ...rest } = options;
+    const list: readonly (string | ListenAddress)[] = typeof listen === 'string' ? [listen] : listen;
+    const addresses = list.map((one) => (typeof one === 'string' ? parseListenAddress(one).address : one));
+    const names = wanted.map(({ name = '' }) => name);
+    const twice = names.find((name, index) => names.indexOf(name) !== index);
+    if (twice !== undefined) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_INVALID_ARGUMENT',
+        `two exports have the name '${twice}'; give each its own`,
+      );
+    }
+    const exports: ExportDescriptor[] = [];
+    const disks = wanted.map(({ disk }) => disk);
+    const end = async (): Promise<void> => {
+      await Promise.all(exports.map((exported) => this.run<void>({ kind: 'end-export', exported })));
+    };
+    try {
+      for (const { disk, ...how } of wanted) {
+        exports.push(
+          await this.run<ExportDescriptor>({ kind: 'export', disk: disk.descriptor, options: how }),
+        );
+      }
+      if (this.#closing !== undefined) throw closedError('the engine');
+      const server = new NbdServer(new Server(this.#runtime, addresses, exports, rest), exports, async () => {
+        this.#servers.delete(server);
+        for (const disk of disks) disk.servers.delete(server);
+        await end();
+      });
+      this.#servers.add(server);
+      for (const disk of disks) disk.servers.add(server);
+      return server;
+    } catch (error) {
+      await end();
+      throw error;
+    }
   }
 
   /** Makes a new image, like `qemu-img create`. @returns its virtual size in bytes */
@@ -433,6 +485,7 @@ export class Engine {
 
   async #close(): Promise<void> {
     try {
+      await Promise.all([...this.#servers].map((server) => server.close()));
       await Promise.all([...this.#disks].map((disk) => disk.close()));
     } finally {
       this.#closed = true;

@@ -23,6 +23,8 @@ import { type ResizeOptions, resizeImage } from '../block/resize.js';
 import { JobControl } from '../job/control.js';
 import { Team, type TeamMemory } from '../job/team.js';
 import type { Runtime } from '../kernels/runtime.js';
+import type { ExportDescriptor } from '../nbd/server/exports.js';
+import { type ExportOptions, freeExport, makeExport } from '../nbd/server/offer.js';
 
 /** Work the host thread hands to a thread of the engine, as plain data. */
 export type Task =
@@ -30,6 +32,8 @@ export type Task =
   | { readonly kind: 'ready' }
   | { readonly kind: 'open'; readonly path: string; readonly options: OpenDiskTask; readonly id: number }
   | { readonly kind: 'close'; readonly disk: DiskDescriptor }
+  | { readonly kind: 'export'; readonly disk: DiskDescriptor; readonly options: ExportOptions }
+  | { readonly kind: 'end-export'; readonly exported: ExportDescriptor }
   | { readonly kind: 'request'; readonly disk: DiskDescriptor; readonly request: GuestRequest }
   | {
       readonly kind: 'backup';
@@ -190,6 +194,10 @@ export class TaskRunner {
         return this.#open(task.path, task.options, task.id);
       case 'close':
         return this.#close(task.disk);
+      case 'export':
+        return makeExport(this.#runtime, task.disk, task.options);
+      case 'end-export':
+        return freeExport(this.#runtime, task.exported);
       case 'request':
         return this.#request(this.#disk(task.disk), task.request);
       case 'backup':

@@ -13,6 +13,11 @@ export function lock(arena: Arena, pointer: number): void {
   while (Atomics.exchange(words, index, 2) !== 0) Atomics.wait(words, index, 2);
 }
 
+/** Takes the lock where nobody has it. */
+export function tryLock(arena: Arena, pointer: number): boolean {
+  return Atomics.compareExchange(arena.i32, pointer >> 2, 0, 1) === 0;
+}
+
 export function unlock(arena: Arena, pointer: number): void {
   const words = arena.i32;
   const index = pointer >> 2;

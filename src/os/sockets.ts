@@ -55,14 +55,15 @@ const F_DUPFD_CLOEXEC = 1030;
 const MAX_UNIX_PATH_BYTES = 107;
 
 /** The part of koffi that is used; its own types are far wider. */
-interface Koffi {
+export interface Koffi {
   load(path: string | null): { func(prototype: string): (...args: unknown[]) => unknown };
   errno(): number;
+  address(memory: Uint8Array): bigint;
   decode(pointer: unknown, type: string, length?: number): unknown;
   decode(pointer: unknown, offset: number, type: string, length?: number): unknown;
 }
 
-class SocketError extends Error {
+export class SocketError extends Error {
   readonly code: string;
   readonly syscall: string;
 
@@ -73,8 +74,19 @@ class SocketError extends Error {
   }
 }
 
+/** @throws Error where the FFI has no binary for this platform */
+export function loadKoffi(): Koffi {
+  return createRequire(import.meta.url)('koffi');
+}
+
+/** The error of the call that just failed. */
+export function socketError(syscall: string, errno: number): SocketError {
+  const [code, text] = getSystemErrorMap().get(-errno) ?? [`E${errno}`, 'unknown error'];
+  return new SocketError(syscall, code, text);
+}
+
 function loadSockets(): Sockets {
-  const koffi: Koffi = createRequire(import.meta.url)('koffi');
+  const koffi = loadKoffi();
   const libc = koffi.load(null);
   const socket = libc.func('int socket(int domain, int type, int protocol)');
   const connect = libc.func('int connect(int fd, void *address, unsigned int length)');
@@ -94,9 +106,7 @@ function loadSockets(): Sockets {
   const checked = (syscall: string, result: unknown): number => {
     const value = Number(result);
     if (value >= 0) return value;
-    const errno = koffi.errno();
-    const [code, text] = getSystemErrorMap().get(-errno) ?? [`E${errno}`, 'unknown error'];
-    throw new SocketError(syscall, code, text);
+    throw socketError(syscall, koffi.errno());
   };
   const setOption = (fd: number, level: number, name: number, value: Uint8Array): void => {
     checked('setsockopt', setsockopt(fd, level, name, value, value.length));

@@ -1,0 +1,193 @@
+import { basename } from 'node:path';
+import { createEngine, type Disk, type Engine, type NbdExport, type NbdServer } from '../index.js';
+import { inheritedSockets, type ListenAddress, parseListenAddress } from '../nbd/server/address.js';
+import {
+  ALLOW_BACKING,
+  type Arguments,
+  type Command,
+  FORCE_SHARE,
+  FORMAT,
+  FORMATS,
+  OUTPUT,
+  OUTPUTS,
+  parseSnapshot,
+  QUIET,
+  SNAPSHOT,
+  usageError,
+} from './command.js';
+import { formatBytes } from './units.js';
+
+interface Place {
+  readonly addresses: readonly ListenAddress[];
+  readonly exportName: string | undefined;
+}
+
+/** Where to listen: as the options say, or on what the program was started with. */
+function placeOf(args: Arguments): Place {
+  const given = args.texts('nbd');
+  if (given === undefined) {
+    const addresses = inheritedSockets();
+    if (addresses === undefined) {
+      throw usageError('say where to listen: --nbd unix:PATH, --nbd HOST:PORT or --nbd fd:N');
+    }
+    return { addresses, exportName: undefined };
+  }
+  const places = given.map(parseListenAddress);
+  if (places.some(({ tls }) => tls)) throw usageError('TLS is not served yet; use nbd:// or nbd+unix://');
+  const names = new Set(places.flatMap(({ exportName }) => exportName ?? []));
+  if (names.size > 1) throw usageError('the URIs of --nbd name different exports; use --export');
+  const [exportName] = names;
+  return { addresses: places.map(({ address }) => address), exportName };
+}
+
+/** The name of each disk's export. */
+function namesOf(args: Arguments, fromUri: string | undefined): string[] {
+  const disks = args.positionals;
+  const given = args.texts('export') ?? (fromUri === undefined ? [] : [fromUri]);
+  if (given.length > disks.length) throw usageError('there are more names (--export) than disks');
+  return disks.map((disk, index) => given[index] ?? (disks.length === 1 ? '' : basename(disk)));
+}
+
+function wholeNumber(args: Arguments, name: string, least: number, most: number): number | undefined {
+  const text = args.text(name);
+  if (text === undefined) return undefined;
+  const number = /^\d{1,9}$/.test(text) ? Number(text) : Number.NaN;
+  if (number >= least && number <= most) return number;
+  throw usageError(`--${name} takes a number from ${least} to ${most}, not '${text}'`);
+}
+
+function modeOf(args: Arguments): number | undefined {
+  const text = args.text('socket-mode');
+  if (text === undefined) return undefined;
+  if (!/^0?[0-7]{3}$/.test(text)) throw usageError(`--socket-mode takes three octal digits, not '${text}'`);
+  return Number.parseInt(text, 8);
+}
+
+/** The first signal, or the end of the server by itself. @returns the exit status */
+async function untilDone(server: NbdServer): Promise<number> {
+  return await new Promise<number>((resolve) => {
+    let stopping = false;
+    const stop = (status: number): void => {
+      if (stopping) process.exit(status === 0 ? 1 : status);
+      stopping = true;
+      resolve(status);
+    };
+    process.on('SIGINT', () => stop(130));
+    process.on('SIGTERM', () => stop(0));
+    void server.finished.then(() => resolve(0));
+  });
+}
+
+async function openDisks(engine: Engine, args: Arguments, readOnly: boolean): Promise<Disk[]> {
+  const disks: Disk[] = [];
+  for (const path of args.positionals) {
+    disks.push(
+      await engine.openDisk(path, {
+        readOnly,
+        format: args.choice('format', FORMATS),
+        allowBacking: args.texts('allow-backing'),
+        snapshot: parseSnapshot(args.text('snapshot')),
+        forceShare: args.flag('force-share'),
+        discard: args.choice('discard', ['unmap', 'ignore']),
+      }),
+    );
+  }
+  return disks;
+}
+
+export const serve: Command = {
+  name: 'serve',
+  usage: 'DISK… --nbd ADDRESS [options]',
+  summary:
+    'Serves images as live disks over NBD, until it is interrupted (Ctrl-C, SIGTERM). ADDRESS is unix:PATH, HOST:PORT,\n' +
+    ':PORT (this machine only), fd:N (an open socket that listens, or is connected to a client) or an NBD URI. Without\n' +
+    '--nbd it listens on the sockets that systemd, nbdcopy or another program of that kind started it with.',
+  positionals: [1, 64],
+  options: [
+    { long: 'nbd', value: 'ADDRESS', multiple: true, help: 'where to listen, any number of times' },
+    {
+      long: 'export',
+      short: 'x',
+      value: 'NAME',
+      multiple: true,
+      help: "name of the export, for each disk in turn (the empty one; with several disks their files' names)",
+    },
+    { long: 'description', short: 'D', value: 'TEXT', help: 'what listings of exports say about it' },
+    { long: 'read-only', short: 'r', help: 'nobody can write' },
+    FORMAT,
+    SNAPSHOT,
+    ALLOW_BACKING,
+    {
+      long: 'bitmap',
+      short: 'B',
+      value: 'NAME',
+      multiple: true,
+      help: 'dirty bitmap that clients can read, any number of times (all that the image has)',
+    },
+    { long: 'discard', value: 'unmap|ignore', help: 'what a discard does (unmap)' },
+    {
+      long: 'max-connections',
+      short: 'e',
+      value: 'N',
+      help: 'clients at once; others wait until one leaves (100)',
+    },
+    {
+      long: 'handshake-timeout',
+      value: 'SECONDS',
+      help: 'how long a client may take to choose an export (10)',
+    },
+    { long: 'socket-mode', value: 'MODE', help: 'permissions of a unix socket (600)' },
+    FORCE_SHARE,
+    OUTPUT,
+    QUIET,
+  ],
+  async run(args) {
+    const json = args.choice('output', OUTPUTS, 'human') === 'json';
+    const { addresses, exportName } = placeOf(args);
+    const names = namesOf(args, exportName);
+    const maxConnections = wholeNumber(args, 'max-connections', 1, 10_000);
+    const seconds = wholeNumber(args, 'handshake-timeout', 1, 86_400);
+    const socketMode = modeOf(args);
+    const readOnly = args.flag('read-only') || args.text('snapshot') !== undefined;
+    const engine = await createEngine();
+    try {
+      const disks = await openDisks(engine, args, readOnly);
+      const exports = disks.map<NbdExport>((disk, index) => ({
+        disk,
+        name: names[index],
+        description: args.text('description'),
+        bitmaps: args.texts('bitmap'),
+      }));
+      const server = await engine.serveNbd({
+        listen: addresses,
+        exports,
+        maxConnections,
+        socketMode,
+        handshakeTimeoutMs: seconds === undefined ? undefined : seconds * 1000,
+      });
+      const done = untilDone(server);
+      const { uris } = server;
+      // A connection that it was started with may be its stdout.
+      const quiet = args.flag('quiet') || uris.length === 0;
+      if (!quiet && json) {
+        const served = disks.map(({ path, length }, index) => ({
+          path,
+          name: names[index],
+          'virtual-size': length,
+          'read-only': readOnly,
+        }));
+        console.log(JSON.stringify({ type: 'serving', uris, exports: served }));
+      } else if (!quiet) {
+        for (const { path, length } of disks) {
+          console.log(`serving '${path}' (${formatBytes(length)}${readOnly ? ', read-only' : ''})`);
+        }
+        for (const uri of uris) console.log(uri);
+      }
+      const status = await done;
+      await server.close();
+      return status;
+    } finally {
+      await engine.close();
+    }
+  },
+};

@@ -1,0 +1,24 @@
+import { toStillframeError } from '../../errors.js';
+import { WIRE_ERROR, type WireError } from '../protocol/numbers.js';
+
+/** What a client is told of something that went wrong. */
+export function wireError(error: unknown): { readonly error: WireError; readonly text: string } {
+  const { code, message } = toStillframeError(error);
+  return { error: numberOf(code), text: message };
+}
+
+function numberOf(code: string): WireError {
+  switch (code) {
+    case 'ERR_STILLFRAME_READ_ONLY':
+      return WIRE_ERROR.EPERM;
+    case 'ERR_STILLFRAME_NO_SPACE':
+      return WIRE_ERROR.ENOSPC;
+    case 'ERR_STILLFRAME_ARENA_EXHAUSTED':
+      return WIRE_ERROR.ENOMEM;
+    case 'ERR_STILLFRAME_OUT_OF_RANGE':
+    case 'ERR_STILLFRAME_INVALID_ARGUMENT':
+      return WIRE_ERROR.EINVAL;
+    default:
+      return WIRE_ERROR.EIO;
+  }
+}

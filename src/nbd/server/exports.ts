@@ -1,0 +1,17 @@
+import type { DiskDescriptor } from '../../block/disk.js';
+import type { Offer } from '../protocol/server-handshake.js';
+
+/** What a metadata context says. */
+export type ContextKind =
+  | { readonly kind: 'allocation' }
+  | { readonly kind: 'depth' }
+  /** `pointer` is that of the dirty bitmap in the arena. */
+  | { readonly kind: 'bitmap'; readonly pointer: number };
+
+/** A drive under a name; plain data. */
+export interface ExportDescriptor {
+  readonly offer: Offer;
+  readonly disk: DiskDescriptor;
+  /** In the order of the offer's contexts. */
+  readonly contexts: readonly ContextKind[];
+}

@@ -1,0 +1,277 @@
+import type { ServerSockets } from '../../os/server-sockets.js';
+import type { Sockets } from '../../os/sockets.js';
+import { ServerHandshake, type Step } from '../protocol/server-handshake.js';
+import { IDLE_MS } from './client-socket.js';
+import { PHASE_OF, type ServerState } from './state.js';
+
+/** Most steps of one handshake before others get their turn. */
+const STEPS_AT_ONCE = 64;
+/** How long nobody is let in after the process ran out of descriptors or memory, in milliseconds. */
+const PAUSE_MS = 100;
+
+const WAKE_TAG = 0;
+const LISTENER_TAG = 0x10000;
+const HANDSHAKE_TAG = 0x20000000;
+const CONNECTION_TAG = 0x40000000;
+
+/** The poller's tag of a connection that is parked there. */
+export function tagOf({ index }: { readonly index: number }): number {
+  return CONNECTION_TAG + index;
+}
+
+export interface ListenerContext {
+  readonly state: ServerState;
+  readonly sockets: Sockets & ServerSockets;
+  readonly poller: number;
+  /** Becomes readable when something has changed. */
+  readonly wake: number;
+  readonly listeners: readonly number[];
+  /** Connections that were made by others. */
+  readonly connected: readonly number[];
+  readonly tls: 'none' | 'required';
+  /** How long a client may take until it has chosen an export. */
+  readonly handshakeMs: number;
+  /** There is more work than there are threads. */
+  readonly more: () => void;
+  /** There are no clients, and nobody can come in any more. */
+  readonly finished: () => void;
+  /** Makes a connection confidential, from plain text to the stream to go on with; owns `fd` then. */
+  readonly startTls: (fd: number) => number;
+}
+
+/** A client that has not chosen an export yet. */
+interface Newcomer {
+  readonly id: number;
+  fd: number;
+  readonly handshake: ServerHandshake;
+  readonly deadlineMs: number;
+  /** What came of the bytes that are wanted. */
+  bytes: Uint8Array;
+  have: number;
+  /** What is still to be sent, and what comes then. */
+  unsent: Uint8Array[];
+  after: Step | undefined;
+}
+
+/**
+ * The thread that lets clients in: accepts, agrees on an export with each, and waits for all those that have nothing to
+ * say at the moment. It never blocks on one of them.
+ */
+export class Listener {
+  readonly #context: ListenerContext;
+  readonly #newcomers = new Map<number, Newcomer>();
+  #nextId = 0;
+  #accepting = false;
+  #pausedUntilMs = 0;
+
+  constructor(context: ListenerContext) {
+    this.#context = context;
+  }
+
+  /** Returns when the server is gone. */
+  run(): void {
+    const { state, sockets, poller, wake, connected, finished } = this.#context;
+    sockets.watch(poller, wake, WAKE_TAG, false);
+    for (const fd of connected) this.#greet(fd);
+    for (;;) {
+      const { phase } = state;
+      if (phase === PHASE_OF.gone) break;
+      if (phase === PHASE_OF.closing) this.#closeDoor();
+      else this.#setAccepting(this.#room > 0 && performance.now() >= this.#pausedUntilMs);
+      for (const tag of sockets.wait(poller, this.#timeout())) this.#event(tag);
+      this.#dropLate();
+      if (this.#finished) finished();
+    }
+    for (const newcomer of [...this.#newcomers.values()]) this.#drop(newcomer);
+  }
+
+  get #finished(): boolean {
+    return (
+      this.#context.listeners.length === 0 && this.#newcomers.size === 0 && this.#context.state.open === 0
+    );
+  }
+
+  /** Clients that may still come in. */
+  get #room(): number {
+    const { state } = this.#context;
+    return state.maxConnections - state.open - this.#newcomers.size;
+  }
+
+  /** Watches the listening sockets, or does not: whoever has to wait does so in their queues. */
+  #setAccepting(accepting: boolean): void {
+    const { sockets, poller, listeners } = this.#context;
+    if (this.#accepting === accepting) return;
+    this.#accepting = accepting;
+    for (const [index, fd] of listeners.entries()) {
+      if (accepting) sockets.watch(poller, fd, LISTENER_TAG + index, false);
+      else sockets.unwatch(poller, fd);
+    }
+  }
+
+  /** Nobody is let in any more, and those in the door have to go. */
+  #closeDoor(): void {
+    this.#setAccepting(false);
+    for (const newcomer of [...this.#newcomers.values()]) {
+      // In the middle of something there is still an answer for: it is told by the rules of the handshake.
+      if (newcomer.have === 0) this.#drop(newcomer);
+    }
+  }
+
+  #timeout(): number {
+    const now = performance.now();
+    let until = this.#pausedUntilMs > now ? this.#pausedUntilMs : Number.POSITIVE_INFINITY;
+    for (const { deadlineMs } of this.#newcomers.values()) until = Math.min(until, deadlineMs);
+    return until === Number.POSITIVE_INFINITY ? -1 : Math.max(0, until - now);
+  }
+
+  #dropLate(): void {
+    const now = performance.now();
+    for (const newcomer of [...this.#newcomers.values()])
+      if (newcomer.deadlineMs <= now) this.#drop(newcomer);
+  }
+
+  #event(tag: number): void {
+    const { state, sockets, wake, more } = this.#context;
+    if (tag === WAKE_TAG) {
+      const bytes = new Uint8Array(64);
+      while ((sockets.receive(wake, bytes) ?? 0) > 0);
+    } else if (tag >= CONNECTION_TAG) {
+      if (state.enqueue(state.connection(tag - CONNECTION_TAG))) more();
+    } else if (tag >= HANDSHAKE_TAG) {
+      const newcomer = this.#newcomers.get(tag - HANDSHAKE_TAG);
+      if (newcomer !== undefined) this.#guard(newcomer, () => this.#goOn(newcomer));
+    } else this.#accept(tag - LISTENER_TAG);
+  }
+
+  #accept(index: number): void {
+    const { sockets, listeners } = this.#context;
+    const listener = listeners[index];
+    while (listener !== undefined && this.#room > 0) {
+      let fd: number | undefined;
+      try {
+        fd = sockets.accept(listener);
+      } catch {
+        this.#pausedUntilMs = performance.now() + PAUSE_MS;
+        return;
+      }
+      if (fd === undefined) return;
+      this.#greet(fd);
+    }
+  }
+
+  #greet(fd: number): void {
+    const { state, sockets, poller, tls, handshakeMs } = this.#context;
+    const id = this.#nextId++ % (CONNECTION_TAG - HANDSHAKE_TAG);
+    const handshake = new ServerHandshake({
+      offers: () => state.exports.map(({ offer }) => offer),
+      tls,
+      closing: () => state.phase !== PHASE_OF.serving,
+    });
+    const newcomer: Newcomer = {
+      id,
+      fd,
+      handshake,
+      deadlineMs: performance.now() + handshakeMs,
+      bytes: new Uint8Array(handshake.wanted),
+      have: 0,
+      unsent: [ServerHandshake.greeting()],
+      after: undefined,
+    };
+    this.#newcomers.set(id, newcomer);
+    this.#guard(newcomer, () => {
+      sockets.watch(poller, fd, HANDSHAKE_TAG + id, true);
+      this.#goOn(newcomer);
+    });
+  }
+
+  /** Nothing that goes wrong with one client is anybody else's business. */
+  #guard(newcomer: Newcomer, body: () => void): void {
+    try {
+      body();
+    } catch {
+      this.#drop(newcomer);
+    }
+  }
+
+  #drop({ id, fd }: Newcomer): void {
+    const { sockets } = this.#context;
+    if (!this.#newcomers.delete(id)) return;
+    sockets.close(fd);
+  }
+
+  /** Sends and reads as far as that goes without waiting. */
+  #goOn(newcomer: Newcomer): void {
+    const { sockets, poller } = this.#context;
+    for (let steps = 0; steps < STEPS_AT_ONCE; steps++) {
+      if (!this.#sendRest(newcomer)) {
+        sockets.rewatch(poller, newcomer.fd, HANDSHAKE_TAG + newcomer.id, 'writable');
+        return;
+      }
+      if (newcomer.after !== undefined && !this.#follow(newcomer, newcomer.after)) return;
+      newcomer.after = undefined;
+      if (newcomer.have === 0 && newcomer.bytes.length !== newcomer.handshake.wanted) {
+        newcomer.bytes = new Uint8Array(newcomer.handshake.wanted);
+      }
+      const got = sockets.receive(newcomer.fd, newcomer.bytes.subarray(newcomer.have));
+      if (got === 0) {
+        this.#drop(newcomer);
+        return;
+      }
+      if (got === undefined) break;
+      newcomer.have += got;
+      if (newcomer.have < newcomer.bytes.length) continue;
+      newcomer.have = 0;
+      newcomer.after = newcomer.handshake.take(newcomer.bytes);
+      newcomer.unsent.push(...newcomer.after.send);
+    }
+    sockets.rewatch(poller, newcomer.fd, HANDSHAKE_TAG + newcomer.id, 'readable');
+  }
+
+  /** @returns whether everything was taken */
+  #sendRest(newcomer: Newcomer): boolean {
+    if (newcomer.unsent.length === 0) return true;
+    const all = newcomer.unsent.length === 1 ? newcomer.unsent[0] : Buffer.concat(newcomer.unsent);
+    if (all === undefined || all.length === 0) {
+      newcomer.unsent = [];
+      return true;
+    }
+    const sent = this.#context.sockets.send(newcomer.fd, all);
+    newcomer.unsent = sent === all.length ? [] : [all.subarray(sent)];
+    return newcomer.unsent.length === 0;
+  }
+
+  /** Does what comes after an answer. @returns false where the handshake is over */
+  #follow(newcomer: Newcomer, step: Step): boolean {
+    const { sockets, poller, startTls } = this.#context;
+    switch (step.next) {
+      case 'continue':
+        return true;
+      case 'close':
+        this.#drop(newcomer);
+        return false;
+      case 'start-tls':
+        sockets.unwatch(poller, newcomer.fd);
+        newcomer.fd = startTls(newcomer.fd);
+        sockets.watch(poller, newcomer.fd, HANDSHAKE_TAG + newcomer.id, true);
+        newcomer.handshake.secured();
+        return true;
+      case 'transmission':
+        this.#admit(newcomer, step);
+        return false;
+    }
+  }
+
+  #admit(newcomer: Newcomer, { agreement }: Extract<Step, { next: 'transmission' }>): void {
+    const { state, sockets, poller } = this.#context;
+    const { id, fd } = newcomer;
+    const index = state.exports.findIndex(({ offer }) => offer.name === agreement.offer.name);
+    sockets.setReceiveTimeout(fd, IDLE_MS);
+    const connection = index < 0 ? undefined : state.openConnection(fd, index, agreement);
+    if (connection === undefined) {
+      this.#drop(newcomer);
+      return;
+    }
+    this.#newcomers.delete(id);
+    sockets.rewatch(poller, fd, tagOf(connection), 'readable');
+  }
+}

@@ -1,0 +1,119 @@
+import { DirtyBitmap } from '../../bitmap/dirty-bitmap.js';
+import type { DiskDescriptor } from '../../block/disk.js';
+import { bitmapsOf, loadBitmap, readBitmap, readBitmaps, readHeader } from '../../block/qcow2/index.js';
+import { attachFile } from '../../block/raw/file.js';
+import { StillframeError } from '../../errors.js';
+import type { Runtime } from '../../kernels/runtime.js';
+import { MAX_STRING_BYTES } from '../protocol/numbers.js';
+import type { ContextKind, ExportDescriptor } from './exports.js';
+import { exportFlags } from './session.js';
+
+/** How a disk is exported. */
+export interface ExportOptions {
+  /** Name that clients ask for. Default: empty, which is the default export. */
+  readonly name?: string | undefined;
+  /** What people read about it in a listing. */
+  readonly description?: string | undefined;
+  /** Clients cannot write, whoever else can. Default: as the disk is open. */
+  readonly readOnly?: boolean | undefined;
+  /**
+   * Persistent dirty bitmaps that clients can read as the metadata contexts `qemu:dirty-bitmap:NAME`. Default: all that
+   * the image has and that are not damaged.
+   */
+  readonly bitmaps?: readonly string[] | undefined;
+}
+
+/** Metadata contexts of one export: their numbers are as long as two bytes. */
+const MAX_BITMAPS = 1000;
+
+/**
+ * Prepares a disk for being exported.
+ *
+ * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT (the name), …_READ_ONLY, …_BITMAP_NOT_FOUND,
+ *   …_BITMAP_INCONSISTENT, …_ARENA_EXHAUSTED
+ */
+export function makeExport(runtime: Runtime, disk: DiskDescriptor, options: ExportOptions): ExportDescriptor {
+  const { name = '', description = '', readOnly = disk.readOnly, bitmaps } = options;
+  for (const text of [name, description]) {
+    if (Buffer.byteLength(text) <= MAX_STRING_BYTES && !text.includes('\0')) continue;
+    throw new StillframeError(
+      'ERR_STILLFRAME_INVALID_ARGUMENT',
+      `an export's name and description have at most ${MAX_STRING_BYTES} bytes and no NUL; choose other ones`,
+    );
+  }
+  if (!readOnly && disk.readOnly) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_READ_ONLY',
+      `'${disk.node.path}' is open read-only and can only be exported read-only; open it with readOnly: false`,
+    );
+  }
+  const pointers = findBitmaps(runtime, disk, bitmaps);
+  const contexts: (readonly [string, ContextKind])[] = [
+    ['base:allocation', { kind: 'allocation' }],
+    ['qemu:allocation-depth', { kind: 'depth' }],
+    ...[...pointers].map(
+      ([bitmap, pointer]) => [`qemu:dirty-bitmap:${bitmap}`, { kind: 'bitmap', pointer }] as const,
+    ),
+  ];
+  return {
+    offer: {
+      name,
+      description,
+      length: disk.length,
+      flags: exportFlags(readOnly),
+      contexts: contexts.map(([context]) => context),
+    },
+    disk,
+    contexts: contexts.map(([, kind]) => kind),
+  };
+}
+
+/** Gives back what {@link makeExport} took. Nobody may use the export any more. */
+export function freeExport(runtime: Runtime, { disk, contexts }: ExportDescriptor): void {
+  // Those of a disk that can be written to are the disk's own.
+  if (!disk.readOnly) return;
+  for (const context of contexts) {
+    if (context.kind === 'bitmap') new DirtyBitmap(runtime, context.pointer).free();
+  }
+}
+
+/** Pointers of dirty bitmaps, their bits in memory. */
+function findBitmaps(
+  runtime: Runtime,
+  { node, readOnly }: DiskDescriptor,
+  names: readonly string[] | undefined,
+): ReadonlyMap<string, number> {
+  if (node.driver !== 'qcow2') {
+    const [name] = names ?? [];
+    if (name === undefined) return new Map();
+    throw new StillframeError(
+      'ERR_STILLFRAME_BITMAP_NOT_FOUND',
+      `Dirty bitmap '${name}' not found: '${node.path}' has the format ${node.driver}, which keeps none`,
+    );
+  }
+  const file = attachFile(runtime, node.file);
+  const found = new Map<string, number>();
+  const add = (name: string, find: () => DirtyBitmap): void => {
+    try {
+      found.set(name, find().pointer);
+    } catch (error) {
+      // Whoever asked for it by name wants to know.
+      if (names !== undefined) throw error;
+    }
+  };
+  if (readOnly) {
+    const listed = names ?? readBitmaps(file, readHeader(runtime, file)).map(({ name }) => name);
+    for (const name of listed.slice(0, MAX_BITMAPS)) add(name, () => readBitmap(runtime, file, name));
+    return found;
+  }
+  const set = bitmapsOf(runtime, node);
+  const listed = names ?? set.all().map(({ name }) => name);
+  for (const name of listed.slice(0, MAX_BITMAPS)) {
+    add(name, () => {
+      const bitmap = set.get(name);
+      loadBitmap(runtime, file, bitmap);
+      return bitmap;
+    });
+  }
+  return found;
+}

@@ -1,0 +1,168 @@
+import { setTimeout as sleep } from 'node:timers/promises';
+import { Worker } from 'node:worker_threads';
+import { StillframeError } from '../../errors.js';
+import type { Runtime, SharedRuntime } from '../../kernels/runtime.js';
+import { type ServerSockets, serverSockets } from '../../os/server-sockets.js';
+import { type Sockets, sockets } from '../../os/sockets.js';
+import type { ListenAddress } from './address.js';
+import type { ThreadMessage } from './connection-thread.js';
+import type { ExportDescriptor } from './exports.js';
+import { type Listening, listenOn, stopListening } from './listen.js';
+import { PHASE_OF, ServerState } from './state.js';
+import type { ConnectionData, ListenerData } from './threads.js';
+
+/** How a server treats its clients. */
+export interface ServerOptions {
+  /** Clients at once; others wait until one has left. Default 100. */
+  readonly maxConnections?: number | undefined;
+  /** How long a client may take until it has chosen an export, in milliseconds. Default 10,000. */
+  readonly handshakeTimeoutMs?: number | undefined;
+  /** Permissions of sockets in the file system. Default 0600. */
+  readonly socketMode?: number | undefined;
+}
+
+/** Threads beyond one for each connection: what those with slow drives keep busy. */
+const EXTRA_THREADS = 16;
+/** How long clients may take for what is under way when the server closes, in milliseconds. */
+const GRACE_MS = 5000;
+const POLL_MS = 5;
+
+/** An NBD server, on the host thread: it starts threads and ends them. */
+export class Server {
+  readonly listening: Listening;
+  readonly #sockets: Sockets & ServerSockets;
+  readonly #state: ServerState;
+  readonly #workers = new Set<Worker>();
+  readonly #poller: number;
+  readonly #waker: readonly [number, number];
+  readonly #connectionData: Omit<ConnectionData, 'resident'>;
+  /** Resolves when nobody can come any more: the server has closed, or it had no more than connections that have ended. */
+  readonly finished: Promise<void>;
+  #onFinished: () => void = () => undefined;
+  #starting = 0;
+  #failure: unknown;
+  #closing: Promise<void> | undefined;
+
+  /** @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE and what {@link listenOn} throws */
+  constructor(
+    runtime: Runtime & { readonly shared: SharedRuntime },
+    addresses: readonly ListenAddress[],
+    exports: readonly ExportDescriptor[],
+    options: ServerOptions,
+  ) {
+    const { maxConnections = 100, handshakeTimeoutMs = 10_000, socketMode = 0o600 } = options;
+    if (!Number.isInteger(maxConnections) || maxConnections < 1 || maxConnections > 10_000) {
+      throw new RangeError(`maxConnections is 1 to 10000, not ${maxConnections}`);
+    }
+    const [plain, server] = [sockets(), serverSockets()];
+    if (plain === undefined || server === undefined) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+        'there are no blocking sockets on this platform: NBD is served on Linux, with the FFI package',
+      );
+    }
+    this.#sockets = { ...plain, ...server };
+    const control = ServerState.allocate(runtime.arena, maxConnections);
+    this.#state = new ServerState(runtime.arena, control, maxConnections);
+    try {
+      this.#state.exports = exports;
+      this.listening = listenOn(this.#sockets, addresses, socketMode);
+    } catch (error) {
+      this.#state.free();
+      throw error;
+    }
+    this.finished = new Promise((resolve) => {
+      this.#onFinished = resolve;
+    });
+    this.#poller = server.poller();
+    this.#waker = plain.pair();
+    const [wake, waker] = this.#waker;
+    const { shared } = runtime;
+    const common = { shared, control, maxConnections, poller: this.#poller };
+    this.#connectionData = { ...common, role: 'connection', waker };
+    const { listeners, connected } = this.listening;
+    this.#start({
+      ...common,
+      role: 'listener',
+      wake,
+      listeners: [...listeners],
+      connected,
+      tls: 'none',
+      handshakeMs: handshakeTimeoutMs,
+    });
+    this.#grow(true);
+  }
+
+  /** Clients that have chosen an export. */
+  get connections(): number {
+    return this.#state.open;
+  }
+
+  /** Threads that serve connections. */
+  get threads(): number {
+    return this.#state.threads;
+  }
+
+  #start(data: ListenerData | ConnectionData): void {
+    const worker = new Worker(new URL('./thread.js', import.meta.url), { workerData: data });
+    this.#workers.add(worker);
+    worker.on('message', (message: ThreadMessage) => {
+      if (message === 'started') this.#starting--;
+      if (message === 'finished') this.#onFinished();
+      else this.#growAsNeeded();
+    });
+    worker.on('error', (error) => {
+      // A defect: what that thread held nobody gives back, so nothing can go on.
+      this.#failure ??= error;
+      this.close().catch(() => undefined);
+    });
+    worker.on('exit', () => this.#workers.delete(worker));
+  }
+
+  #grow(resident: boolean): void {
+    this.#starting++;
+    this.#state.countThread(1);
+    this.#start({ ...this.#connectionData, resident });
+  }
+
+  #growAsNeeded(): void {
+    const most = this.#state.maxConnections + EXTRA_THREADS;
+    while (this.#state.lacking > this.#starting && this.#state.threads < most) this.#grow(false);
+  }
+
+  #wake(): void {
+    this.#sockets.send(this.#waker[1], Uint8Array.of(1));
+  }
+
+  /**
+   * Closes: nobody is let in any more, new requests are refused, those under way are answered, for 5 seconds at most.
+   *
+   * @throws what has gone wrong with the server itself
+   */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
+    const state = this.#state;
+    const { endReceiving, shutdown } = this.#sockets;
+    state.phase = PHASE_OF.closing;
+    stopListening(this.#sockets, this.listening);
+    this.#wake();
+    state.forEachOpen(endReceiving);
+    const patience = performance.now() + GRACE_MS;
+    while (state.open > 0 && this.#failure === undefined) {
+      if (performance.now() > patience) state.forEachOpen(shutdown);
+      await sleep(POLL_MS);
+    }
+    state.phase = PHASE_OF.gone;
+    this.#wake();
+    if (this.#failure !== undefined) state.forEachOpen(shutdown);
+    while (this.#workers.size > 0) await sleep(POLL_MS);
+    for (const fd of [this.#poller, ...this.#waker]) this.#sockets.close(fd);
+    state.free();
+    this.#onFinished();
+    if (this.#failure !== undefined) throw this.#failure;
+  }
+}

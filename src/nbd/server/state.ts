@@ -1,0 +1,414 @@
+import type { Arena } from '../../kernels/arena.js';
+import { advance, load, store, waitWhile, withLock } from '../../kernels/futex.js';
+import type { Agreement } from '../protocol/server-handshake.js';
+import type { ExportDescriptor } from './exports.js';
+
+/**
+ * What the threads of a server share, in the arena.
+ *
+ *     +0   phase         int32   see PHASE
+ *     +4   lock          int32   of everything below
+ *     +8   sequence      int32   advanced when there is work, or none ever again
+ *     +12  idle          int32   threads that wait for work
+ *     +16  threads       int32   threads that serve connections, those that are starting included
+ *     +20  first         uint32  where the queue of work starts in its ring
+ *     +24  queued        uint32
+ *     +28  open          int32   connections past their handshake
+ *     +32  large bytes   int32   memory for requests that are larger than the buffers of threads
+ *     +36  exports       uint32  pointer of the list of exports as JSON
+ *     +40  exports bytes uint32
+ *     +44  served        int32   advanced when a connection ends; the host looks at it
+ *     +64  queue         QUEUE_SLOTS × uint32: connections that something can be done for
+ *     then connections
+ *
+ * A connection:
+ *
+ *     +0   state         int32   free, open, or leaving: nothing more is read from it
+ *     +4   users         int32   threads that use it, places in the queue included
+ *     +8   receiving     int32   lock: who reads requests
+ *     +12  sending       int32   lock: who writes an answer
+ *     +16  fd            int32
+ *     +20  export        int32   number of its export
+ *     +24  headers       int32   0 simple, 1 structured, 2 extended
+ *     +28  flags         int32   transmission flags
+ *     +32  begin, end    uint32  what was read ahead and not looked at, in its buffer
+ *     +40  buffer        uint32  pointer
+ *     +44  slowness      int32   how long requests take of late, in microseconds
+ *     +48  contexts      uint32  how many of them, then their numbers as uint16
+ *     +84  summoned      int32   help was called and has not come yet
+ *     +88  ahead         int32   read on ahead of a request: they are small
+ */
+const PHASE = 0;
+const LOCK = 4;
+const SEQUENCE = 8;
+const IDLE = 12;
+const THREADS = 16;
+const FIRST = 20;
+const QUEUED = 24;
+const OPEN = 28;
+const LARGE_BYTES = 32;
+const EXPORTS = 36;
+const EXPORTS_BYTES = 40;
+const SERVED = 44;
+const QUEUE = 64;
+const QUEUE_SLOTS = 1024;
+const CONNECTIONS = QUEUE + QUEUE_SLOTS * 4;
+
+const STATE = 0;
+const USERS = 4;
+const RECEIVING = 8;
+const SENDING = 12;
+const FD = 16;
+const EXPORT = 20;
+const HEADERS = 24;
+const FLAGS = 28;
+const BEGIN = 32;
+const END = 36;
+const BUFFER = 40;
+const SLOWNESS = 44;
+const CONTEXTS = 48;
+const CONTEXT_NUMBERS = 52;
+const SUMMONED = 84;
+const AHEAD = 88;
+const CONNECTION_BYTES = 128;
+
+const FREE = 0;
+const SERVING = 1;
+const LEAVING = 2;
+
+/** `closing`: no new work is taken on. `gone`: threads end. */
+export const PHASE_OF = { serving: 0, closing: 1, gone: 2 } as const;
+
+/** Bytes that are read ahead of requests. */
+export const RECEIVE_BYTES = 64 * 1024;
+/** Memory for large requests of all connections together, in bytes; what does not fit is carried out in parts. */
+const MAX_LARGE_BYTES = 96 * 1024 * 1024;
+
+const HEADERS_OF = ['simple', 'structured', 'extended'] as const;
+
+/** One thread's view of it. */
+export class ServerState {
+  readonly arena: Arena;
+  readonly control: number;
+  readonly maxConnections: number;
+
+  constructor(arena: Arena, control: number, maxConnections: number) {
+    this.arena = arena;
+    this.control = control;
+    this.maxConnections = maxConnections;
+  }
+
+  static allocate(arena: Arena, maxConnections: number): number {
+    return arena.alloc(CONNECTIONS + maxConnections * CONNECTION_BYTES, 'state of an NBD server');
+  }
+
+  /** Gives all memory back. No thread may use it any more. */
+  free(): void {
+    const exports = this.#load(EXPORTS) >>> 0;
+    if (exports !== 0) this.arena.free(exports);
+    this.arena.free(this.control);
+  }
+
+  get phase(): number {
+    return this.#load(PHASE);
+  }
+
+  set phase(phase: number) {
+    store(this.arena, this.control + PHASE, phase);
+    advance(this.arena, this.control + SEQUENCE);
+  }
+
+  get open(): number {
+    return this.#load(OPEN);
+  }
+
+  get threads(): number {
+    return this.#load(THREADS);
+  }
+
+  set exports(exports: readonly ExportDescriptor[]) {
+    const json = new TextEncoder().encode(JSON.stringify(exports));
+    const pointer = this.arena.alloc(json.length, 'exports of an NBD server');
+    this.arena.u8.set(json, pointer);
+    this.#locked(() => {
+      const before = this.#load(EXPORTS) >>> 0;
+      store(this.arena, this.control + EXPORTS, pointer);
+      store(this.arena, this.control + EXPORTS_BYTES, json.length);
+      if (before !== 0) this.arena.free(before);
+    });
+  }
+
+  get exports(): readonly ExportDescriptor[] {
+    const json = this.#locked(() => this.arena.copyOut(this.#load(EXPORTS) >>> 0, this.#load(EXPORTS_BYTES)));
+    return JSON.parse(new TextDecoder().decode(json));
+  }
+
+  connection(index: number): ConnectionState {
+    return new ConnectionState(this, this.control + CONNECTIONS + index * CONNECTION_BYTES, index);
+  }
+
+  /** Takes a place for a connection; undefined where there is none. */
+  openConnection(
+    fd: number,
+    exportIndex: number,
+    { headers, flags, contexts }: Agreement,
+  ): ConnectionState | undefined {
+    const buffer = this.arena.alloc(RECEIVE_BYTES, 'requests of an NBD client');
+    const found = this.#locked(() => {
+      for (let index = 0; index < this.maxConnections; index++) {
+        const connection = this.connection(index);
+        if (connection.get(STATE) !== FREE) continue;
+        connection.set(STATE, SERVING);
+        return connection;
+      }
+      return undefined;
+    });
+    if (found === undefined) {
+      this.arena.free(buffer);
+      return undefined;
+    }
+    for (const field of [USERS, RECEIVING, SENDING, BEGIN, END, SLOWNESS, SUMMONED]) found.set(field, 0);
+    found.set(FD, fd);
+    found.set(EXPORT, exportIndex);
+    found.set(HEADERS, HEADERS_OF.indexOf(headers));
+    found.set(FLAGS, flags);
+    found.set(BUFFER, buffer);
+    found.set(AHEAD, 1);
+    found.set(CONTEXTS, contexts.length);
+    this.arena.u16.set(contexts, (found.pointer + CONTEXT_NUMBERS) >> 1);
+    Atomics.add(this.arena.i32, (this.control + OPEN) >> 2, 1);
+    return found;
+  }
+
+  /** Does something with the descriptor of every connection that is open. */
+  forEachOpen(body: (fd: number) => void): void {
+    this.#locked(() => {
+      for (let index = 0; index < this.maxConnections; index++) {
+        const connection = this.connection(index);
+        if (connection.get(STATE) !== FREE) body(connection.fd);
+      }
+    });
+  }
+
+  /** Puts a connection into the queue of work. @returns whether there are fewer idle threads than work */
+  enqueue(connection: ConnectionState): boolean {
+    const { arena, control } = this;
+    const dropped = this.#locked(() => {
+      const queued = this.#load(QUEUED);
+      if (queued === QUEUE_SLOTS) return true;
+      // It may have ended since whoever saw something to do looked.
+      if (connection.get(STATE) !== SERVING) return true;
+      Atomics.add(arena.i32, (connection.pointer + USERS) >> 2, 1);
+      const place = (this.#load(FIRST) + queued) % QUEUE_SLOTS;
+      store(arena, control + QUEUE + place * 4, connection.index);
+      store(arena, control + QUEUED, queued + 1);
+      return false;
+    });
+    // A full queue has more work than there are connections: only help that is not needed is missed.
+    if (dropped) return false;
+    Atomics.add(arena.i32, (control + SEQUENCE) >> 2, 1);
+    Atomics.notify(arena.i32, (control + SEQUENCE) >> 2, 1);
+    return this.#load(QUEUED) > this.#load(IDLE);
+  }
+
+  /**
+   * The next connection that something can be done for; the caller uses it then.
+   *
+   * @returns undefined when the server is gone, or there was nothing to do for `timeoutMs`
+   */
+  dequeue(timeoutMs: number): ConnectionState | undefined {
+    const { arena, control } = this;
+    const until = performance.now() + timeoutMs;
+    Atomics.add(arena.i32, (control + IDLE) >> 2, 1);
+    try {
+      for (;;) {
+        const sequence = this.#load(SEQUENCE);
+        const index = this.#locked(() => {
+          const queued = this.#load(QUEUED);
+          if (queued === 0) return -1;
+          const first = this.#load(FIRST);
+          store(arena, control + FIRST, (first + 1) % QUEUE_SLOTS);
+          store(arena, control + QUEUED, queued - 1);
+          return load(arena, control + QUEUE + first * 4);
+        });
+        if (index >= 0) return this.connection(index);
+        if (this.phase === PHASE_OF.gone) return undefined;
+        const left = until - performance.now();
+        if (left <= 0) return undefined;
+        waitWhile(arena, control + SEQUENCE, sequence, left);
+      }
+    } finally {
+      Atomics.sub(arena.i32, (control + IDLE) >> 2, 1);
+    }
+  }
+
+  /** Connections that wait for a thread beyond those that are idle. */
+  get lacking(): number {
+    return this.#load(QUEUED) - this.#load(IDLE);
+  }
+
+  /** A thread more, or one less. @returns how many there are now */
+  countThread(by: 1 | -1): number {
+    const count = Atomics.add(this.arena.i32, (this.control + THREADS) >> 2, by) + by;
+    if (by < 0) advance(this.arena, this.control + SERVED);
+    return count;
+  }
+
+  /** Memory for a request larger than a thread's buffer; undefined where there is not enough. */
+  takeLarge(bytes: number): number | undefined {
+    const words = this.arena.i32;
+    const index = (this.control + LARGE_BYTES) >> 2;
+    if (Atomics.add(words, index, bytes) + bytes <= MAX_LARGE_BYTES) {
+      try {
+        return this.arena.alloc(bytes, 'a large request');
+      } catch {
+        // The arena has more to do than this.
+      }
+    }
+    Atomics.sub(words, index, bytes);
+    return undefined;
+  }
+
+  giveLarge(pointer: number, bytes: number): void {
+    this.arena.free(pointer);
+    Atomics.sub(this.arena.i32, (this.control + LARGE_BYTES) >> 2, bytes);
+  }
+
+  /**
+   * The caller does not use the connection any more.
+   *
+   * @param close called where it was the last one and nothing more is read from the connection
+   */
+  exit(connection: ConnectionState, close: (fd: number) => void): void {
+    const last = this.#locked(() => {
+      const users = Atomics.sub(this.arena.i32, (connection.pointer + USERS) >> 2, 1) - 1;
+      if (users > 0 || !connection.leaving) return false;
+      // Under the lock: whoever looks for open connections must not find a descriptor that is somebody else's by then.
+      close(connection.fd);
+      this.arena.free(connection.buffer);
+      connection.set(STATE, FREE);
+      return true;
+    });
+    if (!last) return;
+    Atomics.sub(this.arena.i32, (this.control + OPEN) >> 2, 1);
+    advance(this.arena, this.control + SERVED);
+  }
+
+  #load(offset: number): number {
+    return load(this.arena, this.control + offset);
+  }
+
+  #locked<T>(body: () => T): T {
+    return withLock(this.arena, this.control + LOCK, body);
+  }
+}
+
+/** One connection, as a thread sees it. */
+export class ConnectionState {
+  readonly pointer: number;
+  readonly index: number;
+  readonly #server: ServerState;
+
+  constructor(server: ServerState, pointer: number, index: number) {
+    this.#server = server;
+    this.pointer = pointer;
+    this.index = index;
+  }
+
+  get(offset: number): number {
+    return load(this.#server.arena, this.pointer + offset);
+  }
+
+  set(offset: number, value: number): void {
+    store(this.#server.arena, this.pointer + offset, value);
+  }
+
+  get fd(): number {
+    return this.get(FD);
+  }
+
+  get exportIndex(): number {
+    return this.get(EXPORT);
+  }
+
+  get headers(): (typeof HEADERS_OF)[number] {
+    return HEADERS_OF[this.get(HEADERS)] ?? 'simple';
+  }
+
+  get flags(): number {
+    return this.get(FLAGS);
+  }
+
+  get contexts(): number[] {
+    const first = (this.pointer + CONTEXT_NUMBERS) >> 1;
+    return [...this.#server.arena.u16.subarray(first, first + this.get(CONTEXTS))];
+  }
+
+  /** Arena pointer of what was read ahead: {@link RECEIVE_BYTES}. */
+  get buffer(): number {
+    return this.get(BUFFER) >>> 0;
+  }
+
+  get begin(): number {
+    return this.get(BEGIN);
+  }
+
+  get end(): number {
+    return this.get(END);
+  }
+
+  /** What of the buffer was not looked at yet. */
+  setRange(begin: number, end: number): void {
+    this.set(BEGIN, begin);
+    this.set(END, end);
+  }
+
+  get readsAhead(): boolean {
+    return this.get(AHEAD) !== 0;
+  }
+
+  set readsAhead(value: boolean) {
+    this.set(AHEAD, value ? 1 : 0);
+  }
+
+  /** How long requests take of late, in microseconds. */
+  get slowness(): number {
+    return this.get(SLOWNESS);
+  }
+
+  set slowness(microseconds: number) {
+    this.set(SLOWNESS, microseconds);
+  }
+
+  /** Threads that use it, and places of it in the queue. */
+  get users(): number {
+    return this.get(USERS);
+  }
+
+  /** Pointers of its locks: for reading requests, and for writing an answer. */
+  get receiving(): number {
+    return this.pointer + RECEIVING;
+  }
+
+  get sending(): number {
+    return this.pointer + SENDING;
+  }
+
+  /** Nothing more is read from it. */
+  get leaving(): boolean {
+    return this.get(STATE) === LEAVING;
+  }
+
+  leave(): void {
+    this.set(STATE, LEAVING);
+  }
+
+  /** @returns false where help was called already */
+  summon(): boolean {
+    return Atomics.compareExchange(this.#server.arena.i32, (this.pointer + SUMMONED) >> 2, 0, 1) === 0;
+  }
+
+  helped(): void {
+    this.set(SUMMONED, 0);
+  }
+}

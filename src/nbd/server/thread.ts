@@ -1,0 +1,48 @@
+import { parentPort, workerData } from 'node:worker_threads';
+import { attachRuntime } from '../../kernels/runtime.js';
+import { serverSockets } from '../../os/server-sockets.js';
+import { sockets } from '../../os/sockets.js';
+import { ConnectionThread, type ThreadMessage } from './connection-thread.js';
+import { Listener, tagOf } from './listener.js';
+import { ServerState } from './state.js';
+import type { ThreadData } from './threads.js';
+
+const data: ThreadData = workerData;
+const runtime = attachRuntime(data.shared);
+const state = new ServerState(runtime.arena, data.control, data.maxConnections);
+const [plain, server] = [sockets(), serverSockets()];
+if (plain === undefined || server === undefined) throw new Error('invariant: there are sockets');
+const both = { ...plain, ...server };
+const post = (message: ThreadMessage): void => parentPort?.postMessage(message);
+
+if (data.role === 'listener') {
+  const { poller, wake, listeners, connected, tls, handshakeMs } = data;
+  new Listener({
+    state,
+    sockets: both,
+    poller,
+    wake,
+    listeners,
+    connected,
+    tls,
+    handshakeMs,
+    more: () => post('more'),
+    finished: () => post('finished'),
+    startTls: () => {
+      throw new Error('invariant: TLS is set up where it is required');
+    },
+  }).run();
+} else {
+  const { poller, waker, resident } = data;
+  const byte = Uint8Array.of(1);
+  new ConnectionThread({
+    runtime,
+    state,
+    sockets: both,
+    poller,
+    tagOf,
+    ended: () => both.send(waker, byte),
+    post,
+    resident,
+  }).run();
+}
