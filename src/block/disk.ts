@@ -66,6 +66,15 @@ export class Disk {
     this.#mutate('write zeroes', offset, length, () => this.node.writeZeroes(offset, length, mayUnmap));
   }
 
+  /** As {@link BlockNode.writeZeroesFast}; false as well where the driver does not know. */
+  writeZeroesFast(offset: number, length: number, mayUnmap: boolean): boolean {
+    let done = true;
+    this.#mutate('write zeroes', offset, length, () => {
+      done = this.node.writeZeroesFast?.(offset, length, mayUnmap) ?? false;
+    });
+    return done;
+  }
+
   discard(offset: number, length: number): void {
     if (this.descriptor.discard === 'ignore') {
       this.#check('discard', offset, length);

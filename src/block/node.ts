@@ -62,6 +62,13 @@ export interface BlockNode {
   /** The range reads as zeroes afterwards. `mayUnmap`: the driver may free space. */
   writeZeroes(offset: number, length: number, mayUnmap: boolean): void;
 
+  /**
+   * As {@link writeZeroes}, but only where that takes no writing of data.
+   *
+   * @returns false where it does; nothing was changed then. A driver without this method never knows.
+   */
+  writeZeroesFast?(offset: number, length: number, mayUnmap: boolean): boolean;
+
   /** A hint: the content of the range no longer matters. Afterwards it reads as old data or as zeroes. */
   discard(offset: number, length: number): void;
 

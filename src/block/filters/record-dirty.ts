@@ -64,6 +64,16 @@ export class RecordDirty implements BlockNode {
     }
   }
 
+  writeZeroesFast(offset: number, length: number, mayUnmap: boolean): boolean {
+    let changed = true;
+    try {
+      changed = this.#node.writeZeroesFast(offset, length, mayUnmap);
+      return changed;
+    } finally {
+      if (changed) this.#bitmaps.record(offset, length);
+    }
+  }
+
   discard(offset: number, length: number): void {
     try {
       this.#node.discard(offset, length);

@@ -864,6 +864,15 @@ export class Qcow2Node implements BlockNode {
     this.#zeroPart(wholeEnd, end - wholeEnd, mayUnmap);
   }
 
+  /** Whole clusters of images that have a flag for zeroes. */
+  writeZeroesFast(offset: number, length: number, mayUnmap: boolean): boolean {
+    const end = offset + length;
+    const whole = offset % this.clusterSize === 0 && this.#zeroedEnd(end) === end;
+    if (!whole || !this.#hasZeroFlag || this.descriptor.dataFileRaw) return false;
+    this.writeZeroes(offset, length, mayUnmap);
+    return true;
+  }
+
   #zeroClusters(first: number, end: number, mayUnmap: boolean): void {
     this.#changeClusters(first, end, (kind) => {
       if (!this.#hasZeroFlag) {

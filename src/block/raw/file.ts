@@ -230,9 +230,18 @@ export class HostFile implements FileNode {
 
   writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
     this.#checkWritable('write zeroes', offset, length);
+    if (this.writeZeroesFast(offset, length, mayUnmap)) return;
     const inside = Math.max(0, Math.min(length, this.length - offset));
-    if (inside > 0 && !this.#zeroInPlace(offset, inside, mayUnmap)) this.#writeZeroBytes(offset, inside);
+    this.#writeZeroBytes(offset, inside);
     if (inside < length) this.extend(offset + length);
+  }
+
+  writeZeroesFast(offset: number, length: number, mayUnmap: boolean): boolean {
+    this.#checkWritable('write zeroes', offset, length);
+    const inside = Math.max(0, Math.min(length, this.length - offset));
+    if (inside > 0 && !this.#zeroInPlace(offset, inside, mayUnmap)) return false;
+    if (inside < length) this.extend(offset + length);
+    return true;
   }
 
   #writeZeroBytes(offset: number, length: number): void {

@@ -51,6 +51,11 @@ class RawNode implements BlockNode {
     this.#file.writeZeroes(offset, length, mayUnmap);
   }
 
+  writeZeroesFast(offset: number, length: number, mayUnmap: boolean): boolean {
+    this.#check('write zeroes', offset, length);
+    return this.#file.writeZeroesFast?.(offset, length, mayUnmap) ?? false;
+  }
+
   discard(offset: number, length: number): void {
     this.#check('discard', offset, length);
     this.#file.discard(offset, length);

@@ -1,5 +1,6 @@
 import { DirtyBitmap } from '../../bitmap/dirty-bitmap.js';
 import type { DiskDescriptor } from '../../block/disk.js';
+import { attachNode } from '../../block/graph.js';
 import { bitmapsOf, loadBitmap, readBitmap, readBitmaps, readHeader } from '../../block/qcow2/index.js';
 import { attachFile } from '../../block/raw/file.js';
 import { StillframeError } from '../../errors.js';
@@ -60,7 +61,7 @@ export function makeExport(runtime: Runtime, disk: DiskDescriptor, options: Expo
       name,
       description,
       length: disk.length,
-      flags: exportFlags(readOnly),
+      flags: exportFlags(readOnly, attachNode(runtime, disk.node).writeZeroesFast !== undefined),
       contexts: contexts.map(([context]) => context),
     },
     disk,

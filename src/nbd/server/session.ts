@@ -268,6 +268,12 @@ export class Session {
   /** @returns false where it is answered already */
   #writeZeroes(request: Request): boolean {
     const mayUnmap = (request.flags & COMMAND_FLAG.noHole) === 0;
+    if ((request.flags & COMMAND_FLAG.fastZero) !== 0) {
+      // In one step: it is quick, or nothing of it happens.
+      if (this.#disk.writeZeroesFast(request.offset, request.length, mayUnmap)) return true;
+      this.refuse(request, { error: WIRE_ERROR.ENOTSUP, text: 'zeroes would have to be written' });
+      return false;
+    }
     this.#inSteps(request, (at, length) => this.#disk.writeZeroes(at, length, mayUnmap));
     return true;
   }
@@ -364,8 +370,9 @@ export class Session {
   }
 }
 
-/** Transmission flags of every export of ours. */
-export function exportFlags(readOnly: boolean): number {
+/** Transmission flags of an export. @param fastZero its driver knows when zeroes are written without data */
+export function exportFlags(readOnly: boolean, fastZero: boolean): number {
   const common = EXPORT.hasFlags | EXPORT.flush | EXPORT.fua | EXPORT.multiConn | EXPORT.cache;
-  return readOnly ? common | EXPORT.readOnly : common | EXPORT.trim | EXPORT.writeZeroes;
+  if (readOnly) return common | EXPORT.readOnly;
+  return common | EXPORT.trim | EXPORT.writeZeroes | (fastZero ? EXPORT.fastZero : 0);
 }

@@ -114,7 +114,7 @@ export class ServerState {
   }
 
   set phase(phase: number) {
-    store(this.arena, this.control + PHASE, phase);
+    this.#locked(() => store(this.arena, this.control + PHASE, phase));
     advance(this.arena, this.control + SEQUENCE);
   }
 
@@ -147,7 +147,7 @@ export class ServerState {
     return new ConnectionState(this, this.control + CONNECTIONS + index * CONNECTION_BYTES, index);
   }
 
-  /** Takes a place for a connection; undefined where there is none. */
+  /** Takes a place for a connection; undefined where there is none, or nobody is let in any more. */
   openConnection(
     fd: number,
     exportIndex: number,
@@ -155,28 +155,28 @@ export class ServerState {
   ): ConnectionState | undefined {
     const buffer = this.arena.alloc(RECEIVE_BYTES, 'requests of an NBD client');
     const found = this.#locked(() => {
+      // Under the lock: who closes the server finds every connection that was opened before.
+      if (this.phase !== PHASE_OF.serving) return undefined;
       for (let index = 0; index < this.maxConnections; index++) {
         const connection = this.connection(index);
         if (connection.get(STATE) !== FREE) continue;
+        for (const field of [USERS, RECEIVING, SENDING, BEGIN, END, SLOWNESS, SUMMONED])
+          connection.set(field, 0);
+        connection.set(FD, fd);
+        connection.set(EXPORT, exportIndex);
+        connection.set(HEADERS, HEADERS_OF.indexOf(headers));
+        connection.set(FLAGS, flags);
+        connection.set(BUFFER, buffer);
+        connection.set(AHEAD, 1);
+        connection.set(CONTEXTS, contexts.length);
+        this.arena.u16.set(contexts, (connection.pointer + CONTEXT_NUMBERS) >> 1);
         connection.set(STATE, SERVING);
+        Atomics.add(this.arena.i32, (this.control + OPEN) >> 2, 1);
         return connection;
       }
       return undefined;
     });
-    if (found === undefined) {
-      this.arena.free(buffer);
-      return undefined;
-    }
-    for (const field of [USERS, RECEIVING, SENDING, BEGIN, END, SLOWNESS, SUMMONED]) found.set(field, 0);
-    found.set(FD, fd);
-    found.set(EXPORT, exportIndex);
-    found.set(HEADERS, HEADERS_OF.indexOf(headers));
-    found.set(FLAGS, flags);
-    found.set(BUFFER, buffer);
-    found.set(AHEAD, 1);
-    found.set(CONTEXTS, contexts.length);
-    this.arena.u16.set(contexts, (found.pointer + CONTEXT_NUMBERS) >> 1);
-    Atomics.add(this.arena.i32, (this.control + OPEN) >> 2, 1);
+    if (found === undefined) this.arena.free(buffer);
     return found;
   }
 
