@@ -11,6 +11,7 @@ const packages: Readonly<Record<string, string>> = {
   'nbd-server': 'nbd-server',
   nbdcopy: 'libnbd-bin',
   nbdinfo: 'libnbd-bin',
+  nbdsh: 'python3-libnbd',
   fio: 'fio',
   openssl: 'openssl',
   'mkfs.ext4': 'e2fsprogs',

@@ -93,10 +93,7 @@ export class ConnectionThread {
       // What is not the client's doing is a defect; it must not take the others along.
       if (!(error instanceof ClientLost)) process.emitWarning(error instanceof Error ? error : String(error));
     } finally {
-      state.exit(connection, (fd) => {
-        sockets.close(fd);
-        ended();
-      });
+      if (state.exit(connection, sockets.close)) ended();
     }
   }
 

@@ -17,7 +17,6 @@ import type { ExportDescriptor } from './exports.js';
  *     +32  large bytes   int32   memory for requests that are larger than the buffers of threads
  *     +36  exports       uint32  pointer of the list of exports as JSON
  *     +40  exports bytes uint32
- *     +44  served        int32   advanced when a connection ends; the host looks at it
  *     +64  queue         QUEUE_SLOTS × uint32: connections that something can be done for
  *     then connections
  *
@@ -49,7 +48,6 @@ const OPEN = 28;
 const LARGE_BYTES = 32;
 const EXPORTS = 36;
 const EXPORTS_BYTES = 40;
-const SERVED = 44;
 const QUEUE = 64;
 const QUEUE_SLOTS = 1024;
 const CONNECTIONS = QUEUE + QUEUE_SLOTS * 4;
@@ -250,7 +248,6 @@ export class ServerState {
   /** A thread more, or one less. @returns how many there are now */
   countThread(by: 1 | -1): number {
     const count = Atomics.add(this.arena.i32, (this.control + THREADS) >> 2, by) + by;
-    if (by < 0) advance(this.arena, this.control + SERVED);
     return count;
   }
 
@@ -278,8 +275,9 @@ export class ServerState {
    * The caller does not use the connection any more.
    *
    * @param close called where it was the last one and nothing more is read from the connection
+   * @returns whether the connection has ended with that
    */
-  exit(connection: ConnectionState, close: (fd: number) => void): void {
+  exit(connection: ConnectionState, close: (fd: number) => void): boolean {
     const last = this.#locked(() => {
       const users = Atomics.sub(this.arena.i32, (connection.pointer + USERS) >> 2, 1) - 1;
       if (users > 0 || !connection.leaving) return false;
@@ -289,9 +287,9 @@ export class ServerState {
       connection.set(STATE, FREE);
       return true;
     });
-    if (!last) return;
+    if (!last) return false;
     Atomics.sub(this.arena.i32, (this.control + OPEN) >> 2, 1);
-    advance(this.arena, this.control + SERVED);
+    return true;
   }
 
   #load(offset: number): number {
