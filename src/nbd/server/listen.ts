@@ -1,4 +1,4 @@
-import { rmSync, statSync } from 'node:fs';
+import { chmodSync, rmSync, statSync } from 'node:fs';
 import { StillframeError, systemError } from '../../errors.js';
 import type { ServerSockets } from '../../os/server-sockets.js';
 import type { SocketAddress, Sockets } from '../../os/sockets.js';
@@ -61,7 +61,11 @@ function listenAt(sockets: AllSockets, address: ListenAddress, mode: number, all
       const name = attempt(`unix:${path}`, () => sockets.unixAddress(path));
       if (!path.startsWith('\0')) removeStale(sockets, path, name);
       all.listeners.push(attempt(`unix:${path}`, () => sockets.listen(name, mode)));
-      if (!path.startsWith('\0')) all.paths.push(path);
+      if (!path.startsWith('\0')) {
+        all.paths.push(path);
+        // What the process masks was taken from the permissions it was made with.
+        attempt(`unix:${path}`, () => chmodSync(path, mode));
+      }
       all.places.push(address);
       return;
     }
