@@ -42,3 +42,4 @@ export type { NbdExport, NbdServer, NbdServerOptions } from './engine/nbd-server
 export { type ErrorCode, StillframeError } from './errors.js';
 export type { JobStatus } from './job/status.js';
 export type { ListenAddress } from './nbd/server/address.js';
+export type { TlsOptions } from './nbd/server/tls.js';

@@ -1,5 +1,12 @@
 import { basename } from 'node:path';
-import { createEngine, type Disk, type Engine, type NbdExport, type NbdServer } from '../index.js';
+import {
+  createEngine,
+  type Disk,
+  type Engine,
+  type NbdExport,
+  type NbdServer,
+  type TlsOptions,
+} from '../index.js';
 import { inheritedSockets, type ListenAddress, parseListenAddress } from '../nbd/server/address.js';
 import {
   ALLOW_BACKING,
@@ -33,11 +40,27 @@ function placeOf(args: Arguments): Place {
     return { addresses, exportName: undefined };
   }
   const places = given.map(parseListenAddress);
-  if (places.some(({ tls }) => tls)) throw usageError('TLS is not served yet; use nbd:// or nbd+unix://');
+  const tls = tlsOf(args) !== undefined;
+  if (places.some((place) => place.tls) && !tls) {
+    throw usageError('nbds:// needs --tls-certificates DIR or --tls-psk FILE');
+  }
   const names = new Set(places.flatMap(({ exportName }) => exportName ?? []));
   if (names.size > 1) throw usageError('the URIs of --nbd name different exports; use --export');
   const [exportName] = names;
   return { addresses: places.map(({ address }) => address), exportName };
+}
+
+function tlsOf(args: Arguments): TlsOptions | undefined {
+  const certificates = args.text('tls-certificates');
+  const pskFile = args.text('tls-psk');
+  const verifyPeer = args.flag('tls-verify-peer');
+  if (certificates !== undefined && pskFile !== undefined) {
+    throw usageError('--tls-certificates and --tls-psk do not go together');
+  }
+  if (verifyPeer && certificates === undefined)
+    throw usageError('--tls-verify-peer needs --tls-certificates');
+  if (certificates !== undefined) return { certificates, verifyPeer };
+  return pskFile === undefined ? undefined : { pskFile };
 }
 
 /** The name of each disk's export. */
@@ -136,6 +159,17 @@ export const serve: Command = {
       value: 'SECONDS',
       help: 'how long a client may take to choose an export (10)',
     },
+    {
+      long: 'tls-certificates',
+      value: 'DIR',
+      help: 'serve with TLS only; DIR holds server-cert.pem and server-key.pem',
+    },
+    { long: 'tls-verify-peer', help: 'only clients with a certificate of ca-cert.pem in the same folder' },
+    {
+      long: 'tls-psk',
+      value: 'FILE',
+      help: 'serve with TLS only, to those who know a key of FILE (user:hexadecimal)',
+    },
     { long: 'socket-mode', value: 'MODE', help: 'permissions of a unix socket (600)' },
     FORCE_SHARE,
     OUTPUT,
@@ -163,6 +197,7 @@ export const serve: Command = {
         exports,
         maxConnections,
         socketMode,
+        tls: tlsOf(args),
         handshakeTimeoutMs: seconds === undefined ? undefined : seconds * 1000,
       });
       const done = untilDone(server);

@@ -24,6 +24,7 @@ export class NbdServer {
   readonly #server: Server;
   readonly #exports: readonly ExportDescriptor[];
   readonly #end: () => Promise<void>;
+  readonly #scheme: 'nbd' | 'nbds';
   #closing: Promise<void> | undefined;
 
   /** @internal Use {@link Engine.serveNbd}. */
@@ -31,6 +32,7 @@ export class NbdServer {
     this.#server = server;
     this.#exports = exports;
     this.#end = end;
+    this.#scheme = server.secure ? 'nbds' : 'nbd';
   }
 
   /** Where it listens, with the port that was chosen. */
@@ -41,7 +43,7 @@ export class NbdServer {
   /** A URI for each export at each address that has one. */
   get uris(): readonly string[] {
     return this.#exports.flatMap(({ offer }) =>
-      this.addresses.flatMap((address) => uriOf(address, offer.name) ?? []),
+      this.addresses.flatMap((address) => uriOf(address, offer.name, this.#scheme) ?? []),
     );
   }
 
@@ -74,16 +76,16 @@ export class NbdServer {
   }
 }
 
-function uriOf(address: ListenAddress, exportName: string): string | undefined {
+function uriOf(address: ListenAddress, exportName: string, scheme: 'nbd' | 'nbds'): string | undefined {
   const path = encodeURIComponent(exportName);
   switch (address.type) {
     case 'unix': {
       const socket = encodeURIComponent(address.path).replaceAll('%2F', '/');
-      return `nbd+unix:///${path}?socket=${socket}`;
+      return `${scheme}+unix:///${path}?socket=${socket}`;
     }
     case 'tcp': {
       const host = address.host.includes(':') ? `[${address.host}]` : address.host;
-      return `nbd://${host}:${address.port}/${path}`;
+      return `${scheme}://${host}:${address.port}/${path}`;
     }
     case 'fd':
       return undefined;

@@ -1,7 +1,8 @@
 import { Socket } from 'node:net';
-import type { Duplex } from 'node:stream';
 import { type ConnectionOptions, checkServerIdentity, connect } from 'node:tls';
 import { workerData } from 'node:worker_threads';
+import { forward } from './forward.js';
+import { PSK_CIPHERS } from './psk.js';
 import {
   FAILED,
   type RelayData,
@@ -12,9 +13,6 @@ import {
   TEXT_BYTES,
   WAITING,
 } from './tls.js';
-
-/** TLS 1.3 first; the fastest cipher of each version. */
-const PSK_CIPHERS = 'TLS_AES_128_GCM_SHA256:DHE-PSK-AES128-GCM-SHA256:PSK-AES128-GCM-SHA256:PSK';
 
 function optionsOf({ hostname, verifyPeer, ca, cert, key, psk }: RelayTls): ConnectionOptions {
   const common: ConnectionOptions = { minVersion: 'TLSv1.2', servername: serverName(hostname) };
@@ -37,30 +35,8 @@ function optionsOf({ hostname, verifyPeer, ca, cert, key, psk }: RelayTls): Conn
   };
 }
 
-/** Bytes on their way in one direction at which no more are read. */
-const MAX_PENDING_BYTES = 4 * 1024 * 1024;
-
 /** How long the second direction may go on once the first has ended, in milliseconds. */
 const LEAVE_MS = 5000;
-
-/** As `pipe`, but what comes in one turn of the event loop is sent with one call: records of TLS are small. */
-function forward(from: Duplex, to: Duplex): void {
-  let corked = false;
-  from.on('data', (bytes: Uint8Array) => {
-    if (!corked) {
-      corked = true;
-      to.cork();
-      setImmediate(() => {
-        corked = false;
-        to.uncork();
-      });
-    }
-    to.write(bytes);
-    if (to.writableLength > MAX_PENDING_BYTES) from.pause();
-  });
-  to.on('drain', () => from.resume());
-  from.on('end', () => to.end());
-}
 
 /** Speaks TLS with the server and plain text with the thread that has the other end of the pair. */
 function relay({ remote, local, tls, outcome }: RelayData): void {

@@ -5,6 +5,7 @@ import { Worker } from 'node:worker_threads';
 import { StillframeError, systemError } from '../../errors.js';
 import type { Sockets } from '../../os/sockets.js';
 import { refusedError } from './errors.js';
+import { type Psk, parsePskFile } from './psk.js';
 import { ConnectionLost, SocketStream } from './stream.js';
 import type { NbdTarget, NbdTls } from './uri.js';
 
@@ -18,7 +19,7 @@ export interface RelayTls {
   readonly cert: string | undefined;
   readonly key: string | undefined;
   /** Undefined: certificates. */
-  readonly psk: { readonly identity: string; readonly key: Uint8Array } | undefined;
+  readonly psk: Psk | undefined;
 }
 
 /** What the relay thread gets. */
@@ -99,12 +100,7 @@ function readText(path: string): string {
 
 /** @param username undefined: whose key it is where there is only one */
 function findPsk(path: string, file: string, username: string | undefined): RelayTls['psk'] {
-  const entries = readText(file)
-    .split('\n')
-    .flatMap((line) => {
-      const [, identity, key] = /^([^#:][^:]*):([0-9a-f]{2,})\s*$/i.exec(line) ?? [];
-      return identity === undefined || key === undefined ? [] : [{ identity, key: Buffer.from(key, 'hex') }];
-    });
+  const entries = parsePskFile(readText(file));
   const found =
     username === undefined && entries.length === 1
       ? entries[0]

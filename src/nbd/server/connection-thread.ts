@@ -277,10 +277,10 @@ export class ConnectionThread {
     if (state.enqueue(connection)) post('more');
   }
 
-  /** Notes how long a request took. One that stands out counts a little only. */
+  /** Notes how long a request took. Of one that stands out no more counts than that it was slow. */
   #learn(connection: ConnectionState, tookMs: number): void {
     const before = connection.slowness;
-    const took = Math.min(tookMs * 1000, 4 * SLOW_US);
+    const took = Math.min(tookMs * 1000, 2 * SLOW_US);
     connection.slowness = Math.round(before + (took - before) / 16);
   }
 

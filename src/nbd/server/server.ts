@@ -1,5 +1,6 @@
+import { availableParallelism } from 'node:os';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { Worker } from 'node:worker_threads';
+import { MessageChannel, type MessagePort, Worker } from 'node:worker_threads';
 import { StillframeError } from '../../errors.js';
 import type { Runtime, SharedRuntime } from '../../kernels/runtime.js';
 import { type ServerSockets, serverSockets } from '../../os/server-sockets.js';
@@ -9,7 +10,8 @@ import type { ThreadMessage } from './connection-thread.js';
 import type { ExportDescriptor } from './exports.js';
 import { type Listening, listenOn, stopListening } from './listen.js';
 import { PHASE_OF, ServerState } from './state.js';
-import type { ConnectionData, ListenerData } from './threads.js';
+import type { ConnectionData, ListenerData, RelayData } from './threads.js';
+import { loadSecrets, type RelaySecrets, type TlsOptions } from './tls.js';
 
 /** How a server treats its clients. */
 export interface ServerOptions {
@@ -19,6 +21,8 @@ export interface ServerOptions {
   readonly handshakeTimeoutMs?: number | undefined;
   /** Permissions of sockets in the file system. Default 0600. */
   readonly socketMode?: number | undefined;
+  /** Serve with TLS, and only so. Default: plain text. */
+  readonly tls?: TlsOptions | undefined;
 }
 
 /** Threads beyond one for each connection: what those with slow drives keep busy. */
@@ -26,6 +30,8 @@ const EXTRA_THREADS = 16;
 /** How long clients may take for what is under way when the server closes, in milliseconds. */
 const GRACE_MS = 5000;
 const POLL_MS = 5;
+/** Threads that speak TLS. */
+const MAX_RELAYS = 4;
 
 /** An NBD server, on the host thread: it starts threads and ends them. */
 export class Server {
@@ -33,6 +39,7 @@ export class Server {
   readonly #sockets: Sockets & ServerSockets;
   readonly #state: ServerState;
   readonly #workers = new Set<Worker>();
+  readonly #relays = new Set<Worker>();
   readonly #poller: number;
   readonly #waker: readonly [number, number];
   readonly #connectionData: Omit<ConnectionData, 'resident'>;
@@ -50,7 +57,7 @@ export class Server {
     exports: readonly ExportDescriptor[],
     options: ServerOptions,
   ) {
-    const { maxConnections = 100, handshakeTimeoutMs = 10_000, socketMode = 0o600 } = options;
+    const { maxConnections = 100, handshakeTimeoutMs = 10_000, socketMode = 0o600, tls } = options;
     if (!Number.isInteger(maxConnections) || maxConnections < 1 || maxConnections > 10_000) {
       throw new RangeError(`maxConnections is 1 to 10000, not ${maxConnections}`);
     }
@@ -62,6 +69,7 @@ export class Server {
       );
     }
     this.#sockets = { ...plain, ...server };
+    const secrets = tls && loadSecrets(tls);
     const control = ServerState.allocate(runtime.arena, maxConnections);
     this.#state = new ServerState(runtime.arena, control, maxConnections);
     try {
@@ -81,15 +89,19 @@ export class Server {
     const common = { shared, control, maxConnections, poller: this.#poller };
     this.#connectionData = { ...common, role: 'connection', waker };
     const { listeners, connected } = this.listening;
-    this.#start({
-      ...common,
-      role: 'listener',
-      wake,
-      listeners: [...listeners],
-      connected,
-      tls: 'none',
-      handshakeMs: handshakeTimeoutMs,
-    });
+    const relays = secrets === undefined ? [] : this.#startRelays(secrets);
+    this.#start(
+      {
+        ...common,
+        role: 'listener',
+        wake,
+        listeners: [...listeners],
+        connected,
+        relays,
+        handshakeMs: handshakeTimeoutMs,
+      },
+      relays,
+    );
     this.#grow(true);
   }
 
@@ -98,24 +110,49 @@ export class Server {
     return this.#state.open;
   }
 
+  /** Whether clients speak TLS with it. */
+  get secure(): boolean {
+    return this.#relays.size > 0;
+  }
+
   /** Threads that serve connections. */
   get threads(): number {
     return this.#state.threads;
   }
 
-  #start(data: ListenerData | ConnectionData): void {
-    const worker = new Worker(new URL('./thread.js', import.meta.url), { workerData: data });
+  /** Starts the threads that speak TLS. @returns the way to each */
+  #startRelays(secrets: RelaySecrets): MessagePort[] {
+    return Array.from({ length: Math.min(availableParallelism(), MAX_RELAYS) }, () => {
+      const { port1, port2 } = new MessageChannel();
+      const worker = new Worker(new URL('./tls-relay.js', import.meta.url), {
+        workerData: { secrets, port: port2 } satisfies RelayData,
+        transferList: [port2],
+      });
+      this.#relays.add(worker);
+      worker.on('error', (error) => this.#fail(error));
+      worker.on('exit', () => this.#relays.delete(worker));
+      return port1;
+    });
+  }
+
+  #fail(error: unknown): void {
+    // A defect: what that thread held nobody gives back, so nothing can go on.
+    this.#failure ??= error;
+    this.close().catch(() => undefined);
+  }
+
+  #start(data: ListenerData | ConnectionData, transfer: readonly MessagePort[] = []): void {
+    const worker = new Worker(new URL('./thread.js', import.meta.url), {
+      workerData: data,
+      transferList: [...transfer],
+    });
     this.#workers.add(worker);
     worker.on('message', (message: ThreadMessage) => {
       if (message === 'started') this.#starting--;
       if (message === 'finished') this.#onFinished();
       else this.#growAsNeeded();
     });
-    worker.on('error', (error) => {
-      // A defect: what that thread held nobody gives back, so nothing can go on.
-      this.#failure ??= error;
-      this.close().catch(() => undefined);
-    });
+    worker.on('error', (error) => this.#fail(error));
     worker.on('exit', () => this.#workers.delete(worker));
   }
 
@@ -159,7 +196,8 @@ export class Server {
     state.phase = PHASE_OF.gone;
     this.#wake();
     if (this.#failure !== undefined) state.forEachOpen(shutdown);
-    while (this.#workers.size > 0) await sleep(POLL_MS);
+    for (const relay of this.#relays) relay.postMessage('end');
+    while (this.#workers.size > 0 || this.#relays.size > 0) await sleep(POLL_MS);
     for (const fd of [this.#poller, ...this.#waker]) this.#sockets.close(fd);
     state.free();
     this.#onFinished();

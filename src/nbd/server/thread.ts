@@ -5,7 +5,7 @@ import { sockets } from '../../os/sockets.js';
 import { ConnectionThread, type ThreadMessage } from './connection-thread.js';
 import { Listener, tagOf } from './listener.js';
 import { ServerState } from './state.js';
-import type { ThreadData } from './threads.js';
+import type { RelayMessage, ThreadData } from './threads.js';
 
 const data: ThreadData = workerData;
 const runtime = attachRuntime(data.shared);
@@ -16,7 +16,8 @@ const both = { ...plain, ...server };
 const post = (message: ThreadMessage): void => parentPort?.postMessage(message);
 
 if (data.role === 'listener') {
-  const { poller, wake, listeners, connected, tls, handshakeMs } = data;
+  const { poller, wake, listeners, connected, relays, handshakeMs } = data;
+  let next = 0;
   new Listener({
     state,
     sockets: both,
@@ -24,12 +25,14 @@ if (data.role === 'listener') {
     wake,
     listeners,
     connected,
-    tls,
+    tls: relays.length > 0 ? 'required' : 'none',
     handshakeMs,
     more: () => post('more'),
     finished: () => post('finished'),
-    startTls: () => {
-      throw new Error('invariant: TLS is set up where it is required');
+    startTls: (remote) => {
+      const [ours, local] = both.pair();
+      relays[next++ % relays.length]?.postMessage({ remote, local } satisfies RelayMessage);
+      return ours;
     },
   }).run();
 } else {

@@ -1,4 +1,6 @@
+import type { MessagePort } from 'node:worker_threads';
 import type { SharedRuntime } from '../../kernels/runtime.js';
+import type { RelaySecrets } from './tls.js';
 
 /** What every thread of a server gets. */
 interface Common {
@@ -13,7 +15,8 @@ export interface ListenerData extends Common {
   readonly wake: number;
   readonly listeners: readonly number[];
   readonly connected: readonly number[];
-  readonly tls: 'none' | 'required';
+  /** To the threads that speak TLS; none: nobody does. */
+  readonly relays: readonly MessagePort[];
   readonly handshakeMs: number;
 }
 
@@ -25,3 +28,16 @@ export interface ConnectionData extends Common {
 }
 
 export type ThreadData = ListenerData | ConnectionData;
+
+/** What a thread that speaks TLS gets. */
+export interface RelayData {
+  readonly secrets: RelaySecrets;
+  /** Where connections come from. */
+  readonly port: MessagePort;
+}
+
+/** A connection for it: descriptors of the client and of our side in plain text, both its own from then on. */
+export interface RelayMessage {
+  readonly remote: number;
+  readonly local: number;
+}
