@@ -3,7 +3,9 @@
  *
  * @packageDocumentation
  */
+
 export type { OnError } from './backup/backup-job.js';
+export type { FreezeOptions } from './backup/freeze.js';
 export type { CompressionType, SyncMode } from './backup/target.js';
 export type { ImageCheck, Repaired } from './block/check.js';
 export type { CommitOptions } from './block/commit.js';
@@ -31,6 +33,7 @@ export {
   type OnProgress,
   type OpenDiskOptions,
 } from './engine/engine.js';
+export type { FrozenDisk } from './engine/frozen-disk.js';
 export type {
   BackupCounts,
   BackupEvents,

@@ -83,6 +83,12 @@ export class Disk {
     this.#mutate('discard', offset, length, () => this.node.discard(offset, length));
   }
 
+  /** Runs `body` while nobody changes the range, or anything else of the clusters that it touches. */
+  undisturbed<T>(offset: number, length: number, body: () => T): T {
+    const { start, end } = this.#clustersOf(offset, length);
+    return this.#requests.run(start, end, body);
+  }
+
   flush(): void {
     if (!this.descriptor.readOnly) this.node.flush();
   }
@@ -142,14 +148,20 @@ export class Disk {
       );
     }
     if (length === 0) return;
-    // Nodes want mutations of one cluster apart, so requests are tracked by whole clusters.
-    const unit = this.node.clusterSize ?? 1;
-    const start = Math.floor(offset / unit) * unit;
-    const end = Math.ceil((offset + length) / unit) * unit;
+    const { start, end } = this.#clustersOf(offset, length);
     this.#requests.run(start, end, () => {
       for (const frame of this.#activeFrames()) frame.beforeWrite(offset, length);
       body();
     });
+  }
+
+  /** Nodes want mutations of one cluster apart, so requests are tracked by whole clusters. */
+  #clustersOf(offset: number, length: number): { readonly start: number; readonly end: number } {
+    const unit = this.node.clusterSize ?? 1;
+    return {
+      start: Math.floor(offset / unit) * unit,
+      end: Math.ceil((offset + length) / unit) * unit,
+    };
   }
 
   /** The frames of the disk; stable while a request of ours is tracked. */

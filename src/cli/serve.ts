@@ -118,6 +118,20 @@ async function openDisks(engine: Engine, args: Arguments, readOnly: boolean): Pr
   return disks;
 }
 
+/** The export of the instant that is to be taken. */
+async function freezeDisk(args: Arguments, disks: readonly Disk[]): Promise<NbdExport[]> {
+  const name = args.text('freeze');
+  const scratch = args.text('scratch');
+  const onCbwError = args.choice('on-cbw-error', ['break-guest-write', 'break-snapshot']);
+  if (name === undefined) {
+    if (scratch === undefined && onCbwError === undefined) return [];
+    throw usageError('--scratch and --on-cbw-error go with --freeze NAME');
+  }
+  const [disk] = disks;
+  if (disk === undefined || disks.length > 1) throw usageError('--freeze takes the instant of one disk');
+  return [{ disk: await disk.freeze({ scratch, onCbwError }), name }];
+}
+
 export const serve: Command = {
   name: 'serve',
   usage: 'DISK… --nbd ADDRESS [options]',
@@ -137,6 +151,21 @@ export const serve: Command = {
     },
     { long: 'description', short: 'D', value: 'TEXT', help: 'what listings of exports say about it' },
     { long: 'read-only', short: 'r', help: 'nobody can write' },
+    {
+      long: 'freeze',
+      value: 'NAME',
+      help: 'take the instant now and export it read-only as NAME; what is written to the disk is saved first',
+    },
+    {
+      long: 'scratch',
+      value: 'DIR',
+      help: 'with --freeze: folder of the file that old data is saved to, which has no name there (that of DISK)',
+    },
+    {
+      long: 'on-cbw-error',
+      value: 'POLICY',
+      help: 'with --freeze: break-guest-write or break-snapshot, where old data cannot be saved (break-guest-write)',
+    },
     FORMAT,
     SNAPSHOT,
     ALLOW_BACKING,
@@ -192,9 +221,10 @@ export const serve: Command = {
         description: args.text('description'),
         bitmaps: args.texts('bitmap'),
       }));
+      const frozen = await freezeDisk(args, disks);
       const server = await engine.serveNbd({
         listen: addresses,
-        exports,
+        exports: [...exports, ...frozen],
         maxConnections,
         socketMode,
         tls: tlsOf(args),

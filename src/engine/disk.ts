@@ -1,9 +1,11 @@
 import type { OnError } from '../backup/backup-job.js';
+import type { FreezeOptions, FrozenDescriptor } from '../backup/freeze.js';
 import type { TargetOptions } from '../backup/target.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { OnCbwError } from '../block/filters/copy-before-write.js';
 import { closedError, StillframeError } from '../errors.js';
 import type { Engine } from './engine.js';
+import { FrozenDisk } from './frozen-disk.js';
 import { type BackupHandle, startBackup } from './job.js';
 import type { NbdServer } from './nbd-server.js';
 import type { GuestRequest } from './tasks.js';
@@ -42,6 +44,7 @@ export class DiskHandle {
   readonly #engine: Engine;
   readonly #onClose: () => void;
   readonly #jobs = new Set<BackupHandle>();
+  readonly #frozen = new Set<FrozenDisk>();
   readonly #pending = new Set<Promise<unknown>>();
   #slots: { base: number; free: number[]; waiting: ((slot: number) => void)[] } | undefined;
   #closing: Promise<void> | undefined;
@@ -130,6 +133,30 @@ export class DiskHandle {
     return job;
   }
 
+  /**
+   * Takes the instant now and holds it: what guests write from then on waits until the old data is saved to a scratch
+   * file. Export it with {@link NbdServer.addExport}. Writes resolved before the call are in it, writes made after this
+   * resolves are not.
+   *
+   * Semantics: QEMU's image fleecing (`copy-before-write` and `snapshot-access`).
+   *
+   * @throws StillframeError ERR_STILLFRAME_NO_SPACE, …_PERMISSION, …_NOT_FOUND (the scratch), …_ARENA_EXHAUSTED,
+   *   …_INVALID_ARGUMENT (8 instants of the disk are held already)
+   */
+  async freeze(options: FreezeOptions = {}): Promise<FrozenDisk> {
+    if (this.#closing !== undefined) throw closedError(`'${this.path}'`);
+    const frozen = await this.#engine.run<FrozenDescriptor>({
+      kind: 'freeze',
+      disk: this.descriptor,
+      options,
+      id: this.#engine.nextId(),
+    });
+    const handle = new FrozenDisk(this.#engine, this, frozen, () => this.#frozen.delete(handle));
+    this.#frozen.add(handle);
+    if (this.#closing !== undefined) await handle.close();
+    return handle;
+  }
+
   /** Cancels the disk's jobs, flushes and closes. */
   close(): Promise<void> {
     this.#closing ??= this.#close();
@@ -143,6 +170,7 @@ export class DiskHandle {
   async #close(): Promise<void> {
     await Promise.all([...this.servers].map((server) => server.close()));
     await Promise.allSettled(this.#pending);
+    await Promise.all([...this.#frozen].map((frozen) => frozen.close()));
     await Promise.all([...this.#jobs].map((job) => job.stop()));
     try {
       await this.#engine.run<void>({ kind: 'close', disk: this.descriptor });

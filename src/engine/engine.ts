@@ -20,9 +20,6 @@ import { closedError, StillframeError } from '../errors.js';
 import { Team, type TeamMemory } from '../job/team.js';
 import type { Arena } from '../kernels/arena.js';
 import { createRuntime, type Runtime, type SharedRuntime } from '../kernels/runtime.js';
-import { type ListenAddress, parseListenAddress } from '../nbd/server/address.js';
-import type { ExportDescriptor } from '../nbd/server/exports.js';
-import { Server } from '../nbd/server/server.js';
 import { DiskHandle } from './disk.js';
 import { NbdServer, type NbdServerOptions } from './nbd-server.js';
 import type { Compared, ImageTask, Task, TeamMessage, ToolProgress } from './tasks.js';
@@ -202,41 +199,12 @@ export class Engine {
    *   …_ARENA_EXHAUSTED, …_UNSUPPORTED_FEATURE (no FFI on this platform)
    */
   async serveNbd(options: NbdServerOptions): Promise<NbdServer> {
-    const { listen, exports: wanted, ...rest } = options;
-    const list: readonly (string | ListenAddress)[] = typeof listen === 'string' ? [listen] : listen;
-    const addresses = list.map((one) => (typeof one === 'string' ? parseListenAddress(one).address : one));
-    const names = wanted.map(({ name = '' }) => name);
-    const twice = names.find((name, index) => names.indexOf(name) !== index);
-    if (twice !== undefined) {
-      throw new StillframeError(
-        'ERR_STILLFRAME_INVALID_ARGUMENT',
-        `two exports have the name '${twice}'; give each its own`,
-      );
-    }
-    const exports: ExportDescriptor[] = [];
-    const disks = wanted.map(({ disk }) => disk);
-    const end = async (): Promise<void> => {
-      await Promise.all(exports.map((exported) => this.run<void>({ kind: 'end-export', exported })));
-    };
-    try {
-      for (const { disk, ...how } of wanted) {
-        exports.push(
-          await this.run<ExportDescriptor>({ kind: 'export', disk: disk.descriptor, options: how }),
-        );
-      }
-      if (this.#closing !== undefined) throw closedError('the engine');
-      const server = new NbdServer(new Server(this.#runtime, addresses, exports, rest), exports, async () => {
-        this.#servers.delete(server);
-        for (const disk of disks) disk.servers.delete(server);
-        await end();
-      });
-      this.#servers.add(server);
-      for (const disk of disks) disk.servers.add(server);
-      return server;
-    } catch (error) {
-      await end();
-      throw error;
-    }
+    const server = await NbdServer.start(this, this.#runtime, options, (ended) =>
+      this.#servers.delete(ended),
+    );
+    this.#servers.add(server);
+    if (this.#closing !== undefined) await server.close();
+    return server;
   }
 
   /** Makes a new image, like `qemu-img create`. @returns its virtual size in bytes */

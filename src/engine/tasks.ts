@@ -2,6 +2,7 @@ import type { MessagePort } from 'node:worker_threads';
 import { BackupJob, type BackupJobOptions, helpCopying } from '../backup/backup-job.js';
 import { type Conversion, type ConversionListener, copyPart } from '../backup/conversion.js';
 import { type ConvertOptions, type ConvertSource, convertImages } from '../backup/convert.js';
+import { type FreezeOptions, type FrozenDescriptor, freeze, thaw } from '../backup/freeze.js';
 import { checkImage, type ImageCheck } from '../block/check.js';
 import { type CommitOptions, commitImage } from '../block/commit.js';
 import { comparePart } from '../block/compare.js';
@@ -32,7 +33,19 @@ export type Task =
   | { readonly kind: 'ready' }
   | { readonly kind: 'open'; readonly path: string; readonly options: OpenDiskTask; readonly id: number }
   | { readonly kind: 'close'; readonly disk: DiskDescriptor }
-  | { readonly kind: 'export'; readonly disk: DiskDescriptor; readonly options: ExportOptions }
+  | {
+      readonly kind: 'export';
+      readonly disk: DiskDescriptor;
+      readonly frozen: FrozenDescriptor | undefined;
+      readonly options: ExportOptions;
+    }
+  | {
+      readonly kind: 'freeze';
+      readonly disk: DiskDescriptor;
+      readonly options: FreezeOptions;
+      readonly id: number;
+    }
+  | { readonly kind: 'thaw'; readonly disk: DiskDescriptor; readonly frozen: FrozenDescriptor }
   | { readonly kind: 'end-export'; readonly exported: ExportDescriptor }
   | { readonly kind: 'request'; readonly disk: DiskDescriptor; readonly request: GuestRequest }
   | {
@@ -195,7 +208,11 @@ export class TaskRunner {
       case 'close':
         return this.#close(task.disk);
       case 'export':
-        return makeExport(this.#runtime, task.disk, task.options);
+        return makeExport(this.#runtime, task.disk, task.frozen, task.options);
+      case 'freeze':
+        return freeze(this.#runtime, this.#disk(task.disk), task.options, task.id);
+      case 'thaw':
+        return thaw(this.#runtime, this.#disk(task.disk), task.frozen);
       case 'end-export':
         return freeExport(this.#runtime, task.exported);
       case 'request':

@@ -105,7 +105,7 @@ describe('serve', () => {
     [['--nbd', 'localhost:99999'], 'is no address to listen on'],
     [['--nbd', 'fd:77'], 'descriptor 77 is no stream socket'],
     [[], 'say where to listen'],
-    [['--nbd', 'nbds://localhost'], 'TLS'],
+    [['--nbd', 'nbds://localhost'], 'needs --tls-certificates'],
     [['--nbd', ':0', '-B', 'monday'], "Dirty bitmap 'monday' not found"],
     [['--nbd', ':0', '-e', '0'], '--max-connections takes a number from 1'],
     [['--nbd', ':0', '--socket-mode', '999'], 'three octal digits'],

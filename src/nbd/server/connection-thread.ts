@@ -1,5 +1,4 @@
 import { availableParallelism } from 'node:os';
-import { Disk } from '../../block/disk.js';
 import { CopyBuffer } from '../../block/filters/copy-before-write.js';
 import { tryLock, unlock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
@@ -8,6 +7,7 @@ import type { Sockets } from '../../os/sockets.js';
 import { COMMAND, WIRE_ERROR } from '../protocol/numbers.js';
 import { judge, MAX_DRAINED_BYTES, Request, requestBytes } from '../protocol/request.js';
 import { ClientLost, ClientSocket } from './client-socket.js';
+import { attachDrive, type Drive } from './drive.js';
 import type { ExportDescriptor } from './exports.js';
 import { ANSWER_BYTES, DATA_BYTES, Session } from './session.js';
 import { type ConnectionState, PHASE_OF, RECEIVE_BYTES, type ServerState } from './state.js';
@@ -52,9 +52,9 @@ export class ConnectionThread {
   readonly #memory: number;
   readonly #answers: number;
   readonly #data: number;
-  readonly #disks = new Map<number, Disk>();
+  readonly #drives = new Map<number, Drive>();
   readonly #request = new Request();
-  #exports: readonly ExportDescriptor[] = [];
+  #exports: readonly (ExportDescriptor | null)[] = [];
   #buffer: CopyBuffer | undefined;
 
   constructor(context: ThreadContext) {
@@ -289,13 +289,13 @@ export class ConnectionThread {
     const { exportIndex } = socket.state;
     if (this.#exports[exportIndex] === undefined) this.#exports = state.exports;
     const served = this.#exports[exportIndex];
-    if (served === undefined) throw new Error(`invariant: there is an export ${exportIndex}`);
-    let disk = this.#disks.get(exportIndex);
-    if (disk === undefined) {
-      disk = new Disk(runtime, served.disk, this.#copyBuffer);
-      this.#disks.set(exportIndex, disk);
+    if (served === undefined || served === null) throw new ClientLost('the export is gone');
+    let drive = this.#drives.get(exportIndex);
+    if (drive === undefined) {
+      drive = attachDrive(runtime, served, this.#copyBuffer);
+      this.#drives.set(exportIndex, drive);
     }
-    return new Session(runtime, socket, served, disk, this.#answers);
+    return new Session(runtime, socket, served, drive, this.#answers);
   }
 
   readonly #copyBuffer = (): CopyBuffer => {

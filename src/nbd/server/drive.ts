@@ -1,10 +1,62 @@
 import { DirtyBitmap } from '../../bitmap/dirty-bitmap.js';
-import type { Disk } from '../../block/disk.js';
-import { STATUS_DATA, STATUS_ZERO } from '../../block/node.js';
+import { Disk } from '../../block/disk.js';
+import type { CopyBuffer } from '../../block/filters/copy-before-write.js';
+import { SnapshotAccess } from '../../block/filters/snapshot-access.js';
+import { type BlockNode, STATUS_DATA, STATUS_ZERO } from '../../block/node.js';
 import { chainStatus } from '../../block/status.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { DIRTY, STATE } from '../protocol/numbers.js';
-import type { ContextKind } from './exports.js';
+import type { ContextKind, ExportDescriptor } from './exports.js';
+
+/** What clients read and write. */
+export type Drive = Pick<Disk, 'read' | 'write' | 'writeZeroes' | 'writeZeroesFast' | 'discard' | 'flush'> & {
+  /** What the status of the drive is asked of. */
+  readonly node: BlockNode;
+};
+
+/** A drive at an instant. */
+class FrozenDrive implements Drive {
+  readonly node: SnapshotAccess;
+
+  constructor(node: SnapshotAccess) {
+    this.node = node;
+  }
+
+  read(offset: number, pointer: number, length: number): void {
+    this.node.read(offset, pointer, length);
+  }
+
+  write(): void {
+    this.node.write();
+  }
+
+  writeZeroes(): void {
+    this.node.writeZeroes();
+  }
+
+  writeZeroesFast(): boolean {
+    this.node.writeZeroes();
+    return false;
+  }
+
+  discard(): void {
+    this.node.discard();
+  }
+
+  flush(): void {
+    this.node.flush();
+  }
+}
+
+/** This thread's view of what is exported. @param buffer gives the thread's copy buffer */
+export function attachDrive(
+  runtime: Runtime,
+  { disk: descriptor, frozen }: ExportDescriptor,
+  buffer: () => CopyBuffer,
+): Drive {
+  const disk = new Disk(runtime, descriptor, buffer);
+  return frozen === undefined ? disk : new FrozenDrive(new SnapshotAccess(runtime, disk, frozen.frame));
+}
 
 /** An extent as a metadata context tells it. */
 export interface ContextExtent {
@@ -16,20 +68,20 @@ export interface ContextExtent {
 /** The extent of a metadata context that starts at `offset`; at least 1 and at most `length` bytes. */
 export function contextExtent(
   runtime: Runtime,
-  disk: Disk,
+  drive: Drive,
   context: ContextKind,
   offset: number,
   length: number,
 ): ContextExtent {
   switch (context.kind) {
     case 'allocation': {
-      const extent = chainStatus(disk.node, offset, length);
+      const extent = chainStatus(drive.node, offset, length);
       const hole = (extent.flags & STATUS_DATA) === 0 ? STATE.hole : 0;
       const zero = (extent.flags & STATUS_ZERO) === 0 ? 0 : STATE.zero;
       return { length: extent.length, flags: hole | zero };
     }
     case 'depth': {
-      const extent = chainStatus(disk.node, offset, length);
+      const extent = chainStatus(drive.node, offset, length);
       return { length: extent.length, flags: extent.node === undefined ? 0 : extent.depth + 1 };
     }
     case 'bitmap': {

@@ -1,3 +1,4 @@
+import type { FrozenDescriptor } from '../../backup/freeze.js';
 import type { DiskDescriptor } from '../../block/disk.js';
 import type { Offer } from '../protocol/server-handshake.js';
 
@@ -12,6 +13,8 @@ export type ContextKind =
 export interface ExportDescriptor {
   readonly offer: Offer;
   readonly disk: DiskDescriptor;
+  /** The instant of the disk that it is; undefined: the live disk. */
+  readonly frozen: FrozenDescriptor | undefined;
   /** In the order of the offer's contexts. */
   readonly contexts: readonly ContextKind[];
 }

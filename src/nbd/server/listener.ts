@@ -163,7 +163,7 @@ export class Listener {
     const { state, sockets, poller, tls, handshakeMs } = this.#context;
     const id = this.#nextId++ % (CONNECTION_TAG - HANDSHAKE_TAG);
     const handshake = new ServerHandshake({
-      offers: () => state.exports.map(({ offer }) => offer),
+      offers: () => state.exports.flatMap((exported) => exported?.offer ?? []),
       tls,
       closing: () => state.phase !== PHASE_OF.serving,
     });
@@ -264,7 +264,7 @@ export class Listener {
   #admit(newcomer: Newcomer, { agreement }: Extract<Step, { next: 'transmission' }>): void {
     const { state, sockets, poller } = this.#context;
     const { id, fd } = newcomer;
-    const index = state.exports.findIndex(({ offer }) => offer.name === agreement.offer.name);
+    const index = state.exports.findIndex((exported) => exported?.offer.name === agreement.offer.name);
     sockets.setReceiveTimeout(fd, IDLE_MS);
     const connection = index < 0 ? undefined : state.openConnection(fd, index, agreement);
     if (connection === undefined) {

@@ -1,3 +1,4 @@
+import type { FrozenDescriptor } from '../../backup/freeze.js';
 import { DirtyBitmap } from '../../bitmap/dirty-bitmap.js';
 import type { DiskDescriptor } from '../../block/disk.js';
 import { attachNode } from '../../block/graph.js';
@@ -33,8 +34,14 @@ const MAX_BITMAPS = 1000;
  * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT (the name), …_READ_ONLY, …_BITMAP_NOT_FOUND,
  *   …_BITMAP_INCONSISTENT, …_ARENA_EXHAUSTED
  */
-export function makeExport(runtime: Runtime, disk: DiskDescriptor, options: ExportOptions): ExportDescriptor {
-  const { name = '', description = '', readOnly = disk.readOnly, bitmaps } = options;
+export function makeExport(
+  runtime: Runtime,
+  disk: DiskDescriptor,
+  frozen: FrozenDescriptor | undefined,
+  options: ExportOptions,
+): ExportDescriptor {
+  const { name = '', description = '', bitmaps } = options;
+  const readOnly = frozen !== undefined || (options.readOnly ?? disk.readOnly);
   for (const text of [name, description]) {
     if (Buffer.byteLength(text) <= MAX_STRING_BYTES && !text.includes('\0')) continue;
     throw new StillframeError(
@@ -48,10 +55,11 @@ export function makeExport(runtime: Runtime, disk: DiskDescriptor, options: Expo
       `'${disk.node.path}' is open read-only and can only be exported read-only; open it with readOnly: false`,
     );
   }
-  const pointers = findBitmaps(runtime, disk, bitmaps);
+  // What they say changes with the live disk.
+  const pointers = frozen === undefined ? findBitmaps(runtime, disk, bitmaps) : new Map<string, number>();
   const contexts: (readonly [string, ContextKind])[] = [
     ['base:allocation', { kind: 'allocation' }],
-    ['qemu:allocation-depth', { kind: 'depth' }],
+    ...(frozen === undefined ? [['qemu:allocation-depth', { kind: 'depth' }] as const] : []),
     ...[...pointers].map(
       ([bitmap, pointer]) => [`qemu:dirty-bitmap:${bitmap}`, { kind: 'bitmap', pointer }] as const,
     ),
@@ -65,6 +73,7 @@ export function makeExport(runtime: Runtime, disk: DiskDescriptor, options: Expo
       contexts: contexts.map(([context]) => context),
     },
     disk,
+    frozen,
     contexts: contexts.map(([, kind]) => kind),
   };
 }

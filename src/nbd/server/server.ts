@@ -167,6 +167,27 @@ export class Server {
     while (this.#state.lacking > this.#starting && this.#state.threads < most) this.#grow(false);
   }
 
+  /** What is exported now. */
+  get exports(): readonly ExportDescriptor[] {
+    return this.#state.exports.flatMap((exported) => exported ?? []);
+  }
+
+  /** Exports one more, for clients that come from now on. */
+  add(exported: ExportDescriptor): void {
+    this.#state.exports = [...this.#state.exports, exported];
+  }
+
+  /** Ends an export: nobody can choose it any more, and the connections of those who have are ended. */
+  async remove(name: string): Promise<void> {
+    const state = this.#state;
+    const index = state.exports.findIndex((exported) => exported?.offer.name === name);
+    if (index < 0) return;
+    state.exports = state.exports.map((exported, at) => (at === index ? null : exported));
+    // One that was on its way in when its export was removed comes a moment later.
+    do await sleep(POLL_MS);
+    while (state.forEachOpen(this.#sockets.shutdown, index) > 0);
+  }
+
   #wake(): void {
     this.#sockets.send(this.#waker[1], Uint8Array.of(1));
   }

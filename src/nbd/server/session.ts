@@ -1,4 +1,3 @@
-import type { Disk } from '../../block/disk.js';
 import { STATUS_ZERO } from '../../block/node.js';
 import { chainStatus } from '../../block/status.js';
 import type { Runtime } from '../../kernels/runtime.js';
@@ -19,7 +18,7 @@ import {
 } from '../protocol/reply.js';
 import type { Request, RequestRefusal, TransmissionRules } from '../protocol/request.js';
 import { ClientLost, type ClientSocket } from './client-socket.js';
-import { type ContextExtent, contextExtent } from './drive.js';
+import { type ContextExtent, contextExtent, type Drive } from './drive.js';
 import { wireError } from './errors.js';
 import type { ContextKind, ExportDescriptor } from './exports.js';
 
@@ -41,7 +40,7 @@ export class Session {
   readonly rules: TransmissionRules;
   readonly socket: ClientSocket;
   readonly #runtime: Runtime;
-  readonly #disk: Disk;
+  readonly #drive: Drive;
   readonly #contexts: ReadonlyMap<number, ContextKind>;
   readonly #answers: number;
   readonly #view: DataView;
@@ -52,7 +51,7 @@ export class Session {
     runtime: Runtime,
     socket: ClientSocket,
     { offer, contexts }: ExportDescriptor,
-    disk: Disk,
+    drive: Drive,
     answers: number,
   ) {
     const { state } = socket;
@@ -65,7 +64,7 @@ export class Session {
       contexts: chosen.length,
     };
     this.#runtime = runtime;
-    this.#disk = disk;
+    this.#drive = drive;
     this.#contexts = new Map(
       chosen.flatMap((number) => {
         const context = contexts[number - 1];
@@ -116,13 +115,13 @@ export class Session {
           this.#status(request, data);
           return;
         case COMMAND.write:
-          this.#disk.write(request.offset, data, request.length);
+          this.#drive.write(request.offset, data, request.length);
           break;
         case COMMAND.flush:
-          this.#disk.flush();
+          this.#drive.flush();
           break;
         case COMMAND.trim:
-          this.#inSteps(request, (at, length) => this.#disk.discard(at, length));
+          this.#inSteps(request, (at, length) => this.#drive.discard(at, length));
           break;
         case COMMAND.writeZeroes:
           if (!this.#writeZeroes(request)) return;
@@ -140,13 +139,13 @@ export class Session {
 
   /** Writes a part of a write. */
   writePart(offset: number, data: number, length: number): void {
-    this.#disk.write(offset, data, length);
+    this.#drive.write(offset, data, length);
   }
 
   /** Makes what was changed durable where that is asked for, and answers that it is done. */
   finish(request: Request): void {
     const changes = request.command !== COMMAND.read && request.command !== COMMAND.flush;
-    if (changes && (request.flags & COMMAND_FLAG.fua) !== 0) this.#disk.flush();
+    if (changes && (request.flags & COMMAND_FLAG.fua) !== 0) this.#drive.flush();
     const at = this.#room(MAX_PLAIN_BYTES);
     this.#collected += encodeDone(this.#view, at, this.rules.headers, request);
   }
@@ -185,7 +184,7 @@ export class Session {
     const { headers } = this.rules;
     const head = dataHeaderBytes(headers);
     const at = this.#room(head + length);
-    this.#disk.read(offset, at + head, length);
+    this.#drive.read(offset, at + head, length);
     this.#collected += encodeData(this.#view, at, headers, request, offset, length, last) + length;
   }
 
@@ -206,12 +205,12 @@ export class Session {
 
   /** How far there are only zeroes, or only data, from `offset` on; of data no more than fits at once. */
   #zeroOrData(offset: number, length: number): { readonly zero: boolean; readonly length: number } {
-    const first = chainStatus(this.#disk.node, offset, length);
+    const first = chainStatus(this.#drive.node, offset, length);
     const zero = (first.flags & STATUS_ZERO) !== 0;
     const most = zero ? length : Math.min(length, DATA_BYTES);
     let reached = first.length;
     while (reached < most) {
-      const next = chainStatus(this.#disk.node, offset + reached, most - reached);
+      const next = chainStatus(this.#drive.node, offset + reached, most - reached);
       if (((next.flags & STATUS_ZERO) !== 0) !== zero) break;
       reached += next.length;
     }
@@ -232,7 +231,7 @@ export class Session {
           done === 0 ? encodeData(this.#view, this.#answers, headers, request, offset, length, false) : 0;
         const at = this.#answers + head;
         try {
-          if (failure === undefined) this.#disk.read(offset + done, at, bytes);
+          if (failure === undefined) this.#drive.read(offset + done, at, bytes);
         } catch (error) {
           failure = error;
         }
@@ -270,18 +269,18 @@ export class Session {
     const mayUnmap = (request.flags & COMMAND_FLAG.noHole) === 0;
     if ((request.flags & COMMAND_FLAG.fastZero) !== 0) {
       // In one step: it is quick, or nothing of it happens.
-      if (this.#disk.writeZeroesFast(request.offset, request.length, mayUnmap)) return true;
+      if (this.#drive.writeZeroesFast(request.offset, request.length, mayUnmap)) return true;
       this.refuse(request, { error: WIRE_ERROR.ENOTSUP, text: 'zeroes would have to be written' });
       return false;
     }
-    this.#inSteps(request, (at, length) => this.#disk.writeZeroes(at, length, mayUnmap));
+    this.#inSteps(request, (at, length) => this.#drive.writeZeroes(at, length, mayUnmap));
     return true;
   }
 
   #cache({ offset, length }: Request): void {
     this.flush();
     for (let done = 0; done < length; done += DATA_BYTES) {
-      this.#disk.read(offset + done, this.#answers, Math.min(DATA_BYTES, length - done));
+      this.#drive.read(offset + done, this.#answers, Math.min(DATA_BYTES, length - done));
     }
   }
 
@@ -348,7 +347,7 @@ export class Session {
       count++;
     };
     for (let done = 0, looks = 0; done < length && looks < MAX_LOOKS; looks++) {
-      const extent = contextExtent(this.#runtime, this.#disk, context, offset + done, length - done);
+      const extent = contextExtent(this.#runtime, this.#drive, context, offset + done, length - done);
       const joined = (before?.length ?? 0) + extent.length;
       if (before !== undefined && before.flags === extent.flags && joined <= longest) {
         before = { length: joined, flags: extent.flags };

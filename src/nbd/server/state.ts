@@ -124,7 +124,8 @@ export class ServerState {
     return this.#load(THREADS);
   }
 
-  set exports(exports: readonly ExportDescriptor[]) {
+  /** In the order they were added; null: it was removed. */
+  set exports(exports: readonly (ExportDescriptor | null)[]) {
     const json = new TextEncoder().encode(JSON.stringify(exports));
     const pointer = this.arena.alloc(json.length, 'exports of an NBD server');
     this.arena.u8.set(json, pointer);
@@ -136,7 +137,7 @@ export class ServerState {
     });
   }
 
-  get exports(): readonly ExportDescriptor[] {
+  get exports(): readonly (ExportDescriptor | null)[] {
     const json = this.#locked(() => this.arena.copyOut(this.#load(EXPORTS) >>> 0, this.#load(EXPORTS_BYTES)));
     return JSON.parse(new TextDecoder().decode(json));
   }
@@ -178,13 +179,23 @@ export class ServerState {
     return found;
   }
 
-  /** Does something with the descriptor of every connection that is open. */
-  forEachOpen(body: (fd: number) => void): void {
-    this.#locked(() => {
+  /**
+   * Does something with the descriptor of every connection that is open.
+   *
+   * @param exportIndex only of those to this export
+   * @returns how many there are
+   */
+  forEachOpen(body: (fd: number) => void, exportIndex?: number): number {
+    return this.#locked(() => {
+      let count = 0;
       for (let index = 0; index < this.maxConnections; index++) {
         const connection = this.connection(index);
-        if (connection.get(STATE) !== FREE) body(connection.fd);
+        if (connection.get(STATE) === FREE) continue;
+        if (exportIndex !== undefined && connection.exportIndex !== exportIndex) continue;
+        body(connection.fd);
+        count++;
       }
+      return count;
     });
   }
 

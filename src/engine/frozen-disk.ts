@@ -1,0 +1,60 @@
+import type { FrozenDescriptor } from '../backup/freeze.js';
+import { readFrameCounters } from '../block/filters/copy-before-write.js';
+import type { DiskHandle } from './disk.js';
+import type { Engine } from './engine.js';
+import type { NbdServer } from './nbd-server.js';
+
+/** An instant of a disk that is held, to be exported: see {@link DiskHandle.freeze}. */
+export class FrozenDisk {
+  /** The live disk. */
+  readonly disk: DiskHandle;
+  readonly descriptor: FrozenDescriptor;
+  /** @internal Servers that export it, and the names by which they do. */
+  readonly exports = new Map<NbdServer, string>();
+  readonly #engine: Engine;
+  readonly #onClose: () => void;
+  #closing: Promise<void> | undefined;
+
+  /** @internal Use {@link DiskHandle.freeze}. */
+  constructor(engine: Engine, disk: DiskHandle, descriptor: FrozenDescriptor, onClose: () => void) {
+    this.#engine = engine;
+    this.disk = disk;
+    this.descriptor = descriptor;
+    this.#onClose = onClose;
+  }
+
+  /** Virtual size in bytes. */
+  get length(): number {
+    return this.descriptor.frame.length;
+  }
+
+  /** Bytes of old data that guests' writes have put into the scratch file. */
+  get savedBytes(): number {
+    return this.#closing === undefined
+      ? readFrameCounters(this.#engine.arena, this.descriptor.frame.control).bytesWritten
+      : 0;
+  }
+
+  /** Lets the instant go; exports of it end. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  async #close(): Promise<void> {
+    await Promise.all([...this.exports].map(([server, name]) => server.removeExport(name)));
+    try {
+      await this.#engine.run<void>({
+        kind: 'thaw',
+        disk: this.disk.descriptor,
+        frozen: this.descriptor,
+      });
+    } finally {
+      this.#onClose();
+    }
+  }
+}
