@@ -293,6 +293,7 @@ describe.skipIf(!hasPeer('fio'))('fio', () => {
       `--size=${LENGTH}`,
       '--verify=crc32c',
       '--verify_fatal=1',
+      '--verify_state_save=0',
       '--randseed=7',
       '--fsync=64',
       '--minimal',
