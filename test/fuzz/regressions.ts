@@ -33,4 +33,9 @@ export const regressions: readonly {
       actions: 2,
     },
   },
+  {
+    format: 'qcow2',
+    what: 'a compressed cluster of sequences that go nowhere takes seconds',
+    recipe: { base: 'zstd-512', mutations: [[{ at: 3269, hex: 'c7adbc87284421' }]], actions: 50217905 },
+  },
 ];

@@ -1,11 +1,10 @@
-import { createRequire } from 'node:module';
 import { createRuntime, type Runtime } from '../../kernels/runtime.js';
 import { zstd } from './zstd.js';
 
 /**
  * Decompression of one cluster. The input is what the file holds from the start of the compressed data on: other
- * data may follow the stream. The output is exactly one cluster; a stream with more is cut there, as QEMU does, and
- * whatever a stream claims, the memory used stays in proportion to a cluster.
+ * data may follow the stream. The output is exactly one cluster. Of deflate a stream with more is cut there, of Zstandard
+ * it is damaged, both as in QEMU; whatever a stream claims, the memory used stays in proportion to a cluster.
  *
  * @returns the cluster, or undefined where the stream is damaged or yields less than a cluster
  */
@@ -64,42 +63,24 @@ let inflater: Inflater | undefined;
 const ZSTD_MAGIC = 0xfd2fb528;
 /** Largest window of a frame, in bytes; a writer of clusters never needs more than a cluster. */
 const MAX_WINDOW = 8 * 1024 * 1024;
+/** Bytes of the longest header of a frame. What holds a frame holds more: compressed data is in whole sectors. */
+const MAX_ZSTD_HEADER = 18;
 
-/** Loaded with the first cluster that needs it. */
-let fallback: typeof import('fzstd') | undefined;
-const require = createRequire(import.meta.url);
-
-class Full extends Error {}
-
+/** One frame after the other, until they are a cluster; they have to end with it, as QEMU wants them to. */
 function unzstd(input: Uint8Array, clusterSize: number): Uint8Array | undefined {
-  const frame = zstdFrameLength(input);
-  if (frame !== undefined) {
-    // More than a cluster, or damaged: the way below tells them apart.
-    const content = zstd().decompress(input.subarray(0, frame), clusterSize);
-    if (content?.length === clusterSize) return content.slice();
-  }
   const output = new Uint8Array(clusterSize);
   let filled = 0;
-  const take = (block: Uint8Array): void => {
-    output.set(block.subarray(0, clusterSize - filled), filled);
-    filled += Math.min(block.length, clusterSize - filled);
-    if (filled === clusterSize) throw new Full();
-  };
-  for (let at = 0; at < input.length; ) {
-    if (zstdHeaderLength(input.subarray(at)) === undefined) return undefined;
-    const length = zstdFrameLength(input.subarray(at));
-    // A frame cut off by the end of the input may still hold a cluster: its blocks are taken one by one.
-    const rest = input.subarray(at, length === undefined ? input.length : at + length);
-    try {
-      fallback ??= require('fzstd') as typeof import('fzstd');
-      new fallback.Decompress(take).push(rest, true);
-    } catch (error) {
-      return error instanceof Full ? output : undefined;
-    }
-    if (length === undefined) return undefined;
-    at += length;
+  for (let at = 0; filled < clusterSize; ) {
+    const rest = input.subarray(at);
+    const frame = zstdFrameLength(rest);
+    if (frame === undefined) return undefined;
+    const content = zstd().decompress(rest.subarray(0, frame), clusterSize - filled);
+    if (content === undefined) return undefined;
+    output.set(content, filled);
+    filled += content.length;
+    at += frame;
   }
-  return undefined;
+  return output;
 }
 
 /**
@@ -108,7 +89,7 @@ function unzstd(input: Uint8Array, clusterSize: number): Uint8Array | undefined 
  */
 function zstdHeaderLength(input: Uint8Array): number | undefined {
   const view = new DataView(input.buffer, input.byteOffset, input.byteLength);
-  if (input.length < 18 || view.getUint32(0, true) !== ZSTD_MAGIC) return undefined;
+  if (input.length < MAX_ZSTD_HEADER || view.getUint32(0, true) !== ZSTD_MAGIC) return undefined;
   const descriptor = view.getUint8(4);
   const singleSegment = (descriptor & 0x20) !== 0;
   const sizeFlag = descriptor >> 6;
