@@ -3,8 +3,7 @@ import type { Disk } from '../block/disk.js';
 import {
   brokenFrameError,
   CopyError,
-  FRAME_CONTROL_BYTES,
-  type Frame,
+  Frame,
   type FrameCounters,
   type FrameDescriptor,
   freeFrame,
@@ -15,6 +14,7 @@ import { type PlainError, StillframeError, toStillframeError } from '../errors.j
 import type { JobControl, JobError } from '../job/control.js';
 import type { JobStatus } from '../job/status.js';
 import type { Runtime } from '../kernels/runtime.js';
+import { allocateFrame, closeScratch, makeHolder } from './freeze.js';
 import {
   abandonTarget,
   commitTarget,
@@ -35,6 +35,8 @@ export interface BackupJobOptions extends TargetOptions {
   readonly onSourceError: OnError;
   readonly onTargetError: OnError;
   readonly onCbwError: OnCbwError;
+  /** Guests save old data to a scratch file, in the folder of this name or that of the image. */
+  readonly fleece?: boolean | string | undefined;
   readonly autoFinalize: boolean;
 }
 
@@ -63,8 +65,6 @@ export type JobMessage =
       readonly error: PlainError | undefined;
     };
 
-/** Clusters are counted in 31 bits. */
-const MAX_CLUSTERS = 2 ** 31 - 1;
 /** How long an ignored error keeps the copy from trying again, in milliseconds. */
 const RETRY_MS = 100;
 
@@ -100,14 +100,10 @@ export class BackupJob {
     this.#options = options;
     this.#sync = effectiveSync(options.sync, disk.descriptor.node);
     this.#target = openTarget(runtime, disk.descriptor.node, options);
-    let descriptor: FrameDescriptor | undefined;
     try {
-      descriptor = this.#makeFrame(id);
-      this.#frame = disk.attachFrame(descriptor);
-      disk.addFrame(descriptor);
+      this.#frame = this.#begin(id);
     } catch (error) {
       abandonTarget(runtime, this.#target);
-      if (descriptor !== undefined) freeFrame(runtime, descriptor);
       throw error;
     }
   }
@@ -124,35 +120,55 @@ export class BackupJob {
     new BackupJob(runtime, disk, control, port, options, id).#run();
   }
 
-  #makeFrame(id: number): FrameDescriptor {
-    const { arena } = this.#runtime;
-    const { length } = this.#disk.descriptor;
-    const clusterSize = copyClusterSize(attachNode(this.#runtime, this.#target.descriptor));
-    const clusters = Math.ceil(length / clusterSize);
-    if (clusters > MAX_CLUSTERS) {
-      throw new StillframeError(
-        'ERR_STILLFRAME_INVALID_ARGUMENT',
-        `'${this.#disk.descriptor.node.path}' has ${clusters} clusters of ${clusterSize} bytes, more than ${MAX_CLUSTERS}; use a target with larger clusters`,
-      );
-    }
-    const control = arena.alloc(FRAME_CONTROL_BYTES, 'frame control block');
+  /** Takes the instant. */
+  #begin(id: number): Frame {
+    const runtime = this.#runtime;
+    const disk = this.#disk;
+    const { compress, onCbwError } = this.#options;
+    const clusterSize = copyClusterSize(attachNode(runtime, this.#target.descriptor));
+    const memory = allocateFrame(runtime, disk, clusterSize);
+    let holder: FrameDescriptor | undefined;
     try {
-      return {
+      const common = {
         id,
-        control,
-        states: arena.alloc(Math.ceil(clusters / 32) * 8, `cluster states (${clusters} clusters)`),
-        target: this.#target.descriptor,
-        length,
         clusterSize,
-        clusters,
-        targetReadsZero: this.#target.readsZero,
         skipUnallocated: this.#sync === 'top',
-        compress: isCompressed(this.#options.compress),
-        onCbwError: this.#options.onCbwError,
+        onCbwError,
         owner: this.#control.wakeWord,
       };
+      holder = this.#makeHolder(common);
+      const descriptor: FrameDescriptor = {
+        ...common,
+        ...memory,
+        target: this.#target.descriptor,
+        length: disk.descriptor.length,
+        targetReadsZero: this.#target.readsZero,
+        compress: isCompressed(compress),
+        holder,
+      };
+      const frame = disk.attachFrame(descriptor);
+      if (holder !== undefined) Frame.arm(runtime, descriptor);
+      disk.addFrame(holder ?? descriptor);
+      return frame;
     } catch (error) {
-      arena.free(control);
+      if (holder !== undefined) closeScratch(runtime, holder);
+      freeFrame(runtime, { ...memory, holder });
+      throw error;
+    }
+  }
+
+  /** The frame that guests know, where that is not the one whose target is the backup's. */
+  #makeHolder(
+    common: Pick<FrameDescriptor, 'id' | 'clusterSize' | 'skipUnallocated' | 'onCbwError' | 'owner'>,
+  ): FrameDescriptor | undefined {
+    const { fleece = false } = this.#options;
+    if (fleece === false) return undefined;
+    const memory = allocateFrame(this.#runtime, this.#disk, common.clusterSize);
+    const scratch = fleece === true ? undefined : fleece;
+    try {
+      return makeHolder(this.#runtime, this.#disk, { ...common, ...memory, scratch });
+    } catch (error) {
+      freeFrame(this.#runtime, memory);
       throw error;
     }
   }
@@ -279,9 +295,11 @@ export class BackupJob {
     if (outcome !== 'completed') this.#transition('aborting');
     this.#control.pass = -1;
     this.#control.waitUntil(() => this.#control.activeThreads === 0);
-    this.#disk.removeFrame(this.#frame.descriptor.id);
+    const { id, holder } = this.#frame.descriptor;
+    this.#disk.removeFrame(id);
     // No guest is in the frame any more: from here on nothing can break it.
     if (failure === undefined && this.#frame.broken) failure = brokenFrameError('the backup has failed');
+    if (holder !== undefined) closeScratch(this.#runtime, holder);
     if (keep && failure === undefined) {
       try {
         commitTarget(this.#runtime, this.#target);

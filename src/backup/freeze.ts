@@ -1,5 +1,5 @@
 import { randomBytes } from 'node:crypto';
-import { rmSync, truncateSync, writeFileSync } from 'node:fs';
+import { rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { basename, dirname, join } from 'node:path';
 import type { Disk } from '../block/disk.js';
@@ -9,10 +9,12 @@ import {
   freeFrame,
   type OnCbwError,
 } from '../block/filters/copy-before-write.js';
-import { closeNode, openImage } from '../block/graph.js';
+import { closeNode } from '../block/graph.js';
 import { isNbdName } from '../block/nbd/index.js';
 import type { NodeDescriptor } from '../block/node.js';
-import { StillframeError, systemError } from '../errors.js';
+import { attachFile, closeFile, openFile } from '../block/raw/file.js';
+import { openRaw } from '../block/raw/raw.js';
+import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 
 /** How an instant of a disk is held. */
@@ -33,7 +35,7 @@ export interface FrozenDescriptor {
 
 /** Granularity of what is saved, in bytes. */
 const CLUSTER_BYTES = 65536;
-/** The kernels count clusters up to here. */
+/** The kernels count clusters in 31 bits. */
 const MAX_CLUSTERS = 2 ** 31 - 1;
 /** A free word in the control block of a frame: nobody waits for this one to break. */
 const OWNER_WORD = 32;
@@ -46,41 +48,23 @@ const OWNER_WORD = 32;
  *   …_INVALID_ARGUMENT (8 frames of the disk already)
  */
 export function freeze(runtime: Runtime, disk: Disk, options: FreezeOptions, id: number): FrozenDescriptor {
-  const { arena } = runtime;
-  const { length, node } = disk.descriptor;
-  const clusters = Math.ceil(length / CLUSTER_BYTES);
-  if (clusters > MAX_CLUSTERS) {
-    throw new StillframeError(
-      'ERR_STILLFRAME_INVALID_ARGUMENT',
-      `'${node.path}' has ${length} bytes; an instant of at most ${MAX_CLUSTERS * CLUSTER_BYTES} can be held`,
-    );
-  }
-  const undo: (() => void)[] = [];
+  const memory = allocateFrame(runtime, disk, CLUSTER_BYTES);
+  let frame: FrameDescriptor | undefined;
   try {
-    const target = openScratch(runtime, node.path, options.scratch, length);
-    undo.push(() => closeNode(runtime, target));
-    const control = arena.alloc(FRAME_CONTROL_BYTES, 'frame control block');
-    undo.push(() => arena.free(control));
-    const states = arena.alloc(Math.ceil(clusters / 32) * 8, `cluster states (${clusters} clusters)`);
-    undo.push(() => arena.free(states));
-    const frame: FrameDescriptor = {
+    frame = makeHolder(runtime, disk, {
+      ...memory,
       id,
-      control,
-      states,
-      target,
-      length,
       clusterSize: CLUSTER_BYTES,
-      clusters,
-      targetReadsZero: true,
       skipUnallocated: false,
-      compress: false,
       onCbwError: options.onCbwError ?? 'break-guest-write',
-      owner: control + OWNER_WORD,
-    };
+      owner: memory.control + OWNER_WORD,
+      scratch: options.scratch,
+    });
     disk.addFrame(frame);
     return { frame };
   } catch (error) {
-    for (const step of undo.reverse()) step();
+    if (frame !== undefined) closeScratch(runtime, frame);
+    freeFrame(runtime, memory);
     throw error;
   }
 }
@@ -89,7 +73,57 @@ export function freeze(runtime: Runtime, disk: Disk, options: FreezeOptions, id:
 export function thaw(runtime: Runtime, disk: Disk, { frame }: FrozenDescriptor): void {
   disk.removeFrame(frame.id);
   freeFrame(runtime, frame);
-  closeNode(runtime, frame.target);
+  closeScratch(runtime, frame);
+}
+
+/** Memory of a frame. */
+export type FrameMemory = Pick<FrameDescriptor, 'control' | 'states' | 'clusters'>;
+
+/** @throws StillframeError ERR_STILLFRAME_ARENA_EXHAUSTED, …_INVALID_ARGUMENT (clusters are counted in 31 bits) */
+export function allocateFrame(runtime: Runtime, disk: Disk, clusterSize: number): FrameMemory {
+  const { arena } = runtime;
+  const { length, node } = disk.descriptor;
+  const clusters = Math.ceil(length / clusterSize);
+  if (clusters > MAX_CLUSTERS) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_INVALID_ARGUMENT',
+      `'${node.path}' has ${clusters} clusters of ${clusterSize} bytes, more than ${MAX_CLUSTERS}; use a target with larger clusters`,
+    );
+  }
+  const control = arena.alloc(FRAME_CONTROL_BYTES, 'frame control block');
+  try {
+    const states = arena.alloc(Math.ceil(clusters / 32) * 8, `cluster states (${clusters} clusters)`);
+    return { control, states, clusters };
+  } catch (error) {
+    arena.free(control);
+    throw error;
+  }
+}
+
+/** What a frame that holds an instant in a scratch file is to be. */
+export type HolderOptions = FrameMemory &
+  Pick<FrameDescriptor, 'id' | 'clusterSize' | 'skipUnallocated' | 'onCbwError' | 'owner'> & {
+    readonly scratch: string | undefined;
+  };
+
+/** A frame that saves to a scratch file, not yet on the disk. @throws StillframeError as {@link freeze} */
+export function makeHolder(
+  runtime: Runtime,
+  disk: Disk,
+  { scratch, ...frame }: HolderOptions,
+): FrameDescriptor {
+  const { length, node } = disk.descriptor;
+  const target = openScratch(runtime, node.path, scratch, length);
+  return { ...frame, target, length, targetReadsZero: true, compress: false };
+}
+
+/** Closes the scratch file of a frame; whatever happens, it is of no use any more. */
+export function closeScratch(runtime: Runtime, frame: FrameDescriptor): void {
+  try {
+    closeNode(runtime, frame.target);
+  } catch (error) {
+    if (!(error instanceof StillframeError)) throw error;
+  }
 }
 
 /** Makes the scratch file: it has its name only until it is open. */
@@ -102,14 +136,13 @@ function openScratch(
   const remote = isNbdName(image);
   const name = `.${remote ? 'nbd' : basename(image)}.frozen-${randomBytes(8).toString('hex')}`;
   const path = join(folder ?? (remote ? tmpdir() : dirname(image)), name);
+  const file = openFile(runtime, path, { readOnly: false, lock: 'none', create: 'private' });
   try {
-    // It holds what guests have written: nobody else is to read it.
-    writeFileSync(path, '', { flag: 'wx', mode: 0o600 });
-    truncateSync(path, length);
-    return openImage(runtime, path, { format: 'raw', readOnly: false });
-  } catch (error) {
-    throw systemError(`cannot make the scratch file '${path}'`, error);
-  } finally {
     rmSync(path, { force: true });
+    attachFile(runtime, file).truncate(length);
+    return openRaw(runtime, file);
+  } catch (error) {
+    closeFile(runtime, file);
+    throw error;
   }
 }

@@ -2,6 +2,7 @@ import { StillframeError } from '../errors.js';
 import { load, store } from '../kernels/futex.js';
 import type { Runtime } from '../kernels/runtime.js';
 import { type CopyBuffer, Frame, type FrameDescriptor } from './filters/copy-before-write.js';
+import { SnapshotAccess } from './filters/snapshot-access.js';
 import { attachNode } from './graph.js';
 import type { BlockNode, NodeDescriptor } from './node.js';
 import { TRACKER_BYTES, TrackedRequests } from './tracked-requests.js';
@@ -191,7 +192,12 @@ export class Disk {
   /** This thread's view of a frame of this disk. */
   attachFrame(descriptor: FrameDescriptor): Frame {
     const target = attachNode(this.#runtime, descriptor.target);
-    return new Frame(this.#runtime, descriptor, this.node, target, this.#buffer());
+    if (descriptor.holder === undefined) {
+      return new Frame(this.#runtime, descriptor, this.node, target, this.#buffer());
+    }
+    const holder = this.attachFrame(descriptor.holder);
+    const instant = new SnapshotAccess(this.#runtime, this, holder);
+    return new Frame(this.#runtime, descriptor, instant, target, this.#buffer(), holder);
   }
 
   #check(what: string, offset: number, length: number): void {

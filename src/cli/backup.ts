@@ -68,6 +68,12 @@ export const backup: Command = {
       help: 'compress the clusters of a qcow2 target (zlib, or the type of an existing one)',
     },
     {
+      long: 'fleece',
+      value: '[=DIR]',
+      optional: [],
+      help: 'save old data to a scratch file in DIR (the folder of SOURCE) where somebody writes meanwhile',
+    },
+    {
       long: 'speed',
       short: 'r',
       value: 'RATE',
@@ -105,6 +111,7 @@ export const backup: Command = {
       force: args.flag('force'),
       targetClusterSize: args.size('cluster-size'),
       compress: args.text('compress') === '' || args.choice('compress', COMPRESSION),
+      fleece: args.text('fleece') === '' ? true : args.text('fleece'),
       speed: args.size('speed'),
       workers: workers === undefined ? undefined : parseSize(workers, '--workers'),
       onSourceError: args.choice('on-source-error', POLICIES, 'report'),

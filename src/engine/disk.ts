@@ -24,6 +24,12 @@ export interface BackupOptions extends TargetOptions {
   readonly onTargetError?: OnError | undefined;
   /** QMP `on-cbw-error`. Default `break-guest-write`. */
   readonly onCbwError?: OnCbwError | undefined;
+  /**
+   * Guests' writes save old data to a scratch file first, which empties as the copy catches up, so that they never wait
+   * for the target (QEMU: image fleecing). A text is the folder of the scratch file; `true`: that of the image. Default
+   * false. Not for sync mode `none`.
+   */
+  readonly fleece?: boolean | string | undefined;
   /** With false the finished job waits for {@link BackupHandle.finalize}. Default true. */
   readonly autoFinalize?: boolean | undefined;
   /** With false the ended job waits for {@link BackupHandle.dismiss}. Default true. */

@@ -31,7 +31,7 @@ export class FrozenDisk {
   /** Bytes of old data that guests' writes have put into the scratch file. */
   get savedBytes(): number {
     return this.#closing === undefined
-      ? readFrameCounters(this.#engine.arena, this.descriptor.frame.control).bytesWritten
+      ? readFrameCounters(this.#engine.arena, this.descriptor.frame).bytesWritten
       : 0;
   }
 

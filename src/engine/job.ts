@@ -181,7 +181,7 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
 
   /** The job now. */
   snapshot(): BackupProgress {
-    const counters = this.#final?.counters ?? readFrameCounters(this.#arena, this.#frame.control);
+    const counters = this.#final?.counters ?? readFrameCounters(this.#arena, this.#frame);
     const { clusterSize } = this.#frame;
     const counts = this.#counts(counters);
     const none = this.sync === 'none';
@@ -346,6 +346,11 @@ function checkOptions(options: BackupOptions): void {
   if (![true, false, 'zlib', 'zstd'].includes(compress)) {
     invalid(`compress must be true, false, 'zlib' or 'zstd', not '${compress}'`);
   }
+  if (options.sync === 'none' && (options.fleece ?? false) !== false) {
+    invalid(
+      `sync mode 'none' copies nothing ahead, so nothing would empty the scratch of 'fleece'; use freeze`,
+    );
+  }
   const workers = options.workers ?? 1;
   if (!Number.isInteger(workers) || workers < 1 || workers > 32) {
     invalid(`workers must be a whole number from 1 to 32, not ${workers}`);
@@ -416,6 +421,7 @@ export async function startBackup(
         force: options.force,
         targetClusterSize: options.targetClusterSize,
         compress: options.compress,
+        fleece: options.fleece,
         onSourceError: options.onSourceError ?? 'report',
         onTargetError: options.onTargetError ?? 'report',
         onCbwError: options.onCbwError ?? 'break-guest-write',

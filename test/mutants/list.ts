@@ -23,10 +23,12 @@ const FUTEX = 'src/kernels/futex.ts';
 const CONTROL = 'src/job/control.ts';
 const CACHE = 'src/block/qcow2/slice-cache.ts';
 const FILE = 'src/block/raw/file.ts';
+const SNAPSHOT = 'src/block/filters/snapshot-access.ts';
 
 const threads = ['test/block/disk.test.ts'];
 const modes = ['test/backup/modes.test.ts'];
 const errors = ['test/backup/errors.test.ts'];
+const fleece = ['test/backup/fleece.test.ts', 'test/nbd/freeze.test.ts'];
 const rounds = ['test/backup/rounds.test.ts'];
 const power = ['test/block/qcow2-power-cut.test.ts'];
 const kill = ['test/block/kill/power-cut.test.ts'];
@@ -607,5 +609,67 @@ export const mutants: readonly Mutant[] = [
     return true;`,
     replace: '    return true;',
     tests: power,
+  },
+  {
+    name: 'instant-unheld',
+    what: 'guests may change what is being read of the instant from the live disk',
+    file: SNAPSHOT,
+    find: 'else this.#disk.undisturbed(at, stop - at, () => this.#readHeld(at, to, stop));',
+    replace: 'else this.#readHeld(at, to, stop);',
+    tests: fleece,
+  },
+  {
+    name: 'instant-not-looked-at-again',
+    what: 'what was saved while a read of the instant waited is read from the live disk',
+    file: SNAPSHOT,
+    find: `const { found, stop } = this.#run(at, end);
+      const node = found === 'live' ? this.#disk.node : this.#frame.target;`,
+    replace: `const { stop } = this.#run(at, end);
+      const node = this.#disk.node;`,
+    tests: fleece,
+  },
+  {
+    name: 'instant-status-unheld',
+    what: 'guests may change what is being asked for the status of the instant',
+    file: SNAPSHOT,
+    find: `this.#disk.undisturbed(offset, most, () => {
+      const now = this.#run(offset, offset + most);`,
+    replace: `((_from: number, _bytes: number, body: () => void) => body())(offset, most, () => {
+      const now = { found, stop: Math.min(stop, offset + most) };`,
+    tests: fleece,
+  },
+  {
+    name: 'forgotten-too-early',
+    what: 'guests need not save any more what is about to be copied',
+    file: FRAME,
+    find: 'return this.#copyClaim(first, kernels.claimedCount, false);',
+    replace: `const claimed = kernels.claimedCount;
+    this.#holder?.forget(first, claimed);
+    return this.#copyClaim(first, claimed, false);`,
+    tests: fleece,
+  },
+  {
+    name: 'forgotten-too-much',
+    what: 'what was saved of the cluster behind the copied ones is dropped as well',
+    file: FRAME,
+    find: 'if (saved >= 0) this.#drop(saved, stop);',
+    replace: 'if (saved >= 0) this.#drop(saved, stop + 1);',
+    tests: fleece,
+  },
+  {
+    name: 'broken-holder',
+    what: 'a job goes on although what holds its instant has lost it',
+    file: FRAME,
+    find: 'return own || this.#holder?.broken === true;',
+    replace: 'return own;',
+    tests: fleece,
+  },
+  {
+    name: 'not-in-the-plan',
+    what: 'what guests wrote first is taken for a part of the topmost image',
+    file: SNAPSHOT,
+    find: "if (found === 'nowhere') return { length, flags: 0, hostOffset: -1 };",
+    replace: '',
+    tests: fleece,
   },
 ];

@@ -151,6 +151,9 @@ export class Files {
     this.#nameStep('open', !create);
     const names = this.#names();
     let inode = names.now[path];
+    if (inode !== undefined && create && (Number(flags) & fs.constants.O_EXCL) !== 0) {
+      throw systemError('EEXIST', 'open');
+    }
     if (inode === undefined) {
       if (!create) throw systemError('ENOENT', 'open');
       inode = this.#newInode(path);

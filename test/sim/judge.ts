@@ -63,7 +63,9 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   const unnoticed = firstFlaw(cases, ({ record, ended }) => {
     if (ended === undefined) return undefined;
     const frame: FrameDescriptor = JSON.parse(record.frameText);
-    const broken = arena.i32[frame.control >> 2] !== 0;
+    const broken = [frame, frame.holder].some(
+      (one) => one !== undefined && arena.i32[one.control >> 2] !== 0,
+    );
     freeFrame(runtime, frame);
     if (!broken || ended.outcome === 'failed') return undefined;
     return `${INVARIANTS.brokenNeverCompletes}: the job's outcome is '${ended.outcome}'`;

@@ -40,6 +40,9 @@ const Word = {
   Unit: 4,
   Length: 5,
 } as const;
+/** Ranges that threads keep guests out of: two words for each thread, in sectors. */
+const HOLD_AT = 16;
+const HOLD_THREADS = 24;
 const OP_AT = 64;
 const OpWord = { Begun: 0, Applied: 1, State: 2, Called: 3 } as const;
 const WORDS = OP_AT + MAX_OPS * OP_WORDS;
@@ -152,6 +155,25 @@ export class Oracle {
     this.#words[Word.Draining] = this.#get(Word.Draining) + (begins ? 1 : -1);
   }
 
+  /** A thread keeps guests from changing [start, end) for a while; an empty range: no more. */
+  hold(thread: number, start: number, end: number): void {
+    if (thread >= HOLD_THREADS) throw new RangeError(`thread ${thread} is one too many`);
+    this.#words[HOLD_AT + 2 * thread] = Math.floor(start / SECTOR);
+    this.#words[HOLD_AT + 2 * thread + 1] = Math.ceil(end / SECTOR);
+  }
+
+  /** Whether guests are kept out of some of [low, high). */
+  #isHeld(low: number, high: number): boolean {
+    const unit = this.#get(Word.Unit);
+    for (let thread = 0; thread < HOLD_THREADS; thread++) {
+      const [start, end] = [this.#get(HOLD_AT + 2 * thread), this.#get(HOLD_AT + 2 * thread + 1)];
+      if (start === end) continue;
+      const [from, to] = [start * SECTOR, end * SECTOR];
+      if (Math.floor(from / unit) * unit < high && low < Math.ceil(to / unit) * unit) return true;
+    }
+    return false;
+  }
+
   // ---- Requests of guests -------------------------------------------------------------------------------------
 
   call(op: GuestOp): void {
@@ -255,7 +277,7 @@ export class Oracle {
       Math.ceil((op.offset + op.length) / unit) * unit,
     ];
     if (address > diskControl && address < diskControl + 64) {
-      if (this.#get(Word.Draining) > 0) return;
+      if (this.#get(Word.Draining) > 0 || this.#isHeld(low, high)) return;
       const overlaps = ops.some(
         (other) =>
           other.id !== op.id &&

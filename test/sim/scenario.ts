@@ -35,6 +35,8 @@ export interface Job {
   readonly targetClusterSize: number;
   /** Clusters are compressed. */
   readonly compress?: boolean;
+  /** Guests save to a scratch file. */
+  readonly fleece?: boolean;
   readonly target: 'new' | 'existing' | 'replace';
   /** Threads besides the job's own. */
   readonly helpers: number;
@@ -163,9 +165,16 @@ export function makeScenario(seed: number): Scenario {
     },
     fill,
     writers,
-    job: makeJob(random, sync, seed % 3 === 1),
+    job: { ...makeJob(random, sync, seed % 3 === 1), fleece: sync !== 'none' && seed % 5 === 2 },
     ...(random.chance(0.25)
-      ? { second: { ...makeJob(random, second, seed % 3 === 2), target: 'new' as const, helpers: 0 } }
+      ? {
+          second: {
+            ...makeJob(random, second, seed % 3 === 2),
+            fleece: second !== 'none' && seed % 7 === 3,
+            target: 'new' as const,
+            helpers: 0,
+          },
+        }
       : {}),
     verbs,
     host: 'keeper',

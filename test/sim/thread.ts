@@ -54,7 +54,8 @@ const arm = Frame.arm;
 Frame.arm = (of, frame) => {
   // Frames are numbered as the jobs are, from 1 on.
   const record = oracle.jobs[frame.id - 1];
-  if (record !== undefined && world.running)
+  // Where one frame copies what another one holds, that one makes the instant.
+  if (record !== undefined && world.running && frame.holder === undefined)
     oracle.freeze(record, frame.states, frame.clusterSize, frame.control);
   arm.call(Frame, of, frame);
 };
@@ -71,6 +72,15 @@ function attachDisk(setup: Setup): { readonly disk: Disk; readonly node: GuestNo
   const disk = new Disk(runtime, setup.disk, () => copyBuffer);
   const node = new GuestNode(disk.node, oracle, arena, buffer);
   Reflect.set(disk, 'node', node);
+  const undisturbed = disk.undisturbed.bind(disk);
+  disk.undisturbed = (offset, length, body) => {
+    oracle.hold(thread, offset, offset + length);
+    try {
+      return undisturbed(offset, length, body);
+    } finally {
+      oracle.hold(thread, 0, 0);
+    }
+  };
   return { disk, node };
 }
 
@@ -154,7 +164,6 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
   const add = disk.addFrame.bind(disk);
   const remove = disk.removeFrame.bind(disk);
   disk.addFrame = (frame) => {
-    record.frameText = JSON.stringify(frame);
     oracle.drain(true);
     add(frame);
     oracle.drain(false);
@@ -174,6 +183,7 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
   const port = {
     postMessage(message: JobMessage): void {
       if (message.type === 'started') {
+        record.frameText = JSON.stringify(message.frame);
         announceStart(1);
       } else if (message.type === 'ended') {
         record.endedText = JSON.stringify(message, (_, value) =>
@@ -196,6 +206,7 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
         force: job.target === 'replace',
         targetClusterSize: job.targetClusterSize,
         compress: job.compress,
+        fleece: job.fleece,
         onSourceError: job.onSourceError,
         onTargetError: job.onTargetError,
         onCbwError: job.onCbwError,
@@ -363,6 +374,11 @@ function placesOf(setup: Setup | undefined): Verdict['places'] {
     const frame: FrameDescriptor = JSON.parse(frameText);
     places.push({ name: `frame${number}`, from: frame.control, bytes: 128 });
     places.push({ name: `states${number}`, from: frame.states, bytes: Math.ceil(frame.clusters / 32) * 8 });
+    const { holder } = frame;
+    if (holder !== undefined) {
+      places.push({ name: `holder${number}`, from: holder.control, bytes: 128 });
+      places.push({ name: `held${number}`, from: holder.states, bytes: Math.ceil(holder.clusters / 32) * 8 });
+    }
     if (frame.target.driver === 'qcow2')
       places.push({ name: `target${number}`, from: frame.target.control, bytes: 1024 });
   });

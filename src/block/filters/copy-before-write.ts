@@ -45,6 +45,11 @@ export interface FrameDescriptor {
   readonly onCbwError: OnCbwError;
   /** Word of the arena to advance when the frame breaks: its owner sleeps there. */
   readonly owner: number;
+  /**
+   * The frame that holds the instant this one copies, with clusters of the same size (image fleecing). Guests know only
+   * that one; what was copied it need not hold any more.
+   */
+  readonly holder?: FrameDescriptor | undefined;
 }
 
 // Control block, byte offsets: int32 words, then int64 counters.
@@ -104,14 +109,17 @@ export class CopyBuffer {
 }
 
 /** Reads a frame's counters; the only part of a frame the host thread touches. */
-export function readFrameCounters(arena: Runtime['arena'], control: number): FrameCounters {
-  const at = (name: Counter): bigint =>
-    Atomics.load(arena.u64, (control + COUNTERS) / 8 + COUNTER_NAMES.indexOf(name));
+export function readFrameCounters(
+  arena: Runtime['arena'],
+  { control, holder }: Pick<FrameDescriptor, 'control' | 'holder'>,
+): FrameCounters {
+  const at = (name: Counter, of = control): bigint =>
+    Atomics.load(arena.u64, (of + COUNTERS) / 8 + COUNTER_NAMES.indexOf(name));
   return {
     copied: Number(at('copied')),
     zero: Number(at('zero')),
     skipped: Number(at('skipped')),
-    cbw: Number(at('cbw')),
+    cbw: Number(at('cbw', holder?.control)),
     bytesRead: Number(at('bytesRead')),
     bytesWritten: Number(at('bytesWritten')),
     checksum: at('checksum'),
@@ -120,9 +128,13 @@ export function readFrameCounters(arena: Runtime['arena'], control: number): Fra
 }
 
 /** Gives a frame's memory back; nobody may look at its counters afterwards. */
-export function freeFrame(runtime: Pick<Runtime, 'arena'>, frame: FrameDescriptor): void {
+export function freeFrame(
+  runtime: Pick<Runtime, 'arena'>,
+  frame: Pick<FrameDescriptor, 'control' | 'states' | 'holder'>,
+): void {
   runtime.arena.free(frame.states);
   runtime.arena.free(frame.control);
+  if (frame.holder !== undefined) freeFrame(runtime, frame.holder);
 }
 
 /** One thread's view of a frame. */
@@ -132,14 +144,17 @@ export class Frame {
   readonly #runtime: Runtime;
   readonly #source: BlockNode;
   readonly #buffer: CopyBuffer;
+  readonly #holder: Frame | undefined;
   readonly #runClusters: number;
 
+  /** @param holder the frame that `source` reads the instant from, where that is not the disk itself */
   constructor(
     runtime: Runtime,
     descriptor: FrameDescriptor,
     source: BlockNode,
     target: BlockNode,
     buffer: CopyBuffer,
+    holder?: Frame,
   ) {
     if (descriptor.clusterSize > COPY_BUFFER_BYTES) {
       throw new RangeError(
@@ -151,6 +166,7 @@ export class Frame {
     this.#runtime = runtime;
     this.#source = source;
     this.#buffer = buffer;
+    this.#holder = holder;
     this.#runClusters = Math.max(1, RUN_BYTES / descriptor.clusterSize);
   }
 
@@ -162,7 +178,8 @@ export class Frame {
 
   /** The old data of some cluster was lost to a guest write that was let through: nothing may rely on it. */
   get broken(): boolean {
-    return load(this.#runtime.arena, this.descriptor.control + BROKEN) !== 0;
+    const own = load(this.#runtime.arena, this.descriptor.control + BROKEN) !== 0;
+    return own || this.#holder?.broken === true;
   }
 
   get remaining(): number {
@@ -170,7 +187,7 @@ export class Frame {
   }
 
   get counters(): FrameCounters {
-    return readFrameCounters(this.#runtime.arena, this.descriptor.control);
+    return readFrameCounters(this.#runtime.arena, this.descriptor);
   }
 
   /**
@@ -247,6 +264,42 @@ export class Frame {
     return end;
   }
 
+  /** Nobody needs the old data of these clusters any more: guests need not save it, and what they saved is dropped. */
+  forget(first: number, count: number): void {
+    const { states } = this.descriptor;
+    const { kernels } = this.#runtime;
+    const end = first + count;
+    for (let cluster = first; cluster < end; ) {
+      const claimed = kernels.clustersClaimAt(states, cluster, end);
+      if (claimed > 0) {
+        this.#finish(cluster, claimed, CLUSTER_NONE);
+        cluster += claimed;
+        continue;
+      }
+      const pending = kernels.clustersNextPending(states, cluster, end);
+      if (pending === cluster) {
+        this.#waitWhileBusy(cluster);
+        continue;
+      }
+      const stop = pending < 0 ? end : pending;
+      const saved = kernels.clustersNext(states, cluster, stop, CLUSTER_DONE);
+      if (saved >= 0) this.#drop(saved, stop);
+      cluster = stop;
+    }
+  }
+
+  /** Gives the space of what was saved back. */
+  #drop(first: number, end: number): void {
+    const { clusterSize, length } = this.descriptor;
+    const start = first * clusterSize;
+    try {
+      this.target.discard(start, Math.min(end * clusterSize, length) - start);
+    } catch (error) {
+      // It only takes space for longer.
+      if (!(error instanceof StillframeError)) throw error;
+    }
+  }
+
   /** Blocks until nothing is left to copy, some cluster came back for copying, or `timeoutMs` is over. */
   waitForOthers(timeoutMs: number): void {
     const { arena } = this.#runtime;
@@ -286,6 +339,7 @@ export class Frame {
     if (state === CLUSTER_NONE) this.#count('skipped', count);
     Atomics.sub(this.#runtime.arena.i32, (this.descriptor.control + REMAINING) >> 2, count);
     this.#wake();
+    this.#holder?.forget(cluster, count);
   }
 
   #release(cluster: number, count: number): void {

@@ -10,7 +10,7 @@ import {
   STATUS_ZERO,
 } from '../node.js';
 import { chainStatus } from '../status.js';
-import { brokenFrameError, CLUSTER_DONE, type Frame, type FrameDescriptor } from './copy-before-write.js';
+import { brokenFrameError, CLUSTER_DONE, CLUSTER_NONE, type Frame } from './copy-before-write.js';
 
 /** How far the status of what was not saved is looked at at once: guests' writes there wait for it. */
 const STATUS_BYTES = 64 * 1024 * 1024;
@@ -18,7 +18,7 @@ const STATUS_BYTES = 64 * 1024 * 1024;
 /**
  * The drive as a frame holds it: what was saved comes from the frame's target, the rest from the live disk, which has
  * not changed there since the instant. What is read from the disk is kept from being changed for as long as that takes.
- * Only for frames that plan every cluster.
+ * Clusters that are not in the frame's plan are not there to be read; their status says that nothing is allocated.
  */
 export class SnapshotAccess implements BlockNode {
   readonly descriptor: NodeDescriptor;
@@ -30,21 +30,21 @@ export class SnapshotAccess implements BlockNode {
   readonly #disk: Disk;
   readonly #frame: Frame;
 
-  constructor(runtime: Runtime, disk: Disk, frame: FrameDescriptor) {
+  constructor(runtime: Runtime, disk: Disk, frame: Frame) {
     this.descriptor = disk.descriptor.node;
-    this.length = frame.length;
+    this.length = frame.descriptor.length;
     this.#runtime = runtime;
     this.#disk = disk;
-    this.#frame = disk.attachFrame(frame);
+    this.#frame = frame;
   }
 
   /** @throws StillframeError ERR_STILLFRAME_BROKEN_FRAME and what reading the two throws */
   read(offset: number, pointer: number, length: number): void {
     const end = offset + length;
     for (let at = offset; at < end; ) {
-      const { saved, stop } = this.#run(at, end);
+      const { found, stop } = this.#run(at, end);
       const to = pointer + at - offset;
-      if (saved) this.#frame.target.read(at, to, stop - at);
+      if (found !== 'live') this.#frame.target.read(at, to, stop - at);
       else this.#disk.undisturbed(at, stop - at, () => this.#readHeld(at, to, stop));
       at = stop;
     }
@@ -54,45 +54,59 @@ export class SnapshotAccess implements BlockNode {
   /** Nobody changes the range meanwhile; but it may have been saved and changed since it was looked at. */
   #readHeld(offset: number, pointer: number, end: number): void {
     for (let at = offset; at < end; ) {
-      const { saved, stop } = this.#run(at, end);
-      const node = saved ? this.#frame.target : this.#disk.node;
+      const { found, stop } = this.#run(at, end);
+      const node = found === 'live' ? this.#disk.node : this.#frame.target;
       node.read(at, pointer + at - offset, stop - at);
       at = stop;
     }
   }
 
-  /** Whether the old data of the cluster at `offset` is saved, and how far that goes on. */
-  #run(offset: number, end: number): { readonly saved: boolean; readonly stop: number } {
+  /**
+   * Where the content of the cluster at `offset` is, and how far that goes on: on the live disk, saved, or nowhere, since
+   * the cluster is not in the plan.
+   */
+  #run(offset: number, end: number): { readonly found: 'live' | 'saved' | 'nowhere'; readonly stop: number } {
     const { clusterSize, states } = this.#frame.descriptor;
     const { kernels } = this.#runtime;
     const first = Math.floor(offset / clusterSize);
     const last = Math.ceil(end / clusterSize);
-    const pending = kernels.clustersNextPending(states, first, last);
-    if (pending !== first) {
-      return { saved: true, stop: pending < 0 ? end : Math.min(end, pending * clusterSize) };
-    }
-    const done = kernels.clustersNext(states, first, last, CLUSTER_DONE);
-    return { saved: false, stop: done < 0 ? end : Math.min(end, done * clusterSize) };
+    const state = kernels.clusterState(states, first);
+    const found = state === CLUSTER_DONE ? 'saved' : state === CLUSTER_NONE ? 'nowhere' : 'live';
+    let stop = end;
+    const until = (cluster: number): void => {
+      if (cluster >= 0) stop = Math.min(stop, cluster * clusterSize);
+    };
+    if (found !== 'live') until(kernels.clustersNextPending(states, first + 1, last));
+    if (found !== 'saved') until(kernels.clustersNext(states, first + 1, last, CLUSTER_DONE));
+    if (found !== 'nowhere') until(kernels.clustersNext(states, first + 1, last, CLUSTER_NONE));
+    return { found, stop };
   }
 
   status(offset: number, length: number): Extent {
     if (this.#frame.broken) throw brokenFrameError('the frozen drive cannot be read');
-    const { saved, stop } = this.#run(offset, offset + length);
-    if (saved) return this.#extent(this.#frame.target, offset, stop - offset);
+    const { found, stop } = this.#run(offset, offset + length);
+    if (found !== 'live') return this.#extent(found, offset, stop - offset);
     const most = Math.min(stop - offset, STATUS_BYTES);
     let extent: Extent | undefined;
     this.#disk.undisturbed(offset, most, () => {
       const now = this.#run(offset, offset + most);
-      extent = this.#extent(now.saved ? this.#frame.target : this.#disk.node, offset, now.stop - offset);
+      extent = this.#extent(now.found, offset, now.stop - offset);
     });
     if (extent === undefined) throw new Error('invariant: it was looked at');
     return extent;
   }
 
-  #extent(node: BlockNode, offset: number, length: number): Extent {
-    const found = chainStatus(node, offset, length);
-    const flags = STATUS_ALLOCATED | (found.flags & STATUS_ZERO ? STATUS_ZERO : STATUS_DATA);
-    return { length: found.length, flags, hostOffset: -1 };
+  #extent(found: 'live' | 'saved' | 'nowhere', offset: number, length: number): Extent {
+    if (found === 'nowhere') return { length, flags: 0, hostOffset: -1 };
+    // Of frames that plan only what the topmost image holds, what is saved was there.
+    const top = found === 'live' && this.#frame.descriptor.skipUnallocated;
+    const node = found === 'live' ? this.#disk.node : this.#frame.target;
+    const extent = top ? node.status(offset, length) : chainStatus(node, offset, length);
+    if (top && (extent.flags & STATUS_ALLOCATED) === 0) {
+      return { length: extent.length, flags: 0, hostOffset: -1 };
+    }
+    const flags = STATUS_ALLOCATED | (extent.flags & STATUS_ZERO ? STATUS_ZERO : STATUS_DATA);
+    return { length: extent.length, flags, hostOffset: -1 };
   }
 
   write(): void {

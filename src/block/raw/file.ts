@@ -36,8 +36,11 @@ export interface OpenFileOptions {
   readonly lock: LockMode;
   /** For files that are written once and then made durable: targets of backups. Default false. */
   readonly writeBehind?: boolean | undefined;
-  /** Make the file where it is missing and empty it where it is not, once it is locked. Links are not followed. */
-  readonly create?: 'truncate' | undefined;
+  /**
+   * `truncate`: make the file where it is missing and empty it where it is not, once it is locked. `private`: make it,
+   * for nobody else to read. Links are not followed.
+   */
+  readonly create?: 'truncate' | 'private' | undefined;
 }
 
 // Control block: length float64 at +0, lock int32 at +8.
@@ -89,10 +92,12 @@ export function openFile(runtime: Runtime, name: string, options: OpenFileOption
     );
   }
   const access = options.readOnly ? constants.O_RDONLY : constants.O_RDWR;
-  const create = options.create === undefined ? 0 : constants.O_CREAT | constants.O_NOFOLLOW;
+  const own = options.create === 'private';
+  const exclusive = own ? constants.O_EXCL : 0;
+  const create = options.create === undefined ? 0 : constants.O_CREAT | constants.O_NOFOLLOW | exclusive;
   let fd: number;
   try {
-    fd = openSync(path, access | create | constants.O_NONBLOCK, 0o644);
+    fd = openSync(path, access | create | constants.O_NONBLOCK, own ? 0o600 : 0o644);
   } catch (error) {
     throw systemError(`cannot open '${path}' for ${options.readOnly ? 'reading' : 'writing'}`, error);
   }

@@ -55,7 +55,8 @@ export function attachDrive(
   buffer: () => CopyBuffer,
 ): Drive {
   const disk = new Disk(runtime, descriptor, buffer);
-  return frozen === undefined ? disk : new FrozenDrive(new SnapshotAccess(runtime, disk, frozen.frame));
+  if (frozen === undefined) return disk;
+  return new FrozenDrive(new SnapshotAccess(runtime, disk, disk.attachFrame(frozen.frame)));
 }
 
 /** An extent as a metadata context tells it. */
