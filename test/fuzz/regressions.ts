@@ -38,4 +38,26 @@ export const regressions: readonly {
     what: 'a compressed cluster of sequences that go nowhere takes seconds',
     recipe: { base: 'zstd-512', mutations: [[{ at: 3269, hex: 'c7adbc87284421' }]], actions: 50217905 },
   },
+  {
+    format: 'qcow2',
+    what: 'the repair of a snapshot table looks at every cluster that a damaged refcount table could count',
+    recipe: {
+      base: 'empty',
+      mutations: [
+        [
+          {
+            at: 1536,
+            hex: '000000000000000000000001000100020000000000000000000000000000000000000000000000130707070707070707070707070707070707070730733000000000000000000400000000010001000200000000000000000000000000000000000000000000000b070707070707070707070731733100000000000000000400000000010001000200000000000000000000000000000000000000000000001b0707070707070707070707070707070707070707070707070707073273320000',
+          },
+          { at: 60, hex: '93be4f4f0000000000000600' },
+        ],
+        [{ at: 96, hex: '00000000' }],
+        [
+          { at: 891, hex: '40' },
+          { at: 763, hex: 'c6' },
+        ],
+      ],
+      actions: 60089715,
+    },
+  },
 ];

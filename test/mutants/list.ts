@@ -91,8 +91,10 @@ export const mutants: readonly Mutant[] = [
     name: 'busy-ignored',
     what: 'a guest does not wait for a cluster that is being copied',
     file: FRAME,
-    find: 'this.#waitWhileBusy(cluster);\n',
-    replace: 'cluster++;\n',
+    find: `if (count === 0) {
+        this.#waitWhileBusy(cluster);`,
+    replace: `if (count === 0) {
+        cluster++;`,
     tests: threads,
   },
   {
@@ -411,7 +413,7 @@ export const mutants: readonly Mutant[] = [
     name: 'frame-left-on-disk',
     what: 'the frame stays on the disk when the job is over',
     file: JOB,
-    find: `    this.#disk.removeFrame(this.#frame.descriptor.id);
+    find: `    this.#disk.removeFrame(id);
 `,
     replace: '',
   },

@@ -44,17 +44,31 @@ export function moveSnapshotTable(image: CheckedImage, snapshots: SnapshotTable)
  */
 function allocate(image: CheckedImage, count: number, old: number, oldEnd: number): number {
   const { references, perBlock } = image;
+  // Behind it nothing is taken, and damaged tables go on for long there.
+  const known = Math.max(references.clusters, oldEnd);
   let run = 0;
-  for (let cluster = 1; ; cluster++) {
+  for (let cluster = 1; ; ) {
     const block = Math.floor(cluster / perBlock);
+    const end = (block + 1) * perBlock;
     if (block >= image.refcountTableEntries) break;
-    const usable = image.refcountTableEntry(block) !== 0n;
-    const taken = cluster >= old && cluster < oldEnd;
-    const free = usable && !taken && (cluster >= references.clusters || references.get(cluster) === 0);
-    run = free ? run + 1 : 0;
+    if (image.refcountTableEntry(block) === 0n) {
+      run = 0;
+      cluster = end;
+      continue;
+    }
+    if (cluster >= known) {
+      const step = Math.min(count - run, end - cluster);
+      run += step;
+      cluster += step;
+    } else {
+      const taken = cluster >= old && cluster < oldEnd;
+      const free = !taken && (cluster >= references.clusters || references.get(cluster) === 0);
+      run = free ? run + 1 : 0;
+      cluster++;
+    }
     if (run < count) continue;
-    references.grow(cluster + 2);
-    return cluster - count + 1;
+    references.grow(cluster + 1);
+    return cluster - count;
   }
   throw new StillframeError(
     'ERR_STILLFRAME_NO_SPACE',
