@@ -14,7 +14,7 @@ import { type PlainError, StillframeError, toStillframeError } from '../errors.j
 import type { JobControl, JobError } from '../job/control.js';
 import type { JobStatus } from '../job/status.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { allocateFrame, closeScratch, makeHolder } from './freeze.js';
+import { allocateFrame, closeScratch, type FrameMemory, type HolderOptions, makeHolder } from './freeze.js';
 import {
   abandonTarget,
   commitTarget,
@@ -35,6 +35,7 @@ export interface BackupJobOptions extends TargetOptions {
   readonly onSourceError: OnError;
   readonly onTargetError: OnError;
   readonly onCbwError: OnCbwError;
+  readonly cbwTimeoutMs?: number | undefined;
   /** Guests save old data to a scratch file, in the folder of this name or that of the image. */
   readonly fleece?: boolean | string | undefined;
   readonly autoFinalize: boolean;
@@ -124,7 +125,7 @@ export class BackupJob {
   #begin(id: number): Frame {
     const runtime = this.#runtime;
     const disk = this.#disk;
-    const { compress, onCbwError } = this.#options;
+    const { compress, onCbwError, cbwTimeoutMs } = this.#options;
     const clusterSize = copyClusterSize(attachNode(runtime, this.#target.descriptor));
     const memory = allocateFrame(runtime, disk, clusterSize);
     let holder: FrameDescriptor | undefined;
@@ -134,6 +135,7 @@ export class BackupJob {
         clusterSize,
         skipUnallocated: this.#sync === 'top',
         onCbwError,
+        cbwTimeoutMs,
         owner: this.#control.wakeWord,
       };
       holder = this.#makeHolder(common);
@@ -158,9 +160,7 @@ export class BackupJob {
   }
 
   /** The frame that guests know, where that is not the one whose target is the backup's. */
-  #makeHolder(
-    common: Pick<FrameDescriptor, 'id' | 'clusterSize' | 'skipUnallocated' | 'onCbwError' | 'owner'>,
-  ): FrameDescriptor | undefined {
+  #makeHolder(common: Omit<HolderOptions, keyof FrameMemory | 'scratch'>): FrameDescriptor | undefined {
     const { fleece = false } = this.#options;
     if (fleece === false) return undefined;
     const memory = allocateFrame(this.#runtime, this.#disk, common.clusterSize);

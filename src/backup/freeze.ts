@@ -26,6 +26,8 @@ export interface FreezeOptions {
   readonly scratch?: string | undefined;
   /** What becomes of a guest's write whose old data cannot be saved. Default `break-guest-write`. */
   readonly onCbwError?: OnCbwError | undefined;
+  /** How long a guest's write may wait for that, in milliseconds; 0 (default): as long as it takes. */
+  readonly cbwTimeoutMs?: number | undefined;
 }
 
 /** An instant that is held; plain data. */
@@ -57,6 +59,7 @@ export function freeze(runtime: Runtime, disk: Disk, options: FreezeOptions, id:
       clusterSize: CLUSTER_BYTES,
       skipUnallocated: false,
       onCbwError: options.onCbwError ?? 'break-guest-write',
+      cbwTimeoutMs: options.cbwTimeoutMs,
       owner: memory.control + OWNER_WORD,
       scratch: options.scratch,
     });
@@ -102,7 +105,10 @@ export function allocateFrame(runtime: Runtime, disk: Disk, clusterSize: number)
 
 /** What a frame that holds an instant in a scratch file is to be. */
 export type HolderOptions = FrameMemory &
-  Pick<FrameDescriptor, 'id' | 'clusterSize' | 'skipUnallocated' | 'onCbwError' | 'owner'> & {
+  Pick<
+    FrameDescriptor,
+    'id' | 'clusterSize' | 'skipUnallocated' | 'onCbwError' | 'cbwTimeoutMs' | 'owner'
+  > & {
     readonly scratch: string | undefined;
   };
 

@@ -123,13 +123,14 @@ async function freezeDisk(args: Arguments, disks: readonly Disk[]): Promise<NbdE
   const name = args.text('freeze');
   const scratch = args.text('scratch');
   const onCbwError = args.choice('on-cbw-error', ['break-guest-write', 'break-snapshot']);
+  const seconds = wholeNumber(args, 'cbw-timeout', 0, 86_400);
   if (name === undefined) {
-    if (scratch === undefined && onCbwError === undefined) return [];
-    throw usageError('--scratch and --on-cbw-error go with --freeze NAME');
+    if (scratch === undefined && onCbwError === undefined && seconds === undefined) return [];
+    throw usageError('--scratch, --on-cbw-error and --cbw-timeout go with --freeze NAME');
   }
   const [disk] = disks;
   if (disk === undefined || disks.length > 1) throw usageError('--freeze takes the instant of one disk');
-  return [{ disk: await disk.freeze({ scratch, onCbwError }), name }];
+  return [{ disk: await disk.freeze({ scratch, onCbwError, cbwTimeoutMs: (seconds ?? 0) * 1000 }), name }];
 }
 
 export const serve: Command = {
@@ -165,6 +166,11 @@ export const serve: Command = {
       long: 'on-cbw-error',
       value: 'POLICY',
       help: 'with --freeze: break-guest-write or break-snapshot, where old data cannot be saved (break-guest-write)',
+    },
+    {
+      long: 'cbw-timeout',
+      value: 'SECONDS',
+      help: 'with --freeze: how long a write may wait until its old data is saved; then that is such an error (0: long)',
     },
     FORMAT,
     SNAPSHOT,

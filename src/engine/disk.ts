@@ -24,6 +24,8 @@ export interface BackupOptions extends TargetOptions {
   readonly onTargetError?: OnError | undefined;
   /** QMP `on-cbw-error`. Default `break-guest-write`. */
   readonly onCbwError?: OnCbwError | undefined;
+  /** How long a guest's write may wait for its old data, in milliseconds, before that is such an error; 0 (default): long. */
+  readonly cbwTimeoutMs?: number | undefined;
   /**
    * Guests' writes save old data to a scratch file first, which empties as the copy catches up, so that they never wait
    * for the target (QEMU: image fleecing). A text is the folder of the scratch file; `true`: that of the image. Default

@@ -80,6 +80,8 @@ export interface BackupEvents {
 }
 
 const PROGRESS_MS = 100;
+/** QMP takes seconds in 32 bits. */
+const MAX_TIMEOUT_MS = 1000 * (2 ** 32 - 1);
 
 interface Started {
   readonly frame: FrameDescriptor;
@@ -351,6 +353,10 @@ function checkOptions(options: BackupOptions): void {
       `sync mode 'none' copies nothing ahead, so nothing would empty the scratch of 'fleece'; use freeze`,
     );
   }
+  const { cbwTimeoutMs = 0 } = options;
+  if (!Number.isSafeInteger(cbwTimeoutMs) || cbwTimeoutMs < 0 || cbwTimeoutMs > MAX_TIMEOUT_MS) {
+    invalid(`cbwTimeoutMs must be a whole number from 0 to ${MAX_TIMEOUT_MS}, not ${cbwTimeoutMs}`);
+  }
   const workers = options.workers ?? 1;
   if (!Number.isInteger(workers) || workers < 1 || workers > 32) {
     invalid(`workers must be a whole number from 1 to 32, not ${workers}`);
@@ -425,6 +431,7 @@ export async function startBackup(
         onSourceError: options.onSourceError ?? 'report',
         onTargetError: options.onTargetError ?? 'report',
         onCbwError: options.onCbwError ?? 'break-guest-write',
+        cbwTimeoutMs: options.cbwTimeoutMs,
         autoFinalize: options.autoFinalize ?? true,
       },
     },

@@ -79,7 +79,7 @@ describe('a backup with fleecing', () => {
     for (let round = 0; round < 3; round++) {
       const instant = round === 0 ? content : await disk.read(0, disk.length);
       const target = at(`target${round}`);
-      const job = await disk.backup({ target, sync: 'full', format, fleece: true, speed: 32 << 20 });
+      const job = await disk.backup({ target, sync: 'full', format, fleece: true, speed: 65536 });
       await Promise.all([scribble(disk, 40), scribble(disk, 40), scribble(disk, 40)]);
       job.setSpeed(0);
       const result = await job.result();

@@ -10,7 +10,7 @@ import { closeNode, openImage } from '#src/block/graph.js';
 import type { RawDescriptor } from '#src/block/node.js';
 import { createRuntime } from '#src/kernels/runtime.js';
 
-const { shared, arena, kernels } = createRuntime(64 << 20);
+const { shared, arena, kernels } = createRuntime(128 << 20);
 const runtime = { arena, kernels };
 const CLUSTER = 65536;
 const CLUSTERS = 8;
@@ -37,6 +37,7 @@ class Thread {
       (async () => {
         const { attachRuntime } = await import('${url('kernels/runtime.js')}');
         const { Disk } = await import('${url('block/disk.js')}');
+        const { SnapshotAccess } = await import('${url('block/filters/snapshot-access.js')}');
         const { CopyBuffer } = await import('${url('block/filters/copy-before-write.js')}');
         const runtime = attachRuntime(workerData.shared);
         const { arena } = runtime;
@@ -219,6 +220,29 @@ describe('copy-before-write', () => {
     expect(readFileSync(join(folder, 'target'))[2 * CLUSTER + 9]).toBe(1);
   });
 
+  it.each([
+    ['break-guest-write', 'ERR_STILLFRAME_CBW_TIMEOUT', false],
+    ['break-snapshot', 'written', true],
+  ])('waits no longer than it may, and then does what %s says', async (onCbwError, event, broken) => {
+    const job = new Thread(`
+      disk.addFrame({ ...frame, cbwTimeoutMs: 60, onCbwError: '${onCbwError}' });
+      const bulk = disk.attachFrame(frame);
+      const read = disk.node.read.bind(disk.node);
+      disk.node.read = (offset, pointer, length) => { say('copying'); pass(0); read(offset, pointer, length); };
+      bulk.beforeWrite(0, ${CLUSTER});
+      say(bulk.broken ? 'broken' : 'whole');`);
+    await job.said('copying');
+    const guest = new Thread(`
+      try { disk.write(9, fill(4), 9); say('written'); } catch (error) { say(error.code); }
+      disk.write(${5 * CLUSTER}, fill(5), 9);`);
+    await guest.said(event);
+    await guest.said('end');
+    open(0);
+    await job.said(broken ? 'broken' : 'whole');
+    await job.said('end');
+    expect(readFileSync(join(folder, 'source'))[9]).toBe(broken ? 4 : 1);
+  });
+
   it('ends when the frame is taken off the disk', async () => {
     const job = new Thread(`disk.addFrame(frame); say('armed'); pass(1); disk.removeFrame(frame.id);`);
     await job.said('armed');
@@ -227,6 +251,32 @@ describe('copy-before-write', () => {
     const guest = new Thread(`disk.write(0, fill(6), 9);`);
     await guest.said('end');
     expect(firstBytes('target')).toEqual(new Array(CLUSTERS).fill(0));
+  });
+});
+
+describe('the instant', () => {
+  it.each([
+    ['read', '(offset, pointer, length)', `still.read(0, data, ${CLUSTER});`],
+    ['status', '(offset, length)', `still.status(0, ${CLUSTER});`],
+  ])('is not changed while its %s is taken from the live disk', async (method, parameters, look) => {
+    const reader = new Thread(`
+      disk.addFrame(frame);
+      const still = new SnapshotAccess(runtime, disk, disk.attachFrame(frame));
+      const before = disk.node.${method}.bind(disk.node);
+      disk.node.${method} = ${parameters} => { say('looking'); pass(0); return before${parameters}; };
+      ${look}
+      say(String(data && arena.u8[data]));`);
+    await reader.said('looking');
+    const guest = new Thread(`say('ready'); disk.discard(0, ${CLUSTER}); say('freed');`);
+    const other = new Thread(`disk.discard(${2 * CLUSTER}, ${CLUSTER}); say('freed');`);
+    await other.said('freed');
+    await guest.said('ready');
+    await aWhile();
+    expect(guest.events).toEqual(['ready']);
+    open(0);
+    await guest.said('freed');
+    await reader.said('end');
+    if (method === 'read') expect(reader.events).toContain('1');
   });
 });
 

@@ -91,10 +91,8 @@ export const mutants: readonly Mutant[] = [
     name: 'busy-ignored',
     what: 'a guest does not wait for a cluster that is being copied',
     file: FRAME,
-    find: `if (count === 0) {
-        this.#waitWhileBusy(cluster);`,
-    replace: `if (count === 0) {
-        cluster++;`,
+    find: 'else this.#waitWhileBusy(cluster, deadline);',
+    replace: 'else cluster++;',
     tests: threads,
   },
   {
@@ -618,7 +616,7 @@ export const mutants: readonly Mutant[] = [
     file: SNAPSHOT,
     find: 'else this.#disk.undisturbed(at, stop - at, () => this.#readHeld(at, to, stop));',
     replace: 'else this.#readHeld(at, to, stop);',
-    tests: fleece,
+    tests: [...threads, ...fleece],
   },
   {
     name: 'instant-not-looked-at-again',
@@ -628,7 +626,7 @@ export const mutants: readonly Mutant[] = [
       const node = found === 'live' ? this.#disk.node : this.#frame.target;`,
     replace: `const { stop } = this.#run(at, end);
       const node = this.#disk.node;`,
-    tests: fleece,
+    tests: [...threads, ...fleece],
   },
   {
     name: 'instant-status-unheld',
@@ -638,7 +636,7 @@ export const mutants: readonly Mutant[] = [
       const now = this.#run(offset, offset + most);`,
     replace: `((_from: number, _bytes: number, body: () => void) => body())(offset, most, () => {
       const now = { found, stop: Math.min(stop, offset + most) };`,
-    tests: fleece,
+    tests: [...threads, ...fleece],
   },
   {
     name: 'forgotten-too-early',

@@ -43,6 +43,8 @@ export interface FrameDescriptor {
   /** The target takes compressed clusters: see `checkCompression`. */
   readonly compress: boolean;
   readonly onCbwError: OnCbwError;
+  /** How long a guest may be kept for its old data, in milliseconds; 0 and undefined: as long as it takes. */
+  readonly cbwTimeoutMs?: number | undefined;
   /** Word of the arena to advance when the frame breaks: its owner sleeps there. */
   readonly owner: number;
   /**
@@ -193,24 +195,27 @@ export class Frame {
   /**
    * Saves the old data of every cluster the range touches. Returns when the guest may write there.
    *
-   * @throws StillframeError the copy's error under `break-guest-write`: the guest's write must fail then
+   * The time for it (QEMU: `cbw-timeout`) is looked at between steps of at most 1 MiB; a step that is under way is not
+   * cut short.
+   *
+   * @throws StillframeError the copy's error under `break-guest-write`, ERR_STILLFRAME_CBW_TIMEOUT where it is late: the
+   *   guest's write must fail then
    */
   beforeWrite(offset: number, length: number): void {
     if (length === 0 || this.broken) return;
-    const { clusterSize, states } = this.descriptor;
+    const { clusterSize, states, cbwTimeoutMs = 0 } = this.descriptor;
     const { kernels } = this.#runtime;
+    const deadline = cbwTimeoutMs > 0 ? performance.now() + cbwTimeoutMs : Number.POSITIVE_INFINITY;
     const end = Math.ceil((offset + length) / clusterSize);
     let cluster = Math.floor(offset / clusterSize);
     for (;;) {
       cluster = kernels.clustersNextPending(states, cluster, end);
       if (cluster < 0) return;
-      const count = kernels.clustersClaimAt(states, cluster, Math.min(end, cluster + this.#runClusters));
-      if (count === 0) {
-        this.#waitWhileBusy(cluster);
-        continue;
-      }
       try {
-        this.#copyClaim(cluster, count, true);
+        if (deadline < Number.POSITIVE_INFINITY && performance.now() >= deadline) throw this.#late(cluster);
+        const count = kernels.clustersClaimAt(states, cluster, Math.min(end, cluster + this.#runClusters));
+        if (count > 0) this.#copyClaim(cluster, count, true);
+        else this.#waitWhileBusy(cluster, deadline);
       } catch (error) {
         if (this.descriptor.onCbwError === 'break-snapshot') {
           store(this.#runtime.arena, this.descriptor.control + BROKEN, 1);
@@ -310,7 +315,15 @@ export class Frame {
     Atomics.sub(arena.i32, (control + WAITERS) >> 2, 1);
   }
 
-  #waitWhileBusy(cluster: number): void {
+  #late(cluster: number): StillframeError {
+    return new StillframeError(
+      'ERR_STILLFRAME_CBW_TIMEOUT',
+      `the old data at ${cluster * this.descriptor.clusterSize} was not saved within ${this.descriptor.cbwTimeoutMs} ms; back up to something faster, or with fleecing`,
+    );
+  }
+
+  /** @param deadline after which it returns all the same, by `performance.now()` */
+  #waitWhileBusy(cluster: number, deadline = Number.POSITIVE_INFINITY): void {
     const { arena, kernels } = this.#runtime;
     const { control, states } = this.descriptor;
     // Announced before the state is read, so that whoever ends the claim later sees a waiter.
@@ -318,7 +331,13 @@ export class Frame {
     for (;;) {
       const sequence = load(arena, control + SEQUENCE);
       if (kernels.clusterState(states, cluster) !== CLUSTER_BUSY) break;
-      waitWhile(arena, control + SEQUENCE, sequence);
+      if (deadline === Number.POSITIVE_INFINITY) {
+        waitWhile(arena, control + SEQUENCE, sequence);
+        continue;
+      }
+      const left = deadline - performance.now();
+      if (left <= 0) break;
+      waitWhile(arena, control + SEQUENCE, sequence, left);
     }
     Atomics.sub(arena.i32, (control + WAITERS) >> 2, 1);
   }
