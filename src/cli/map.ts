@@ -124,7 +124,8 @@ export const map: Command = {
     let failure: unknown;
     const lines = new JsonLines();
     try {
-      if (!json) console.log('Offset          Length          Mapped to       File');
+      // Printed once the image is open, with what is found first.
+      let heading = json ? '' : 'Offset          Length          Mapped to       File\n';
       const print = (batch: MapBatch): void => {
         if (failure !== undefined) return;
         try {
@@ -132,6 +133,8 @@ export const map: Command = {
             process.stdout.write(lines.lines(batch));
             return;
           }
+          process.stdout.write(heading);
+          heading = '';
           const printed: string[] = [];
           for (const entry of batch) {
             const line = humanLine(entry);
@@ -151,6 +154,7 @@ export const map: Command = {
         forceShare: args.flag('force-share'),
       });
       if (failure !== undefined) throw failure;
+      process.stdout.write(heading);
       if (json) process.stdout.write(lines.end());
       return 0;
     } finally {

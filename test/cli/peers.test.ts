@@ -213,6 +213,13 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', 
     });
   });
 
+  it.each(['human', 'json'])('map of what is not there prints nothing but the error (%s)', (output) => {
+    const args = ['map', `--output=${output}`, 'nowhere.qcow2'];
+    const [own, theirs] = [stillframe(args, { cwd: folder }), qemuImg(args)];
+    expect(own.status).toBe(theirs.status);
+    if (output === 'human') expect(own.stdout).toBe(theirs.stdout);
+  });
+
   describe('compare', () => {
     beforeAll(() => {
       const data = random.noise(1 << 20);
