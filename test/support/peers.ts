@@ -7,6 +7,7 @@ const packages: Readonly<Record<string, string>> = {
   'qemu-nbd': 'qemu-utils',
   'qemu-storage-daemon': 'qemu-system-common',
   'qemu-system-x86_64': 'qemu-system-x86',
+  busybox: 'busybox-static',
   nbdkit: 'nbdkit',
   'nbd-server': 'nbd-server',
   nbdcopy: 'libnbd-bin',
