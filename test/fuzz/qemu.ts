@@ -45,6 +45,11 @@ export function qemuRepair(path: string, format: string): boolean {
   return qemuImg(path, 'check', '-q', '-r', 'all', '-f', format, path).status === 0;
 }
 
+/** Internal snapshots that the header of a qcow2 image speaks of. */
+export function snapshotCount(path: string): number {
+  return readStart(path).readUInt32BE(60);
+}
+
 /** What `qemu-img check` finds, or undefined where it cannot look at the image. */
 export function qemuFindings(path: string, format: string): Record<string, unknown> | undefined {
   const { status, stdout } = qemuImg(path, 'check', '-U', '--output=json', '-f', format, path);
