@@ -109,6 +109,41 @@ function isTableShared(path: string): boolean {
   }
 }
 
+/**
+ * Whether tables hold something for clusters behind the end of the drive. Like QEMU, who makes it shorter looks at what
+ * is in front of the old end only, and the rest leaks with its table.
+ */
+function isMappedBehindEnd(path: string): boolean {
+  const fd = openSync(path, 'r');
+  try {
+    const read = (at: number, bytes: number): Buffer => {
+      const buffer = Buffer.alloc(bytes);
+      readSync(fd, buffer, 0, bytes, at);
+      return buffer;
+    };
+    const header = read(0, 104);
+    const clusterSize = 2 ** header.readUInt32BE(HEADER.clusterBits);
+    const subclusters = header.readUInt32BE(4) >= 3 && (header.readUInt32BE(76) & 16) !== 0;
+    const entryBytes = subclusters ? 16 : 8;
+    const perTable = clusterSize / entryBytes;
+    const clusters = Math.ceil(Number(header.readBigUInt64BE(HEADER.size)) / clusterSize);
+    const l1 = read(
+      Number(header.readBigUInt64BE(HEADER.l1TableOffset)),
+      header.readUInt32BE(HEADER.l1Size) * 8,
+    );
+    const last = Math.floor(clusters / perTable);
+    if (l1.subarray((last + 1) * 8).some((byte) => byte !== 0)) return true;
+    if (last * 8 >= l1.length) return false;
+    const table = Number(l1.readBigUInt64BE(last * 8) & 0x00fffffffffffe00n);
+    if (table === 0) return false;
+    return read(table, clusterSize)
+      .subarray((clusters % perTable) * entryBytes)
+      .some((byte) => byte !== 0);
+  } finally {
+    closeSync(fd);
+  }
+}
+
 /** Does with an image what can be done with one. */
 export class Exercise {
   readonly #runtime: Runtime;
@@ -194,6 +229,7 @@ export class Exercise {
   changeSound(dice: Random): void {
     // QEMU does not see that either.
     if (isTableShared(this.#path)) return;
+    const mayLeak = isMappedBehindEnd(this.#path);
     const before = this.#errors.length;
     const end = statSync(this.#path).size;
     let cluster = 512;
@@ -213,7 +249,7 @@ export class Exercise {
       if (/OFLAG_COPIED .* refcount=1$/.test(line)) return false;
       // No check looks at refcounts behind the end of the file.
       const [, leaked = -1] = /^Leaked cluster (\d+) /.exec(line)?.map(Number) ?? [];
-      return leaked < 0 || (complete && leaked * cluster < end - (end % cluster));
+      return leaked < 0 || (complete && !mayLeak && leaked * cluster < end - (end % cluster));
     });
     if (wrong.length > 0) throw new Defect(`changes of a sound image have damaged it: ${wrong.join('; ')}`);
   }

@@ -80,6 +80,9 @@ function describeError(error: unknown): string {
 }
 
 /** Runs executions, one after the other, in a folder of its own. */
+/** Of the arena that executions use in time. */
+const ARENA_BYTES = 320 << 20;
+
 export class Fuzzer {
   readonly tally = newTally();
   readonly #root: string;
@@ -101,6 +104,10 @@ export class Fuzzer {
     this.#common = loadCorpus('common');
     const names = this.#furnish();
     const runtime = createRuntime();
+    // What the arena comes to use is not to be taken for memory that gets more and more.
+    const pages = runtime.arena.alloc(ARENA_BYTES, 'pages of the arena');
+    runtime.arena.u8.fill(0, pages, pages + ARENA_BYTES);
+    runtime.arena.free(pages);
     this.#exercise = new Exercise(runtime, this.#path, format, FORMATS[format].mostContent);
     this.#guard = new Guard(runtime.arena, new Set(names.map((name) => join(this.#folder, name))));
   }

@@ -60,4 +60,9 @@ export const regressions: readonly {
       actions: 60089715,
     },
   },
+  {
+    format: 'qcow2',
+    what: 'an image that becomes shorter looks for its last cluster in use behind all that is counted',
+    recipe: { base: 'over-raw-v2', mutations: [[{ length: 70368744177664 }]], actions: 70606127 },
+  },
 ];

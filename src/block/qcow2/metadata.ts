@@ -513,7 +513,9 @@ export class Metadata {
 
   /** Bytes from the start of the file to the end of the last cluster in use. */
   usedEnd(): number {
-    let index = Math.ceil(this.#file.length / this.clusterSize);
+    // Nothing is counted behind the end of the table, however long the file is.
+    const counted = this.state.get('refcountTableEntries') * this.#perBlock;
+    let index = Math.min(Math.ceil(this.#file.length / this.clusterSize), counted);
     while (index > 0) {
       const last = index - 1;
       const block = Math.floor(last / this.#perBlock);
