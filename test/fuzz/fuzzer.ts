@@ -79,10 +79,10 @@ function describeError(error: unknown): string {
   return error instanceof Error ? (error.stack ?? error.message) : String(error);
 }
 
-/** Runs executions, one after the other, in a folder of its own. */
 /** Of the arena that executions use in time. */
 const ARENA_BYTES = 320 << 20;
 
+/** Runs executions, one after the other, in a folder of its own. */
 export class Fuzzer {
   readonly tally = newTally();
   readonly #root: string;
