@@ -25,7 +25,7 @@ import { chainStatus } from '#src/block/status.js';
 import { StillframeError } from '#src/errors.js';
 import type { Runtime } from '#src/kernels/runtime.js';
 import type { Random } from '../support/data.js';
-import { HEADER } from '../support/qcow2-bytes.js';
+import { EXTENSION, HEADER } from '../support/qcow2-bytes.js';
 
 /** What became of an image. */
 export interface Outcome {
@@ -71,7 +71,10 @@ function wrongs(check: ImageCheck): number {
   return check['check-errors'] + (check.corruptions ?? 0) + (check.leaks ?? 0);
 }
 
-/** Whether a snapshot of a sound image takes the active L1 table or the refcount table for one of its L2 tables. */
+/**
+ * Whether a snapshot of a sound image takes the active L1 table or the refcount table for one of its L2 tables, or a
+ * bitmap takes it for its table.
+ */
 function isTableShared(path: string): boolean {
   const fd = openSync(path, 'r');
   try {
@@ -91,14 +94,20 @@ function isTableShared(path: string): boolean {
         header.readUInt32BE(HEADER.refcountTableClusters) * clusterSize,
       ],
     ] as const;
+    const isShared = (table: number): boolean =>
+      tables.some(([start, bytes]) => table < start + bytes && start < table + clusterSize);
+    const directory = bitmapDirectoryOf(read);
+    for (let entry = 0; directory !== undefined && entry + 24 <= directory.length; ) {
+      if (isShared(place(directory, entry))) return true;
+      const length = 24 + directory.readUInt16BE(entry + 18) + directory.readUInt32BE(entry + 20);
+      entry += Math.ceil(length / 8) * 8;
+    }
     let at = place(header, HEADER.snapshotsOffset);
     for (let left = header.readUInt32BE(HEADER.snapshotCount); left > 0; left--) {
       const entry = read(at, 40);
       const l1 = read(place(entry, 0), Math.min(entry.readUInt32BE(8), 4096) * 8);
       for (let index = 0; index < l1.length; index += 8) {
-        const table = place(l1, index);
-        if (tables.some(([start, bytes]) => table < start + bytes && start < table + clusterSize))
-          return true;
+        if (isShared(place(l1, index))) return true;
       }
       const length = 40 + entry.readUInt32BE(36) + entry.readUInt16BE(12) + entry.readUInt16BE(14);
       at += Math.ceil(length / 8) * 8;
@@ -107,6 +116,22 @@ function isTableShared(path: string): boolean {
   } finally {
     closeSync(fd);
   }
+}
+
+/** The bitmap directory that the extensions of a header speak of. */
+function bitmapDirectoryOf(read: (at: number, bytes: number) => Buffer): Buffer | undefined {
+  const version = read(4, 4).readUInt32BE(0);
+  for (let at = version === 2 ? 72 : read(100, 4).readUInt32BE(0); at < 65536; ) {
+    const extension = read(at, 32);
+    const [type, length] = [extension.readUInt32BE(0), extension.readUInt32BE(4)];
+    if (type === 0) return undefined;
+    if (type === EXTENSION.bitmaps) {
+      const bytes = Math.min(Number(extension.readBigUInt64BE(16)), 65536);
+      return read(Number(extension.readBigUInt64BE(24)), bytes);
+    }
+    at += 8 + Math.ceil(length / 8) * 8;
+  }
+  return undefined;
 }
 
 /**
