@@ -1,8 +1,8 @@
 #!/usr/bin/env node
-import { readFileSync } from 'node:fs';
 import { type StillframeError, toStillframeError } from '../errors.js';
 import { type Command, helpOf, parseArguments, usageError } from './command.js';
 import { printable } from './units.js';
+import { version } from './version.js';
 
 /** Loaded when asked for: a command starts without the others' code. */
 const commands = new Map<string, () => Promise<Command>>([
@@ -30,12 +30,6 @@ async function overview(): Promise<string> {
     'usage: stillframe COMMAND [options]\n\nPoint-in-time backups of disk images.\n\n' +
     `${lines.join('\n')}\n\n'stillframe COMMAND --help' explains a command; 'stillframe --version' prints the version.\n`
   );
-}
-
-function version(): string {
-  const path = new URL('../../package.json', import.meta.url);
-  const { version: text }: { version: string } = JSON.parse(readFileSync(path, 'utf8'));
-  return text;
 }
 
 /** The error where people look for it, and with `--output json` as the last line of stdout as well. */

@@ -8,6 +8,8 @@ import {
   type TlsOptions,
 } from '../index.js';
 import { inheritedSockets, type ListenAddress, parseListenAddress } from '../nbd/server/address.js';
+import { Control } from '../qmp/control.js';
+import { QmpListener } from '../qmp/listener.js';
 import {
   ALLOW_BACKING,
   type Arguments,
@@ -23,6 +25,7 @@ import {
   usageError,
 } from './command.js';
 import { formatBytes } from './units.js';
+import { version } from './version.js';
 
 interface Place {
   readonly addresses: readonly ListenAddress[];
@@ -86,19 +89,47 @@ function modeOf(args: Arguments): number | undefined {
   return Number.parseInt(text, 8);
 }
 
-/** The first signal, or the end of the server by itself. @returns the exit status */
-async function untilDone(server: NbdServer): Promise<number> {
-  return await new Promise<number>((resolve) => {
-    let stopping = false;
-    const stop = (status: number): void => {
-      if (stopping) process.exit(status === 0 ? 1 : status);
-      stopping = true;
-      resolve(status);
-    };
-    process.on('SIGINT', () => stop(130));
-    process.on('SIGTERM', () => stop(0));
-    void server.finished.then(() => resolve(0));
-  });
+/** Waits for the first signal, for the end of the server by itself, or for being told to quit. */
+class Ending {
+  /** The exit status. */
+  readonly status: Promise<number>;
+  #resolve: (status: number) => void = () => undefined;
+  #stopping = false;
+
+  constructor(server: NbdServer) {
+    this.status = new Promise((resolve) => {
+      this.#resolve = resolve;
+    });
+    process.on('SIGINT', () => this.stop(130));
+    process.on('SIGTERM', () => this.stop(0));
+    void server.finished.then(() => this.#resolve(0));
+  }
+
+  stop(status: number): void {
+    if (this.#stopping) process.exit(status === 0 ? 1 : status);
+    this.#stopping = true;
+    this.#resolve(status);
+  }
+}
+
+/** Makes the socket by which the disks, their backups and instants are controlled. */
+async function controlDisks(
+  args: Arguments,
+  disks: readonly Disk[],
+  names: readonly string[],
+  server: NbdServer,
+  ending: Ending,
+): Promise<QmpListener | undefined> {
+  const path = args.text('qmp');
+  if (path === undefined) return undefined;
+  const devices = disks.map((disk, index) => ({ names: [`drive${index}`, names[index] ?? ''], disk }));
+  // The answer is to be on its way before the sockets close.
+  const quit = (): unknown => setImmediate(() => ending.stop(0));
+  return await QmpListener.listen(
+    path,
+    version(),
+    (tell) => new Control(devices, server, tell, quit).handlers,
+  );
 }
 
 async function openDisks(engine: Engine, args: Arguments, readOnly: boolean): Promise<Disk[]> {
@@ -206,6 +237,11 @@ export const serve: Command = {
       help: 'serve with TLS only, to those who know a key of FILE (user:hexadecimal)',
     },
     { long: 'socket-mode', value: 'MODE', help: 'permissions of a unix socket (600)' },
+    {
+      long: 'qmp',
+      value: 'PATH',
+      help: 'unix socket that takes QMP commands: backups of the disks (drive0, drive1, …), instants, their end',
+    },
     FORCE_SHARE,
     OUTPUT,
     QUIET,
@@ -236,7 +272,8 @@ export const serve: Command = {
         tls: tlsOf(args),
         handshakeTimeoutMs: seconds === undefined ? undefined : seconds * 1000,
       });
-      const done = untilDone(server);
+      const ending = new Ending(server);
+      const monitors = await controlDisks(args, disks, names, server, ending);
       const { uris } = server;
       // A connection that it was started with may be its stdout.
       const quiet = args.flag('quiet') || uris.length === 0;
@@ -254,7 +291,8 @@ export const serve: Command = {
         }
         for (const uri of uris) console.log(uri);
       }
-      const status = await done;
+      const status = await ending.status;
+      await monitors?.close();
       await server.close();
       return status;
     } finally {

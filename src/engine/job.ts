@@ -402,15 +402,19 @@ export async function startBackup(
   const { port1, port2 } = new MessageChannel();
 
   let handle: BackupHandle | undefined;
-  const early: Exclude<JobMessage, { type: 'started' | 'ended' }>[] = [];
+  /** Undefined once the caller has had a chance to listen. */
+  let early: Exclude<JobMessage, { type: 'started' }>[] | undefined = [];
   const started = deferred<Started>();
   const ended = deferred<Extract<JobMessage, { type: 'ended' }>>();
   port1.on('message', (message: JobMessage) => {
     if (message.type === 'started') started.resolve(message);
-    else if (message.type === 'ended') ended.resolve(message);
-    else if (handle === undefined) early.push(message);
-    else handle.deliver(message);
+    else if (early !== undefined) early.push(message);
+    else deliver(message);
   });
+  const deliver = (message: Exclude<JobMessage, { type: 'started' }>): void => {
+    if (message.type === 'ended') ended.resolve(message);
+    else handle?.deliver(message);
+  };
 
   const lead = engine.run<void>(
     {
@@ -468,8 +472,10 @@ export async function startBackup(
   );
   const job = handle;
   // Listeners of the caller are not there yet: what has happened already is delivered after they had a chance.
-  queueMicrotask(() => {
-    for (const message of early) job.deliver(message);
+  setImmediate(() => {
+    const messages = early ?? [];
+    early = undefined;
+    for (const message of messages) deliver(message);
   });
   const { signal } = options;
   const abort = (): void => {

@@ -96,6 +96,11 @@ export class NbdServer {
     );
   }
 
+  /** Names of its exports. */
+  get exportNames(): readonly string[] {
+    return [...this.#entries.keys()];
+  }
+
   /** Clients that have chosen an export. */
   get connections(): number {
     return this.#server.connections;
