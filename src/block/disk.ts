@@ -4,7 +4,7 @@ import type { Runtime } from '../kernels/runtime.js';
 import { type CopyBuffer, Frame, type FrameDescriptor } from './filters/copy-before-write.js';
 import { SnapshotAccess } from './filters/snapshot-access.js';
 import { attachNode } from './graph.js';
-import type { BlockNode, NodeDescriptor } from './node.js';
+import type { BlockNode, HostRange, NodeDescriptor } from './node.js';
 import { TRACKER_BYTES, TrackedRequests } from './tracked-requests.js';
 
 /**
@@ -57,6 +57,11 @@ export class Disk {
   read(offset: number, pointer: number, length: number): void {
     this.#check('read', offset, length);
     this.node.read(offset, pointer, length);
+  }
+
+  /** As {@link BlockNode.hostRange}. */
+  hostRange(offset: number, length: number): HostRange | undefined {
+    return this.node.hostRange?.(offset, length);
   }
 
   write(offset: number, pointer: number, length: number): void {

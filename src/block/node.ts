@@ -76,6 +76,14 @@ export interface BlockNode {
   flush(): void;
 
   /**
+   * Where the bytes of a range lie one after the other in a file of the host, and stay as long as the node is open: what
+   * is there later is what was written to the same range later, never bytes of another place.
+   *
+   * @returns undefined where they do not; a driver without this method has no such places
+   */
+  hostRange?(offset: number, length: number): HostRange | undefined;
+
+  /**
    * What this layer alone says of the range that starts at `offset`: one extent that starts there, at least 1
    * and at most `length` bytes. Neighbours with equal flags (and adjacent host offsets) are merged as far as the
    * driver can see cheaply. Semantics: QEMU's `bdrv_block_status`.
@@ -101,6 +109,13 @@ export interface Extent {
   readonly hostOffset: number;
   /** Which file of this layer, where it has several that it counts; default the first. */
   readonly file?: number;
+}
+
+/** A part of a file of the host. */
+export interface HostRange {
+  readonly fd: number;
+  /** Bytes. */
+  readonly offset: number;
 }
 
 /** State shared by all drivers' descriptors. */

@@ -46,6 +46,29 @@ export interface ServerSockets {
    * @returns the bytes read, fewer only at the end or after the time-out; undefined after the time-out with nothing read
    */
   receiveAll(fd: number, address: number, length: number): number | undefined;
+  /** Reads to memory without waiting. @returns the bytes read, 0 at the end, -1 where there is nothing, or an error, yet */
+  receiveNow(fd: number, address: number, length: number): number;
+  /** Writes from memory, waiting until something was taken. @param more: what follows belongs to it. @returns the bytes taken */
+  sendFrom(fd: number, address: number, length: number, more: boolean): number;
+  /** How much is taken of an answer before its client reads it: at most that, the system may allow less. Never throws. */
+  setSendBuffer(fd: number, bytes: number): void;
+  /**
+   * A pipe, for data that goes from a file to a socket without being copied.
+   *
+   * @param bytes how much it should hold; the system may allow less
+   */
+  pipe(bytes: number): Pipe;
+  /** Puts a part of a file into an empty pipe. @returns the bytes put, fewer at the end of the file or of the pipe */
+  spliceIn(fd: number, offset: number, pipe: Pipe, length: number): number;
+  /** Sends what is in a pipe, waiting as long as it takes. @returns the bytes taken */
+  spliceOut(pipe: Pipe, fd: number, length: number): number;
+}
+
+export interface Pipe {
+  readonly read: number;
+  readonly write: number;
+  /** Bytes it holds, of whole pages. */
+  readonly capacity: number;
 }
 
 const AF_UNIX = 1;
@@ -56,6 +79,7 @@ const SOCK_CLOEXEC = 0o2000000;
 const SOL_SOCKET = 1;
 const SO_REUSEADDR = 2;
 const SO_TYPE = 3;
+const SO_SNDBUF = 7;
 const SO_KEEPALIVE = 9;
 const SO_RCVTIMEO = 20;
 const SO_ACCEPTCONN = 30;
@@ -68,6 +92,11 @@ const SHUT_RD = 0;
 const MSG_DONTWAIT = 0x40;
 const MSG_WAITALL = 0x100;
 const MSG_NOSIGNAL = 0x4000;
+const MSG_MORE = 0x8000;
+const SPLICE_F_NONBLOCK = 2;
+const F_SETPIPE_SZ = 1031;
+const F_GETPIPE_SZ = 1032;
+const O_CLOEXEC = 0o2000000;
 const F_SETFD = 2;
 const F_GETFL = 3;
 const F_SETFL = 4;
@@ -108,6 +137,11 @@ function loadServerSockets(): ServerSockets {
   const recv = libc.func('int64 recv(int fd, void *bytes, size_t length, int flags)');
   const recvTo = libc.func('int64 recv(int fd, size_t address, size_t length, int flags)');
   const send = libc.func('int64 send(int fd, void *bytes, size_t length, int flags)');
+  const sendFrom = libc.func('int64 send(int fd, size_t address, size_t length, int flags)');
+  const pipe2 = libc.func('int pipe2(_Out_ int *fds, int flags)');
+  const splice = libc.func(
+    'int64 splice(int in, void *inOffset, int out, void *outOffset, size_t length, unsigned int flags)',
+  );
   const epollCreate = libc.func('int epoll_create1(int flags)');
   const epollCtl = libc.func('int epoll_ctl(int poller, int operation, int fd, void *event)');
   const epollWait = libc.func('int epoll_wait(int poller, void *events, int most, int timeout)');
@@ -141,6 +175,15 @@ function loadServerSockets(): ServerSockets {
     event.setUint32(EVENT_TAG, tag, true);
     checked('epoll_ctl', epollCtl(poller, operation, fd, new Uint8Array(event.buffer)));
   };
+  const interruptible = (syscall: string, call: () => unknown): number => {
+    for (;;) {
+      const value = Number(call());
+      if (value >= 0) return value;
+      const error = socketError(syscall, koffi.errno());
+      if (error.code !== 'EINTR') throw error;
+    }
+  };
+  const spliceOffset = new BigInt64Array(1);
   const events = new Uint8Array(EVENT_BYTES * EVENTS_AT_ONCE);
   const eventView = new DataView(events.buffer);
   return {
@@ -222,6 +265,26 @@ function loadServerSockets(): ServerSockets {
     },
     addressOf: (memory) => Number(koffi.address(memory)),
     receiveAll: (fd, address, length) => attempt('recv', () => recvTo(fd, address, length, MSG_WAITALL)),
+    receiveNow: (fd, address, length) => Number(recvTo(fd, address, length, MSG_DONTWAIT)),
+    sendFrom: (fd, address, length, more) =>
+      interruptible('send', () => sendFrom(fd, address, length, MSG_NOSIGNAL | (more ? MSG_MORE : 0))),
+    setSendBuffer(fd, bytes) {
+      setsockopt(fd, SOL_SOCKET, SO_SNDBUF, Int32Array.of(bytes), 4);
+    },
+    pipe(bytes) {
+      const fds: [number, number] = [-1, -1];
+      checked('pipe2', pipe2(fds, O_CLOEXEC));
+      const [read, write] = fds;
+      fcntl(write, F_SETPIPE_SZ, bytes);
+      return { read, write, capacity: Number(fcntl(write, F_GETPIPE_SZ, 0)) };
+    },
+    spliceIn(fd, offset, pipe, length) {
+      spliceOffset[0] = BigInt(offset);
+      const flags = SPLICE_F_NONBLOCK;
+      return interruptible('splice', () => splice(fd, spliceOffset, pipe.write, null, length, flags));
+    },
+    spliceOut: (pipe, fd, length) =>
+      interruptible('splice', () => splice(pipe.read, null, fd, null, length, 0)),
   };
 }
 

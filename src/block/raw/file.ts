@@ -23,6 +23,7 @@ import {
   type Extent,
   type FileDescriptor,
   type FileNode,
+  type HostRange,
   STATUS_ALLOCATED,
   STATUS_DATA,
   STATUS_ZERO,
@@ -265,6 +266,10 @@ export class HostFile implements FileNode {
   flush(): void {
     if (this.readOnly) return;
     this.#attempt('flush', 0, 0, () => fdatasyncSync(this.descriptor.fd));
+  }
+
+  hostRange(offset: number, length: number): HostRange | undefined {
+    return offset + length > this.length ? undefined : { fd: this.descriptor.fd, offset };
   }
 
   status(offset: number, length: number): Extent {

@@ -1,6 +1,6 @@
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
-import type { BlockNode, Extent, RawDescriptor, StorageDescriptor } from '../node.js';
+import type { BlockNode, Extent, HostRange, RawDescriptor, StorageDescriptor } from '../node.js';
 import { attachFile, type FileNode } from './file.js';
 
 /** Sizes of images are multiples of this many bytes. */
@@ -63,6 +63,11 @@ class RawNode implements BlockNode {
 
   flush(): void {
     this.#file.flush();
+  }
+
+  hostRange(offset: number, length: number): HostRange | undefined {
+    this.#check('look at', offset, length);
+    return this.#file.hostRange?.(offset, length);
   }
 
   status(offset: number, length: number): Extent {

@@ -1,8 +1,10 @@
 import { readSync, writeSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
 import type { Arena } from '../../kernels/arena.js';
 import { lock, unlock } from '../../kernels/futex.js';
 import type { ServerSockets } from '../../os/server-sockets.js';
 import type { Sockets } from '../../os/sockets.js';
+import type { FilePipe } from './file-pipe.js';
 import { type ConnectionState, RECEIVE_BYTES } from './state.js';
 
 /** The client is gone. */
@@ -13,6 +15,32 @@ export const IDLE_MS = 100;
 /** Requests with less data than this are read ahead. */
 const AHEAD_BYTES = 16 * 1024;
 
+/** How long a thread looks out for bytes before it sleeps, in milliseconds. */
+const LOOK_OUT_MS = 0.05;
+/** Threads that may look out at once: somebody has to make the bytes. */
+const MOST_LOOK_OUT = Math.max(0, availableParallelism() - 1);
+/** Requests that have to come one by one before it is tried: where several come together, sleeping costs little. */
+const SINGLE_REQUESTS = 8;
+/** After how many vain attempts, as a power of two, the pauses between them grow no more. */
+const MAX_PAUSE_BITS = 10;
+
+/** Experience with looking out for bytes: what is of no use is tried less and less often. */
+class LookOut {
+  #failures = 0;
+  #pause = 0;
+
+  get worthwhile(): boolean {
+    if (this.#pause === 0) return true;
+    this.#pause--;
+    return false;
+  }
+
+  learn(useful: boolean): void {
+    this.#failures = useful ? 0 : Math.min(this.#failures + 1, MAX_PAUSE_BITS);
+    this.#pause = useful ? 0 : 2 ** this.#failures;
+  }
+}
+
 /** What a thread has of one connection: blocking reads and writes between its socket and the arena. */
 export class ClientSocket {
   readonly state: ConnectionState;
@@ -20,6 +48,10 @@ export class ClientSocket {
   readonly #arena: Arena;
   readonly #sockets: Sockets & ServerSockets;
   readonly #memory: number;
+  readonly #forRequest = new LookOut();
+  readonly #forRest = new LookOut();
+  /** Requests before which nothing was read ahead, one after the other. */
+  #singles = 0;
 
   constructor(arena: Arena, sockets: Sockets & ServerSockets, memory: number, state: ConnectionState) {
     this.state = state;
@@ -49,7 +81,10 @@ export class ClientSocket {
   fill(bytes: number): 'ready' | 'idle' | 'end' {
     const { state } = this;
     let { begin, end } = state;
-    if (end - begin >= bytes) return 'ready';
+    if (end - begin >= bytes) {
+      this.#singles = 0;
+      return 'ready';
+    }
     const { buffer } = state;
     if (begin > 0) {
       this.#arena.u8.copyWithin(buffer, buffer + begin, buffer + end);
@@ -59,7 +94,9 @@ export class ClientSocket {
     }
     while (end < bytes) {
       const most = state.readsAhead ? RECEIVE_BYTES - end : bytes - end;
-      const got = this.#attempt(() => readSync(this.fd, this.#arena.u8, buffer + end, most, null));
+      const got =
+        this.#lookOut(buffer + end, most, end > 0) ??
+        this.#attempt(() => readSync(this.fd, this.#arena.u8, buffer + end, most, null));
       if (got === undefined) {
         if (end === 0) return 'idle';
         continue;
@@ -112,11 +149,6 @@ export class ClientSocket {
     }
   }
 
-  /** Sends an answer, or a part of one that may stand for itself. @throws ClientLost */
-  send(pointer: number, length: number): void {
-    this.sending(() => this.write(pointer, length));
-  }
-
   /** Runs `body` while nobody else sends. */
   sending(body: () => void): void {
     lock(this.#arena, this.state.sending);
@@ -127,12 +159,45 @@ export class ClientSocket {
     }
   }
 
+  /** Within {@link sending}: sends the beginning of an answer, and what is in the pipe behind it. @throws ClientLost */
+  writeWithFile(pointer: number, length: number, pipe: FilePipe, pipeBytes: number): void {
+    for (let done = 0; done < length; ) {
+      const at = this.#memory + pointer + done;
+      done += this.#attempt(() => this.#sockets.sendFrom(this.fd, at, length - done, true)) ?? 0;
+    }
+    for (let done = 0; done < pipeBytes; ) {
+      done += this.#attempt(() => pipe.drain(this.fd, pipeBytes - done)) ?? 0;
+    }
+  }
+
   /** Within {@link sending}. @throws ClientLost */
   write(pointer: number, length: number): void {
     for (let done = 0; done < length; ) {
       done +=
         this.#attempt(() => writeSync(this.fd, this.#arena.u8, pointer + done, length - done, null)) ?? 0;
     }
+  }
+
+  /**
+   * Looks for bytes again and again before the thread is put to sleep: with a processor to spare that takes far less time
+   * than being woken. Whether it is of any use, experience says.
+   *
+   * @returns undefined where nothing came, or it is not worth trying
+   */
+  #lookOut(pointer: number, most: number, rest: boolean): number | undefined {
+    if (!rest) this.#singles++;
+    const lookOut = rest ? this.#forRest : this.#forRequest;
+    if (!rest && this.#singles <= SINGLE_REQUESTS) return undefined;
+    if (!lookOut.worthwhile || !this.state.beginLookOut(MOST_LOOK_OUT)) return undefined;
+    const until = performance.now() + LOOK_OUT_MS;
+    const at = this.#memory + pointer;
+    let got = 0;
+    do got = this.#sockets.receiveNow(this.fd, at, most);
+    while (got < 0 && performance.now() < until);
+    this.state.endLookOut();
+    lookOut.learn(got > 0);
+    // The end, and what goes wrong, is for the call that waits to tell.
+    return got > 0 ? got : undefined;
   }
 
   /** Undefined after the time-out. */

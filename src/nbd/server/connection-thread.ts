@@ -9,6 +9,7 @@ import { judge, MAX_DRAINED_BYTES, Request, requestBytes } from '../protocol/req
 import { ClientLost, ClientSocket } from './client-socket.js';
 import { attachDrive, type Drive } from './drive.js';
 import type { ExportDescriptor } from './exports.js';
+import { FilePipe } from './file-pipe.js';
 import { ANSWER_BYTES, DATA_BYTES, Session } from './session.js';
 import { type ConnectionState, PHASE_OF, RECEIVE_BYTES, type ServerState } from './state.js';
 
@@ -52,6 +53,7 @@ export class ConnectionThread {
   readonly #memory: number;
   readonly #answers: number;
   readonly #data: number;
+  readonly #pipe: FilePipe;
   readonly #drives = new Map<number, Drive>();
   readonly #request = new Request();
   #exports: readonly (ExportDescriptor | null)[] = [];
@@ -63,6 +65,7 @@ export class ConnectionThread {
     this.#memory = context.sockets.addressOf(arena.u8);
     this.#answers = arena.alloc(ANSWER_BYTES + DATA_BYTES, 'a thread that serves NBD');
     this.#data = this.#answers + ANSWER_BYTES;
+    this.#pipe = new FilePipe(context.sockets);
   }
 
   /** Serves until the server is gone, or there was nothing to do for long. */
@@ -77,6 +80,7 @@ export class ConnectionThread {
       }
     } finally {
       runtime.arena.free(this.#answers);
+      this.#pipe.close();
       if (this.#buffer !== undefined) runtime.arena.free(this.#buffer.data);
       state.countThread(-1);
     }
@@ -146,9 +150,9 @@ export class ConnectionThread {
           this.#summon(state);
           release();
         }
-        const start = performance.now();
+        const start = performance.now() - session.sentMs;
         session.carryOut(request, data);
-        this.#learn(state, performance.now() - start);
+        this.#learn(state, performance.now() - session.sentMs - start);
         if (slow) {
           session.flush();
           return true;
@@ -274,7 +278,7 @@ export class ConnectionThread {
   #summon(connection: ConnectionState): void {
     const { state, post } = this.#context;
     if (connection.users >= THREADS_OF_ONE || !connection.summon()) return;
-    if (state.enqueue(connection)) post('more');
+    if (state.enqueue(connection, true)) post('more');
   }
 
   /** Notes how long a request took. Of one that stands out no more counts than that it was slow. */
@@ -295,7 +299,7 @@ export class ConnectionThread {
       drive = attachDrive(runtime, served, this.#copyBuffer);
       this.#drives.set(exportIndex, drive);
     }
-    return new Session(runtime, socket, served, drive, this.#answers);
+    return new Session(runtime, socket, served, drive, this.#answers, this.#pipe);
   }
 
   readonly #copyBuffer = (): CopyBuffer => {

@@ -9,7 +9,10 @@ import { DIRTY, STATE } from '../protocol/numbers.js';
 import type { ContextKind, ExportDescriptor } from './exports.js';
 
 /** What clients read and write. */
-export type Drive = Pick<Disk, 'read' | 'write' | 'writeZeroes' | 'writeZeroesFast' | 'discard' | 'flush'> & {
+export type Drive = Pick<
+  Disk,
+  'read' | 'write' | 'writeZeroes' | 'writeZeroesFast' | 'discard' | 'flush' | 'hostRange'
+> & {
   /** What the status of the drive is asked of. */
   readonly node: BlockNode;
 };
@@ -24,6 +27,11 @@ class FrozenDrive implements Drive {
 
   read(offset: number, pointer: number, length: number): void {
     this.node.read(offset, pointer, length);
+  }
+
+  /** What is in the file may be of a later time by when it is sent. */
+  hostRange(): undefined {
+    return undefined;
   }
 
   write(): void {

@@ -136,7 +136,7 @@ export class Listener {
       const bytes = new Uint8Array(64);
       while ((sockets.receive(wake, bytes) ?? 0) > 0);
     } else if (tag >= CONNECTION_TAG) {
-      if (state.enqueue(state.connection(tag - CONNECTION_TAG))) more();
+      if (state.enqueue(state.connection(tag - CONNECTION_TAG), false)) more();
     } else if (tag >= HANDSHAKE_TAG) {
       const newcomer = this.#newcomers.get(tag - HANDSHAKE_TAG);
       if (newcomer !== undefined) this.#guard(newcomer, () => this.#goOn(newcomer));

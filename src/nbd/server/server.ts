@@ -9,7 +9,7 @@ import type { ListenAddress } from './address.js';
 import type { ThreadMessage } from './connection-thread.js';
 import type { ExportDescriptor } from './exports.js';
 import { type Listening, listenOn, stopListening } from './listen.js';
-import { PHASE_OF, ServerState } from './state.js';
+import { MAX_HELPERS, PHASE_OF, ServerState } from './state.js';
 import type { ConnectionData, ListenerData, RelayData } from './threads.js';
 import { loadSecrets, type RelaySecrets, type TlsOptions } from './tls.js';
 
@@ -25,8 +25,6 @@ export interface ServerOptions {
   readonly tls?: TlsOptions | undefined;
 }
 
-/** Threads beyond one for each connection: what those with slow drives keep busy. */
-const EXTRA_THREADS = 16;
 /** How long clients may take for what is under way when the server closes, in milliseconds. */
 const GRACE_MS = 5000;
 const POLL_MS = 5;
@@ -163,7 +161,7 @@ export class Server {
   }
 
   #growAsNeeded(): void {
-    const most = this.#state.maxConnections + EXTRA_THREADS;
+    const most = this.#state.maxConnections + MAX_HELPERS;
     while (this.#state.lacking > this.#starting && this.#state.threads < most) this.#grow(false);
   }
 

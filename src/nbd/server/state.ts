@@ -17,6 +17,8 @@ import type { ExportDescriptor } from './exports.js';
  *     +32  large bytes   int32   memory for requests that are larger than the buffers of threads
  *     +36  exports       uint32  pointer of the list of exports as JSON
  *     +40  exports bytes uint32
+ *     +44  looking out   int32   threads that look out for bytes without sleeping
+ *     +48  helpers       int32   threads that use connections beyond one for each, places in the queue included
  *     +64  queue         QUEUE_SLOTS × uint32: connections that something can be done for
  *     then connections
  *
@@ -48,6 +50,8 @@ const OPEN = 28;
 const LARGE_BYTES = 32;
 const EXPORTS = 36;
 const EXPORTS_BYTES = 40;
+const LOOKING_OUT = 44;
+const HELPERS = 48;
 const QUEUE = 64;
 const QUEUE_SLOTS = 1024;
 const CONNECTIONS = QUEUE + QUEUE_SLOTS * 4;
@@ -81,6 +85,9 @@ export const PHASE_OF = { serving: 0, closing: 1, gone: 2 } as const;
 export const RECEIVE_BYTES = 64 * 1024;
 /** Memory for large requests of all connections together, in bytes; what does not fit is carried out in parts. */
 const MAX_LARGE_BYTES = 96 * 1024 * 1024;
+
+/** Threads beyond one for each connection: what those with slow drives keep busy. */
+export const MAX_HELPERS = 16;
 
 const HEADERS_OF = ['simple', 'structured', 'extended'] as const;
 
@@ -199,15 +206,24 @@ export class ServerState {
     });
   }
 
-  /** Puts a connection into the queue of work. @returns whether there are fewer idle threads than work */
-  enqueue(connection: ConnectionState): boolean {
+  /**
+   * Puts a connection into the queue of work.
+   *
+   * @param help somebody serves it already: another thread only where there is one for every other connection
+   * @returns whether there are fewer idle threads than work
+   */
+  enqueue(connection: ConnectionState, help: boolean): boolean {
     const { arena, control } = this;
     const dropped = this.#locked(() => {
       const queued = this.#load(QUEUED);
       if (queued === QUEUE_SLOTS) return true;
       // It may have ended since whoever saw something to do looked.
       if (connection.get(STATE) !== SERVING) return true;
-      Atomics.add(arena.i32, (connection.pointer + USERS) >> 2, 1);
+      if (help && this.#load(HELPERS) >= MAX_HELPERS) {
+        connection.helped();
+        return true;
+      }
+      if (Atomics.add(arena.i32, (connection.pointer + USERS) >> 2, 1) > 0) this.#countHelper(1);
       const place = (this.#load(FIRST) + queued) % QUEUE_SLOTS;
       store(arena, control + QUEUE + place * 4, connection.index);
       store(arena, control + QUEUED, queued + 1);
@@ -291,6 +307,7 @@ export class ServerState {
   exit(connection: ConnectionState, close: (fd: number) => void): boolean {
     const last = this.#locked(() => {
       const users = Atomics.sub(this.arena.i32, (connection.pointer + USERS) >> 2, 1) - 1;
+      if (users > 0) this.#countHelper(-1);
       if (users > 0 || !connection.leaving) return false;
       // Under the lock: whoever looks for open connections must not find a descriptor that is somebody else's by then.
       close(connection.fd);
@@ -301,6 +318,22 @@ export class ServerState {
     if (!last) return false;
     Atomics.sub(this.arena.i32, (this.control + OPEN) >> 2, 1);
     return true;
+  }
+
+  /** @returns false where `most` threads look out already */
+  beginLookOut(most: number): boolean {
+    const index = (this.control + LOOKING_OUT) >> 2;
+    if (Atomics.add(this.arena.i32, index, 1) < most) return true;
+    Atomics.sub(this.arena.i32, index, 1);
+    return false;
+  }
+
+  endLookOut(): void {
+    Atomics.sub(this.arena.i32, (this.control + LOOKING_OUT) >> 2, 1);
+  }
+
+  #countHelper(by: 1 | -1): void {
+    store(this.arena, this.control + HELPERS, this.#load(HELPERS) + by);
   }
 
   #load(offset: number): number {
@@ -401,6 +434,15 @@ export class ConnectionState {
 
   get sending(): number {
     return this.pointer + SENDING;
+  }
+
+  /** As {@link ServerState.beginLookOut}. */
+  beginLookOut(most: number): boolean {
+    return this.#server.beginLookOut(most);
+  }
+
+  endLookOut(): void {
+    this.#server.endLookOut();
   }
 
   /** Nothing more is read from it. */
