@@ -18,7 +18,7 @@ const AHEAD_BYTES = 16 * 1024;
 /** How long a thread looks out for bytes before it sleeps, in milliseconds. */
 const LOOK_OUT_MS = 0.05;
 /** Threads that may look out at once: somebody has to make the bytes. */
-const MOST_LOOK_OUT = Math.max(0, availableParallelism() - 1);
+const MOST_LOOK_OUT = process.env['SF_SPIN'] === '0' ? 0 : Math.max(0, availableParallelism() - 1);
 /** Requests that have to come one by one before it is tried: where several come together, sleeping costs little. */
 const SINGLE_REQUESTS = 8;
 /** After how many vain attempts, as a power of two, the pauses between them grow no more. */
@@ -78,13 +78,12 @@ export class ClientSocket {
    * @returns `idle` where nothing at all came for a while, `end` where the client says that nothing more will come
    * @throws ClientLost in the middle of a request
    */
-  fill(bytes: number): 'ready' | 'idle' | 'end' {
+  fill(bytes: number, what: 'request' | 'data'): 'ready' | 'idle' | 'end' {
     const { state } = this;
     let { begin, end } = state;
-    if (end - begin >= bytes) {
-      this.#singles = 0;
-      return 'ready';
-    }
+    const wanted = end - begin < bytes;
+    if (what === 'request') this.#singles = wanted ? this.#singles + 1 : 0;
+    if (!wanted) return 'ready';
     const { buffer } = state;
     if (begin > 0) {
       this.#arena.u8.copyWithin(buffer, buffer + begin, buffer + end);
@@ -95,7 +94,7 @@ export class ClientSocket {
     while (end < bytes) {
       const most = state.readsAhead ? RECEIVE_BYTES - end : bytes - end;
       const got =
-        this.#lookOut(buffer + end, most, end > 0) ??
+        this.#lookOut(buffer + end, most, what === 'data' || end > 0) ??
         this.#attempt(() => readSync(this.fd, this.#arena.u8, buffer + end, most, null));
       if (got === undefined) {
         if (end === 0) return 'idle';
@@ -134,7 +133,9 @@ export class ClientSocket {
     }
     for (let done = ahead; done < length; ) {
       const at = this.#memory + pointer + done;
-      const got = this.#attempt(() => this.#sockets.receiveAll(this.fd, at, length - done));
+      const got =
+        this.#lookOut(pointer + done, length - done, true) ??
+        this.#attempt(() => this.#sockets.receiveAll(this.fd, at, length - done));
       if (got === 0) throw new ClientLost('the client went away in the middle of its data');
       done += got ?? 0;
     }
@@ -185,7 +186,6 @@ export class ClientSocket {
    * @returns undefined where nothing came, or it is not worth trying
    */
   #lookOut(pointer: number, most: number, rest: boolean): number | undefined {
-    if (!rest) this.#singles++;
     const lookOut = rest ? this.#forRest : this.#forRequest;
     if (!rest && this.#singles <= SINGLE_REQUESTS) return undefined;
     if (!lookOut.worthwhile || !this.state.beginLookOut(MOST_LOOK_OUT)) return undefined;

@@ -172,7 +172,7 @@ export class ConnectionThread {
     const { headers } = session.rules;
     const bytes = requestBytes(headers);
     if (socket.available < bytes) session.flush();
-    const outcome = socket.fill(bytes);
+    const outcome = socket.fill(bytes, 'request');
     if (outcome === 'idle') {
       this.#park(socket);
       return false;
@@ -215,7 +215,7 @@ export class ConnectionThread {
       socket.readTo(this.#data, bytes);
       return this.#data;
     }
-    if (socket.fill(bytes) !== 'ready') {
+    if (socket.fill(bytes, 'data') !== 'ready') {
       // Nothing at all of it has come yet.
       socket.readTo(this.#data, bytes);
       return this.#data;
