@@ -82,7 +82,7 @@ const LEAVING = 2;
 export const PHASE_OF = { serving: 0, closing: 1, gone: 2 } as const;
 
 /** Bytes that are read ahead of requests. */
-export const RECEIVE_BYTES = 64 * 1024;
+export const RECEIVE_BYTES = 128 * 1024;
 /** Memory for large requests of all connections together, in bytes; what does not fit is carried out in parts. */
 const MAX_LARGE_BYTES = 96 * 1024 * 1024;
 
