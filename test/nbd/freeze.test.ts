@@ -128,6 +128,23 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('nbdcopy'))('a frozen export', 
     expect(firstDifference(readFileSync(at('backup')), expected)).toBe(-1);
   });
 
+  it('stays as it is while its data is on the way', async () => {
+    await serve('raw');
+    await server.addExport({ disk: await disk.freeze(), name: 'still' });
+    const reader = await client('still');
+    reader.pause();
+    for (const offset of [0, 128 << 10, 256 << 10]) reader.request(0, offset, offset, 128 << 10);
+    await new Promise((resolve) => setTimeout(resolve, 200));
+    const writer = await client();
+    writer.request(1, 1, 0, 1 << 20, 0, Buffer.alloc(1 << 20, 7));
+    expect((await writer.answer()).error).toBe(0);
+    reader.resume();
+    for (const offset of [0, 128 << 10, 256 << 10]) {
+      const { data } = await reader.answer(128 << 10);
+      expect(data.equals(content.subarray(offset, offset + (128 << 10)))).toBe(true);
+    }
+  });
+
   it('takes no writes', async () => {
     await serve('raw');
     await server.addExport({ disk: await disk.freeze(), name: 'still' });

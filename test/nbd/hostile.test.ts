@@ -228,6 +228,20 @@ describe('who asks for everything and takes nothing', () => {
     await until(() => server.connections === 0);
   });
 
+  it('takes no thread from others, however long its answers', async () => {
+    await serve({ maxConnections: 8 });
+    for (let index = 0; index < 6; index++) {
+      const one = await client({ options: [] });
+      one.pause();
+      for (let request = 0; request < 200; request++) one.request(0, request, 0, 2 << 20);
+    }
+    // As many as one connection for itself could want have come.
+    await until(() => server.threads > 16);
+    await new Promise((resolve) => setTimeout(resolve, 300));
+    for (let round = 0; round < 3; round++) await expectService();
+    expect(server.threads).toBeLessThanOrEqual(8 + 16);
+  });
+
   it('keeps a server from closing for a moment only', async () => {
     await serve();
     const deaf = await client();

@@ -6,6 +6,7 @@ import {
   readFileSync,
   rmSync,
   statSync,
+  truncateSync,
   writeFileSync,
   writeSync,
 } from 'node:fs';
@@ -94,6 +95,32 @@ describe('requests', () => {
       Buffer.from(content.subarray(HOLE.offset - 4096, HOLE.offset + HOLE.length + 4096)),
     );
     expect(end?.flags ?? 1).toBe(1);
+  });
+
+  it('reads large pieces wherever they begin, from holes and from beyond the end of a file that was cut', async () => {
+    const [plain, parts] = [await simple(), await client()];
+    const read = async (offset: number, length: number): Promise<Buffer> => {
+      plain.request(0, 1, offset, length);
+      const { data } = await plain.answer(length);
+      parts.request(0, 2, offset, length, 4);
+      const [first] = await parts.answers();
+      expect(first?.data.subarray(8).equals(data)).toBe(true);
+      return data;
+    };
+    for (const [offset, length] of [
+      [0, 1 << 20],
+      [12345, 1 << 20],
+      [HOLE.offset - 70_001, 140_003],
+      [2 << 20, 32 * 1024],
+      [LENGTH - (1 << 20), 1 << 20],
+    ] as const) {
+      expect((await read(offset, length)).equals(content.subarray(offset, offset + length))).toBe(true);
+    }
+    truncateSync(at('disk'), 3 << 20);
+    const cut = await read((3 << 20) - 100_000, 200_000);
+    expect(cut.subarray(0, 100_000).equals(content.subarray((3 << 20) - 100_000, 3 << 20))).toBe(true);
+    expect(cut.subarray(100_000).equals(Buffer.alloc(100_000))).toBe(true);
+    expect((await read(0, 1 << 20)).equals(content.subarray(0, 1 << 20))).toBe(true);
   });
 
   it('reads nothing', async () => {
