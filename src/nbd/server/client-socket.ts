@@ -18,7 +18,7 @@ const AHEAD_BYTES = 16 * 1024;
 /** How long a thread looks out for bytes before it sleeps, in milliseconds. */
 const LOOK_OUT_MS = 0.05;
 /** Threads that may look out at once: somebody has to make the bytes. */
-const MOST_LOOK_OUT = process.env['SF_SPIN'] === '0' ? 0 : Math.max(0, availableParallelism() - 1);
+const MOST_LOOK_OUT = Math.max(0, availableParallelism() - 1);
 /** Requests that have to come one by one before it is tried: where several come together, sleeping costs little. */
 const SINGLE_REQUESTS = 8;
 /** After how many vain attempts, as a power of two, the pauses between them grow no more. */
