@@ -1,7 +1,7 @@
 /** Backup jobs and `stillframe backup` beside `qemu-img convert` and QEMU's own backup job. */
 import { spawn, spawnSync } from 'node:child_process';
 import { existsSync, rmSync } from 'node:fs';
-import { createConnection, type Socket } from 'node:net';
+import { createConnection } from 'node:net';
 import { join } from 'node:path';
 import { monitorEventLoopDelay } from 'node:perf_hooks';
 import { createEngine, type Engine } from '#src/index.js';
@@ -19,6 +19,7 @@ import {
   type Sample,
   time,
 } from './harness.js';
+import { Qmp } from './qmp.js';
 
 interface Target {
   readonly path: string;
@@ -69,41 +70,6 @@ function qemuImg(source: string, target: Target, args: readonly string[]): Conte
     prepare: () => prepare(target),
     run: () => time('qemu-img', ['convert', ...all, source, target.path]),
   };
-}
-
-/** Just enough of a QMP client to time one job. */
-class Qmp {
-  readonly #socket: Socket;
-  readonly #waiting: {
-    want: (message: Record<string, unknown>) => boolean;
-    resolve: (m: Record<string, unknown>) => void;
-  }[] = [];
-  #rest = '';
-
-  constructor(socket: Socket) {
-    this.#socket = socket;
-    socket.on('data', (data) => {
-      this.#rest += String(data);
-      const lines = this.#rest.split('\n');
-      this.#rest = lines.pop() ?? '';
-      for (const line of lines) {
-        const message: Record<string, unknown> = JSON.parse(line);
-        const index = this.#waiting.findIndex(({ want }) => want(message));
-        if (index >= 0) this.#waiting.splice(index, 1)[0]?.resolve(message);
-      }
-    });
-  }
-
-  wait(want: (message: Record<string, unknown>) => boolean): Promise<Record<string, unknown>> {
-    return new Promise((resolve) => this.#waiting.push({ want, resolve }));
-  }
-
-  async command(execute: string, parameters: Record<string, unknown> = {}): Promise<void> {
-    const reply = this.wait((message) => 'return' in message || 'error' in message);
-    this.#socket.write(JSON.stringify({ execute, arguments: parameters }));
-    const message = await reply;
-    if ('error' in message) throw new Error(`${execute}: ${JSON.stringify(message['error'])}`);
-  }
 }
 
 /** QEMU's own backup job, from the command to BLOCK_JOB_COMPLETED, in a storage daemon of its own. */
