@@ -23,8 +23,8 @@ class Client {
   readonly #socket: Socket;
   #text = '';
 
-  constructor(path: string) {
-    this.#socket = connect(path);
+  constructor(socket: Socket) {
+    this.#socket = socket;
     this.#socket.on('data', (data) => {
       const lines = (this.#text + String(data)).split('\r\n');
       this.#text = lines.pop() ?? '';
@@ -79,8 +79,16 @@ let daemon: ChildProcessWithoutNullStreams | undefined;
 const clients: Client[] = [];
 
 async function client(path: string): Promise<Client> {
-  while (!existsSync(path)) await new Promise((resolve) => setTimeout(resolve, 5));
-  const made = new Client(path);
+  // The socket has its name before anybody listens.
+  let socket: Socket | undefined;
+  while (socket === undefined) {
+    socket = await new Promise<Socket | undefined>((resolve) => {
+      const made = connect(path);
+      made.once('connect', () => resolve(made));
+      made.once('error', () => setTimeout(resolve, 5, undefined));
+    });
+  }
+  const made = new Client(socket);
   clients.push(made);
   while (made.messages.length === 0) await new Promise((resolve) => setTimeout(resolve, 2));
   return made;

@@ -164,6 +164,8 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
   const add = disk.addFrame.bind(disk);
   const remove = disk.removeFrame.bind(disk);
   disk.addFrame = (frame) => {
+    // Where this one only holds the instant for another, the message below says which.
+    record.frameText = JSON.stringify(frame);
     oracle.drain(true);
     add(frame);
     oracle.drain(false);
