@@ -7,6 +7,9 @@ import { Listener, tagOf } from './listener.js';
 import { ServerState } from './state.js';
 import type { RelayMessage, ThreadData } from './threads.js';
 
+/** Plain text between a thread that speaks TLS and one that serves, in each direction. */
+const RELAY_BUFFER_BYTES = 1024 * 1024;
+
 const data: ThreadData = workerData;
 const runtime = attachRuntime(data.shared);
 const state = new ServerState(runtime.arena, data.control, data.maxConnections);
@@ -31,6 +34,8 @@ if (data.role === 'listener') {
     finished: () => post('finished'),
     startTls: (remote) => {
       const [ours, local] = both.pair();
+      // The relay does everything in turn: what it cannot hand on at once keeps it from all its other clients.
+      for (const fd of [ours, local]) both.setSendBuffer(fd, RELAY_BUFFER_BYTES);
       relays[next++ % relays.length]?.postMessage({ remote, local } satisfies RelayMessage);
       return ours;
     },
