@@ -66,9 +66,21 @@ export interface Repaired {
   readonly lost: number;
 }
 
+/** The largest L1 table there may be. */
+const MOST_TABLE_BYTES = 32 << 20;
+
 /** Everything that is wrong. */
 function wrongs(check: ImageCheck): number {
   return check['check-errors'] + (check.corruptions ?? 0) + (check.leaks ?? 0);
+}
+
+/** Reads a file whose own numbers say what to read: what it does not have is zero, and no more than it may have is read. */
+function reader(fd: number): (at: number, bytes: number) => Buffer {
+  return (at, bytes) => {
+    const buffer = Buffer.alloc(Math.min(bytes, MOST_TABLE_BYTES));
+    if (at < Number.MAX_SAFE_INTEGER) readSync(fd, buffer, 0, buffer.length, at);
+    return buffer;
+  };
 }
 
 /**
@@ -78,11 +90,7 @@ function wrongs(check: ImageCheck): number {
 function isTableShared(path: string): boolean {
   const fd = openSync(path, 'r');
   try {
-    const read = (at: number, bytes: number): Buffer => {
-      const buffer = Buffer.alloc(bytes);
-      readSync(fd, buffer, 0, bytes, at);
-      return buffer;
-    };
+    const read = reader(fd);
     const header = read(0, 104);
     const place = (bytes: Buffer, at: number): number =>
       Number(bytes.readBigUInt64BE(at) & 0x00fffffffffffe00n);
@@ -141,11 +149,7 @@ function bitmapDirectoryOf(read: (at: number, bytes: number) => Buffer): Buffer 
 function isMappedBehindEnd(path: string): boolean {
   const fd = openSync(path, 'r');
   try {
-    const read = (at: number, bytes: number): Buffer => {
-      const buffer = Buffer.alloc(bytes);
-      readSync(fd, buffer, 0, bytes, at);
-      return buffer;
-    };
+    const read = reader(fd);
     const header = read(0, 104);
     const clusterSize = 2 ** header.readUInt32BE(HEADER.clusterBits);
     const subclusters = header.readUInt32BE(4) >= 3 && (header.readUInt32BE(76) & 16) !== 0;
