@@ -4,13 +4,14 @@
  * @packageDocumentation
  */
 
-export type { OnError } from './backup/backup-job.js';
+export type { BitmapMode, OnError } from './backup/backup-job.js';
 export type { FreezeOptions } from './backup/freeze.js';
 export type { CompressionType, SyncMode } from './backup/target.js';
 export type { ImageCheck, Repaired } from './block/check.js';
 export type { CommitOptions } from './block/commit.js';
 export type { CompareResult } from './block/comparison.js';
 export type { CreateImageOptions, CreationOptions } from './block/create.js';
+export type { BitmapStatus } from './block/disk-bitmaps.js';
 export type { BitmapAction, BitmapSource } from './block/edit-bitmap.js';
 export type { OnCbwError } from './block/filters/copy-before-write.js';
 export type { ImageFormat, TargetFormat } from './block/graph.js';
@@ -20,7 +21,7 @@ export type { Measure, MeasureOptions } from './block/measure.js';
 export type { Preallocation, RepairMode, SnapshotSelector } from './block/qcow2/index.js';
 export type { RebaseOptions } from './block/rebase.js';
 export type { ResizeOptions } from './block/resize.js';
-export type { BackupOptions, DiskHandle as Disk } from './engine/disk.js';
+export type { BackupOptions, DiskBitmapEdit, DiskHandle as Disk } from './engine/disk.js';
 export {
   type CheckOptions,
   type CompareOptions,
@@ -32,6 +33,7 @@ export {
   type MapOptions,
   type OnProgress,
   type OpenDiskOptions,
+  type TransactionItem,
 } from './engine/engine.js';
 export type { FrozenDisk } from './engine/frozen-disk.js';
 export type {

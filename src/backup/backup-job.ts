@@ -1,5 +1,7 @@
 import type { MessagePort } from 'node:worker_threads';
-import type { Disk } from '../block/disk.js';
+import { DirtyBitmap } from '../bitmap/dirty-bitmap.js';
+import type { Disk, DiskDescriptor } from '../block/disk.js';
+import { bitmapsOfDisk, claimDiskBitmap, findBitmap, makeSuccessor } from '../block/disk-bitmaps.js';
 import {
   brokenFrameError,
   CopyError,
@@ -20,6 +22,7 @@ import {
   commitTarget,
   copyClusterSize,
   effectiveSync,
+  isBitmapSync,
   isCompressed,
   openTarget,
   type SyncMode,
@@ -39,19 +42,22 @@ export interface BackupJobOptions extends TargetOptions {
   /** Guests save old data to a scratch file, in the folder of this name or that of the image. */
   readonly fleece?: boolean | string | undefined;
   readonly autoFinalize: boolean;
+  /** Name of the disk's dirty bitmap that says what is copied, or (sync modes `full` and `top`) is made to say it. */
+  readonly bitmap?: string | undefined;
+  readonly bitmapMode?: BitmapMode | undefined;
+  /** It is one of several that succeed or fail together: it waits for the others before its commit point. */
+  readonly grouped?: boolean | undefined;
 }
+
+/** When a backup takes what it has copied off its dirty bitmap (QAPI `BitmapSyncMode`). */
+export const BITMAP_MODES = ['on-success', 'never', 'always'] as const;
+export type BitmapMode = (typeof BITMAP_MODES)[number];
 
 /** How a job ended. `cancelled` is the normal end of sync mode `none`. */
 export type JobOutcome = 'completed' | 'cancelled' | 'failed';
 
 /** What the job's thread tells the host thread, in order. */
 export type JobMessage =
-  | {
-      readonly type: 'started';
-      readonly frame: FrameDescriptor;
-      readonly sync: SyncMode;
-      readonly path: string;
-    }
   | { readonly type: 'status'; readonly status: JobStatus }
   | {
       readonly type: 'error';
@@ -66,15 +72,181 @@ export type JobMessage =
       readonly error: PlainError | undefined;
     };
 
+/** A backup whose instant is taken, as plain data: any thread may carry it out, or give it up. */
+export interface BegunBackup {
+  readonly options: BackupJobOptions;
+  /** What is copied. */
+  readonly sync: SyncMode;
+  readonly target: Target;
+  readonly frame: FrameDescriptor;
+  /** Arena pointer of the dirty bitmap that the job relies on. */
+  readonly bitmap: number | undefined;
+}
+
 /** How long an ignored error keeps the copy from trying again, in milliseconds. */
 const RETRY_MS = 100;
 
 /**
- * A backup job, from its first status to its last, on the calling thread; other threads may help with
- * {@link helpCopying}. Semantics: QMP `drive-backup` and `blockdev-backup`.
+ * Takes the instant of a disk and makes everything ready to copy it. Everything that can be refused is refused here, and
+ * nothing is left behind then.
  *
- * Everything that can be refused is refused before `started` is posted: this throws then and nothing is left
- * behind. Afterwards it does not throw.
+ * Semantics: QMP `drive-backup` and `blockdev-backup`.
+ *
+ * @param id number of the frame, never used before in this engine
+ * @throws StillframeError ERR_STILLFRAME_BITMAP_NOT_FOUND, …_BITMAP_BUSY, …_BITMAP_INCONSISTENT, …_INVALID_ARGUMENT,
+ *   …_READ_ONLY (a bitmap of a read-only image), …_ARENA_EXHAUSTED and what {@link openTarget} throws
+ */
+export function beginBackup(
+  runtime: Runtime,
+  disk: Disk,
+  control: JobControl,
+  options: BackupJobOptions,
+  id: number,
+): BegunBackup {
+  const bitmap = findJobBitmap(runtime, disk.descriptor, options);
+  const sync = effectiveSync(options.sync, disk.descriptor.node);
+  const successor = bitmap && makeSuccessor(runtime, bitmap);
+  try {
+    if (bitmap !== undefined && options.bitmapMode !== 'never') {
+      claimDiskBitmap(runtime, disk.descriptor, bitmap);
+    }
+    const target = openTarget(runtime, disk.descriptor.node, options);
+    try {
+      const frame = beginFrame(runtime, disk, control, options, { sync, target, bitmap, successor, id });
+      return { options, sync, target, frame, bitmap: bitmap?.pointer };
+    } catch (error) {
+      abandonTarget(runtime, target);
+      throw error;
+    }
+  } catch (error) {
+    successor?.free();
+    throw error;
+  }
+}
+
+/** Gives up a backup that nobody has begun to carry out. */
+export function abandonBackup(runtime: Runtime, disk: Disk, begun: BegunBackup): void {
+  const { frame, bitmap, target } = begun;
+  disk.removeFrame(frame.id);
+  if (bitmap !== undefined) {
+    bitmapsOfDisk(runtime, disk.descriptor).unfreeze(new DirtyBitmap(runtime, bitmap), 'reclaim');
+  }
+  if (frame.holder !== undefined) closeScratch(runtime, frame.holder);
+  freeFrame(runtime, frame);
+  abandonTarget(runtime, target);
+}
+
+/** The bitmap that a job wants. Texts of errors: QMP `blockdev-backup`. */
+function findJobBitmap(
+  runtime: Runtime,
+  disk: DiskDescriptor,
+  { sync, bitmap: name, bitmapMode }: BackupJobOptions,
+): DirtyBitmap | undefined {
+  const invalid = (message: string): StillframeError =>
+    new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', message);
+  if (sync === 'incremental' || sync === 'bitmap') {
+    if (name === undefined) throw invalid(`must provide a valid bitmap name for '${sync}' sync mode`);
+    if (sync === 'incremental' && bitmapMode !== undefined && bitmapMode !== 'on-success') {
+      throw invalid(`Bitmap sync mode must be 'on-success' when using sync mode 'incremental'`);
+    }
+  }
+  if (name === undefined) {
+    if (bitmapMode === undefined) return undefined;
+    throw invalid('Cannot specify bitmap sync mode without a bitmap');
+  }
+  if (
+    bitmapsOfDisk(runtime, disk)
+      .all()
+      .every((bitmap) => bitmap.name !== name)
+  ) {
+    throw new StillframeError('ERR_STILLFRAME_BITMAP_NOT_FOUND', `Bitmap '${name}' could not be found`);
+  }
+  if (bitmapMode === undefined && sync !== 'incremental') {
+    throw invalid('Bitmap sync mode must be given when providing a bitmap');
+  }
+  if (sync === 'none') throw invalid("sync mode 'none' does not produce meaningful bitmap outputs");
+  if (bitmapMode === 'never' && sync !== 'bitmap') {
+    throw invalid(`Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '${sync}'`);
+  }
+  const checks = ['busy', 'inconsistent'] as const;
+  return findBitmap(runtime, disk, name, bitmapMode === 'never' ? checks : ['read-only', ...checks]);
+}
+
+/** What {@link beginFrame} has been given already. */
+interface Beginning extends Pick<BegunBackup, 'sync' | 'target'> {
+  readonly bitmap: DirtyBitmap | undefined;
+  readonly successor: DirtyBitmap | undefined;
+  readonly id: number;
+}
+
+/** Takes the instant. */
+function beginFrame(
+  runtime: Runtime,
+  disk: Disk,
+  control: JobControl,
+  options: BackupJobOptions,
+  { sync, target, bitmap, successor, id }: Beginning,
+): FrameDescriptor {
+  const clusterSize = copyClusterSize(attachNode(runtime, target.descriptor));
+  const memory = allocateFrame(runtime, disk, clusterSize);
+  const planned = isBitmapSync(sync);
+  let holder: FrameDescriptor | undefined;
+  try {
+    const common = {
+      id,
+      clusterSize,
+      skipUnallocated: sync === 'top',
+      onCbwError: options.onCbwError,
+      cbwTimeoutMs: options.cbwTimeoutMs,
+      owner: control.wakeWord,
+    };
+    holder = scratchHolder(runtime, disk, options.fleece, common);
+    const frame: FrameDescriptor = {
+      ...common,
+      ...memory,
+      target: target.descriptor,
+      length: disk.descriptor.length,
+      targetReadsZero: target.readsZero,
+      compress: isCompressed(options.compress),
+      plan: planned ? bitmap?.pointer : undefined,
+      holder,
+    };
+    if (holder !== undefined) Frame.arm(runtime, frame);
+    disk.drained(() => {
+      disk.addFrame(holder ?? frame);
+      if (bitmap !== undefined && successor !== undefined) {
+        bitmapsOfDisk(runtime, disk.descriptor).freeze(bitmap, successor);
+      }
+    });
+    return frame;
+  } catch (error) {
+    if (holder !== undefined) closeScratch(runtime, holder);
+    freeFrame(runtime, { ...memory, holder });
+    throw error;
+  }
+}
+
+/** The frame that guests know, where that is not the one whose target is the backup's. */
+function scratchHolder(
+  runtime: Runtime,
+  disk: Disk,
+  fleece: BackupJobOptions['fleece'] = false,
+  common: Omit<HolderOptions, keyof FrameMemory | 'scratch'>,
+): FrameDescriptor | undefined {
+  if (fleece === false) return undefined;
+  const memory = allocateFrame(runtime, disk, common.clusterSize);
+  const scratch = fleece === true ? undefined : fleece;
+  try {
+    return makeHolder(runtime, disk, { ...common, ...memory, scratch });
+  } catch (error) {
+    freeFrame(runtime, memory);
+    throw error;
+  }
+}
+
+/**
+ * A backup job, from its first status to its last, on the calling thread; other threads may help with
+ * {@link helpCopying}. Semantics: QMP `drive-backup` and `blockdev-backup`. It does not throw.
  */
 export class BackupJob {
   readonly #runtime: Runtime;
@@ -85,97 +257,31 @@ export class BackupJob {
   readonly #sync: SyncMode;
   readonly #target: Target;
   readonly #frame: Frame;
+  readonly #bitmap: DirtyBitmap | undefined;
 
   private constructor(
     runtime: Runtime,
     disk: Disk,
     control: JobControl,
     port: MessagePort,
-    options: BackupJobOptions,
-    id: number,
+    begun: BegunBackup,
   ) {
     this.#runtime = runtime;
     this.#disk = disk;
     this.#control = control;
     this.#port = port;
-    this.#options = options;
-    this.#sync = effectiveSync(options.sync, disk.descriptor.node);
-    this.#target = openTarget(runtime, disk.descriptor.node, options);
-    try {
-      this.#frame = this.#begin(id);
-    } catch (error) {
-      abandonTarget(runtime, this.#target);
-      throw error;
-    }
+    this.#options = begun.options;
+    this.#sync = begun.sync;
+    this.#target = begun.target;
+    this.#frame = disk.attachFrame(begun.frame);
+    this.#bitmap = begun.bitmap === undefined ? undefined : new DirtyBitmap(runtime, begun.bitmap);
   }
 
-  /** @param id number of the frame, never used before in this engine */
-  static run(
-    runtime: Runtime,
-    disk: Disk,
-    control: JobControl,
-    port: MessagePort,
-    options: BackupJobOptions,
-    id: number,
-  ): void {
-    new BackupJob(runtime, disk, control, port, options, id).#run();
-  }
-
-  /** Takes the instant. */
-  #begin(id: number): Frame {
-    const runtime = this.#runtime;
-    const disk = this.#disk;
-    const { compress, onCbwError, cbwTimeoutMs } = this.#options;
-    const clusterSize = copyClusterSize(attachNode(runtime, this.#target.descriptor));
-    const memory = allocateFrame(runtime, disk, clusterSize);
-    let holder: FrameDescriptor | undefined;
-    try {
-      const common = {
-        id,
-        clusterSize,
-        skipUnallocated: this.#sync === 'top',
-        onCbwError,
-        cbwTimeoutMs,
-        owner: this.#control.wakeWord,
-      };
-      holder = this.#makeHolder(common);
-      const descriptor: FrameDescriptor = {
-        ...common,
-        ...memory,
-        target: this.#target.descriptor,
-        length: disk.descriptor.length,
-        targetReadsZero: this.#target.readsZero,
-        compress: isCompressed(compress),
-        holder,
-      };
-      const frame = disk.attachFrame(descriptor);
-      if (holder !== undefined) Frame.arm(runtime, descriptor);
-      disk.addFrame(holder ?? descriptor);
-      return frame;
-    } catch (error) {
-      if (holder !== undefined) closeScratch(runtime, holder);
-      freeFrame(runtime, { ...memory, holder });
-      throw error;
-    }
-  }
-
-  /** The frame that guests know, where that is not the one whose target is the backup's. */
-  #makeHolder(common: Omit<HolderOptions, keyof FrameMemory | 'scratch'>): FrameDescriptor | undefined {
-    const { fleece = false } = this.#options;
-    if (fleece === false) return undefined;
-    const memory = allocateFrame(this.#runtime, this.#disk, common.clusterSize);
-    const scratch = fleece === true ? undefined : fleece;
-    try {
-      return makeHolder(this.#runtime, this.#disk, { ...common, ...memory, scratch });
-    } catch (error) {
-      freeFrame(this.#runtime, memory);
-      throw error;
-    }
+  static run(runtime: Runtime, disk: Disk, control: JobControl, port: MessagePort, begun: BegunBackup): void {
+    new BackupJob(runtime, disk, control, port, begun).#run();
   }
 
   #run(): void {
-    const path = this.#target.partialPath ?? this.#target.finalPath;
-    this.#post({ type: 'started', frame: this.#frame.descriptor, sync: this.#sync, path });
     let failure: StillframeError | undefined;
     let outcome: JobOutcome;
     try {
@@ -211,7 +317,8 @@ export class BackupJob {
         this.#pause();
       }
     }
-    let scanned: number | undefined = this.#sync === 'top' ? 0 : undefined;
+    const scans = this.#sync === 'top' || isBitmapSync(this.#sync);
+    let scanned: number | undefined = scans ? 0 : undefined;
     for (;;) {
       if (control.cancelled) return 'cancelled';
       if (this.#frame.broken) throw brokenFrameError('the backup has failed');
@@ -281,6 +388,9 @@ export class BackupJob {
     // Most of the data becomes durable here, so that the commit point is short.
     this.#frame.target.flush();
     this.#transition('waiting');
+    // The others of its transaction may not be so far.
+    if (this.#options.grouped === true) control.waitUntil(() => control.released || control.cancelled);
+    if (control.cancelled) return 'cancelled';
     this.#transition('pending');
     if (!this.#options.autoFinalize) {
       this.#post({ type: 'pending' });
@@ -310,7 +420,23 @@ export class BackupJob {
       abandonTarget(this.#runtime, this.#target);
     }
     if (failure !== undefined && outcome === 'completed') this.#transition('aborting');
+    this.#settleBitmap(outcome === 'completed' && failure === undefined);
     return failure;
+  }
+
+  /** What the bitmap says from now on (QAPI `BitmapSyncMode`). */
+  #settleBitmap(success: boolean): void {
+    const bitmap = this.#bitmap;
+    if (bitmap === undefined) return;
+    const { bitmapMode = 'on-success' } = this.#options;
+    const set = bitmapsOfDisk(this.#runtime, this.#disk.descriptor);
+    if (bitmapMode === 'always' && !success) {
+      // A new target that was removed has taken with it what was copied.
+      const lost = this.#target.partialPath !== undefined;
+      set.unfreeze(bitmap, 'abdicate', () => this.#frame.markUncopied(bitmap, lost));
+      return;
+    }
+    set.unfreeze(bitmap, success && bitmapMode !== 'never' ? 'abdicate' : 'reclaim');
   }
 
   #transition(status: JobStatus): void {

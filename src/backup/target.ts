@@ -30,7 +30,8 @@ import { StillframeError, systemError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 
 /** Sync modes of a backup (QAPI `MirrorSyncMode`). */
-export type SyncMode = 'full' | 'top' | 'none';
+export const SYNC_MODES = ['full', 'top', 'none', 'incremental', 'bitmap'] as const;
+export type SyncMode = (typeof SYNC_MODES)[number];
 
 export type CompressionType = 'zlib' | 'zstd';
 
@@ -42,12 +43,19 @@ export interface TargetOptions {
    */
   readonly target: string;
   readonly sync: SyncMode;
+  /** The open node that it is, which is written into and stays open; `target` is what people call it. */
+  readonly targetNode?: NodeDescriptor | undefined;
   /** Format of the target; default: the source's, the existing target's own when that is qcow2, raw for an export. */
   readonly format?: TargetFormat | undefined;
   /** Write into the image that is there (QMP `mode: existing`) instead of making a new one. Default false. */
   readonly existing?: boolean | undefined;
   /** Replace a file of that name once the backup is complete. Default false. */
   readonly force?: boolean | undefined;
+  /**
+   * Path of the image that a new qcow2 target lies on, which a relative name gives from the target's folder: for sync
+   * modes `incremental` and `bitmap` the backup before. Default: none for those two, else as the sync mode has it.
+   */
+  readonly backing?: string | undefined;
   /** Cluster size in bytes of a new qcow2 target; default 65536. */
   readonly targetClusterSize?: number | undefined;
   /**
@@ -67,6 +75,8 @@ export interface Target {
   /** Where a new image is while it is unfinished; undefined for an existing one, written in place. */
   readonly partialPath: string | undefined;
   readonly force: boolean;
+  /** Somebody else's node, which stays open. */
+  readonly borrowed?: boolean | undefined;
 }
 
 /** Smallest granularity of copying in bytes (QEMU's default backup cluster). */
@@ -76,6 +86,11 @@ export const BACKUP_CLUSTER_SIZE = 65536;
 export function effectiveSync(sync: SyncMode, source: NodeDescriptor): SyncMode {
   const hasBacking = 'backingFile' in source && source.backingFile !== undefined;
   return sync === 'top' && !hasBacking ? 'full' : sync;
+}
+
+/** A dirty bitmap says what is copied. */
+export function isBitmapSync(sync: SyncMode): boolean {
+  return sync === 'incremental' || sync === 'bitmap';
 }
 
 /**
@@ -99,6 +114,7 @@ export function openTarget(runtime: Runtime, source: NodeDescriptor, options: Ta
       `sync mode 'none' makes the source the target's backing file, and a backing file is read as it is now, not as it is in a snapshot; use sync mode 'full' or 'top'`,
     );
   }
+  if (options.targetNode !== undefined) return borrowTarget(source, options.targetNode, options);
   const path = imagePath(options.target);
   const sources = filesOf(source);
   const identity = fileIdentity(path);
@@ -117,6 +133,40 @@ export function openTarget(runtime: Runtime, source: NodeDescriptor, options: Ta
   return options.existing === true
     ? openExisting(runtime, source, path, options)
     : createTarget(runtime, source, path, identity !== undefined, options);
+}
+
+/** @throws StillframeError ERR_STILLFRAME_SAME_NODE, …_READ_ONLY, …_SIZE_MISMATCH, …_UNSUPPORTED_FEATURE (compression) */
+function borrowTarget(source: NodeDescriptor, node: NodeDescriptor, options: TargetOptions): Target {
+  const { target, compress } = options;
+  const [own, theirs] = [filesOf(source)[0], filesOf(node)[0]];
+  if (node === source || (own !== undefined && own.control === theirs?.control)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_SAME_NODE',
+      'Source and target cannot be the same; choose another target',
+    );
+  }
+  if (node.readOnly) {
+    throw new StillframeError('ERR_STILLFRAME_READ_ONLY', `the target '${target}' is read-only`);
+  }
+  checkTargetCompression(node, compress);
+  checkLengths(source, node, target);
+  return {
+    descriptor: node,
+    readsZero: false,
+    finalPath: target,
+    partialPath: undefined,
+    force: true,
+    borrowed: true,
+  };
+}
+
+function checkLengths(source: NodeDescriptor, target: NodeDescriptor, name: string): void {
+  if (lengthOf(target) === lengthOf(source)) return;
+  throw new StillframeError(
+    'ERR_STILLFRAME_SIZE_MISMATCH',
+    `Source and target image have different sizes: '${source.path}' has ${lengthOf(source)} bytes, ` +
+      `'${name}' has ${lengthOf(target)}; resize the target or let the backup create it`,
+  );
 }
 
 function lengthOf(descriptor: NodeDescriptor): number {
@@ -138,17 +188,10 @@ function openExisting(
   });
   try {
     checkTargetCompression(descriptor, options.compress);
+    checkLengths(source, descriptor, path);
   } catch (error) {
     closeNode(runtime, descriptor);
     throw error;
-  }
-  if (lengthOf(descriptor) !== lengthOf(source)) {
-    closeNode(runtime, descriptor);
-    throw new StillframeError(
-      'ERR_STILLFRAME_SIZE_MISMATCH',
-      `Source and target image have different sizes: '${source.path}' has ${lengthOf(source)} bytes, ` +
-        `'${path}' has ${lengthOf(descriptor)}; resize the target or let the backup create it`,
-    );
   }
   return { descriptor, readsZero: false, finalPath: path, partialPath: undefined, force: true };
 }
@@ -179,13 +222,14 @@ function createTarget(
 ): Target {
   const format = options.format ?? (source.driver === 'qcow2' ? 'qcow2' : 'raw');
   const sync = effectiveSync(options.sync, source);
-  if (format === 'raw' && sync !== 'full') {
+  if (format === 'raw' && needsBacking(sync)) {
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_UNSUPPORTED',
       `Backing file not supported for file format 'raw': sync mode '${sync}' needs one; use format 'qcow2'`,
     );
   }
   const { compress } = options;
+  checkBackingOption(options, format, path);
   if (isCompressed(compress)) checkCompression({ driver: format, path });
   const finalPath = exists ? realpathSync(path) : path;
   if (exists) checkReplaceable(finalPath, options.force === true);
@@ -214,7 +258,9 @@ function createTarget(
         length: lengthOf(source),
         clusterBits: Math.log2(options.targetClusterSize ?? 65536),
         compressionType: compress === 'zstd' ? 1 : 0,
-        ...backingOf(source, sync, finalPath),
+        ...(options.backing === undefined
+          ? backingOf(source, sync, finalPath)
+          : namedBackingOf(runtime, options.backing, finalPath)),
       });
       descriptor = openQcow2(runtime, file, undefined, { readOnly: false });
     }
@@ -240,6 +286,44 @@ function checkReplaceable(path: string, force: boolean): void {
       `'${path}' exists; use --force to replace it or --existing to write into it`,
     );
   }
+}
+
+function checkBackingOption(
+  { backing, sync, existing }: TargetOptions,
+  format: TargetFormat,
+  path: string,
+): void {
+  if (backing === undefined) return;
+  const invalid = (why: string): StillframeError =>
+    new StillframeError(
+      'ERR_STILLFRAME_INVALID_ARGUMENT',
+      `'${path}' cannot be made on top of '${backing}': ${why}`,
+    );
+  if (existing === true) throw invalid('it is there already');
+  if (format !== 'qcow2') throw invalid(`the format ${format} has no backing files; use format qcow2`);
+  if (!isBitmapSync(sync)) {
+    throw invalid(`sync mode '${sync}' says itself what the target lies on`);
+  }
+}
+
+/** @throws StillframeError what opening that image throws */
+function namedBackingOf(
+  runtime: Runtime,
+  name: string,
+  targetPath: string,
+): { backingFile: string; backingFormat: string } {
+  const path = isNbdName(name) ? name : resolve(dirname(targetPath), name);
+  // Others may be reading it, or writing it: only its format is of interest.
+  const node = openImage(runtime, path, { readOnly: true, backing: false, lock: 'none' });
+  try {
+    return { backingFile: name, backingFormat: node.driver };
+  } finally {
+    closeNode(runtime, node);
+  }
+}
+
+function needsBacking(sync: SyncMode): boolean {
+  return sync === 'top' || sync === 'none';
 }
 
 /** Backing file of a new target: for `top` the source's own, for `none` the source itself. */
@@ -270,6 +354,7 @@ export function commitTarget(runtime: Runtime, target: Target, beforeRename?: ()
     abandonTarget(runtime, target);
     throw error;
   }
+  if (target.borrowed === true) return;
   try {
     closeNode(runtime, target.descriptor);
     beforeRename?.();
@@ -320,6 +405,7 @@ function syncFolder(path: string): void {
  * properly keeps its name of an unfinished one, and the resources are back all the same.
  */
 export function abandonTarget(runtime: Runtime, target: Target): void {
+  if (target.borrowed === true) return;
   if (target.partialPath !== undefined) {
     try {
       rmSync(target.partialPath, { force: true });

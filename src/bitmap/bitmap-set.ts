@@ -47,31 +47,75 @@ export class BitmapSet {
    */
   add(options: BitmapOptions): DirtyBitmap {
     return this.#locked(() => {
-      let link = this.#control + FIRST;
       for (const bitmap of this.#each()) {
         if (options.name !== '' && bitmap.name === options.name) {
           throw new StillframeError('ERR_STILLFRAME_BITMAP_EXISTS', `Bitmap already exists: ${options.name}`);
         }
-        link = bitmap.pointer + NEXT_BITMAP;
       }
       const added = DirtyBitmap.create(this.#runtime, options);
-      store(this.#runtime.arena, link, added.pointer);
+      store(this.#runtime.arena, this.#endLink(), added.pointer);
       return added;
     });
   }
 
   /** Takes a bitmap out of the set and gives its memory back. */
   remove(bitmap: DirtyBitmap): void {
-    const { arena } = this.#runtime;
-    this.#locked(() => {
-      let link = this.#control + FIRST;
-      for (const other of this.#each()) {
-        const next = other.pointer + NEXT_BITMAP;
-        if (other.pointer === bitmap.pointer) store(arena, link, load(arena, next));
-        link = next;
-      }
-    });
+    this.#locked(() => this.#unlink(bitmap));
     bitmap.free();
+  }
+
+  /**
+   * From now on `successor` takes what is written, and `bitmap` stays as it is: a job relies on it. Called while nobody
+   * changes the drive.
+   *
+   * @param successor one of the same granularity and length with bits, all clear, and in no set
+   */
+  freeze(bitmap: DirtyBitmap, successor: DirtyBitmap): void {
+    this.#locked(() => {
+      successor.enabled = bitmap.enabled;
+      bitmap.enabled = false;
+      bitmap.busy = true;
+      bitmap.successor = successor;
+      store(this.#runtime.arena, this.#endLink(), successor.pointer);
+    });
+  }
+
+  /**
+   * The job that relied on a bitmap is over: what was written meanwhile is all that is dirty (`abdicate`), or is dirty as
+   * well (`reclaim`). Then `body`, which may make more of it dirty. Semantics: QEMU's `bdrv_dirty_bitmap_abdicate` and
+   * `…_reclaim`.
+   */
+  unfreeze(bitmap: DirtyBitmap, how: 'abdicate' | 'reclaim', body?: () => void): void {
+    const { successor } = bitmap;
+    if (successor === undefined) throw new Error(`bitmap invariant: '${bitmap.name}' is not frozen`);
+    this.#locked(() => {
+      if (how === 'abdicate') bitmap.swapBits(successor);
+      else bitmap.merge(successor);
+      body?.();
+      bitmap.enabled = successor.enabled;
+      bitmap.successor = undefined;
+      bitmap.busy = false;
+      if (bitmap.persistent) bitmap.changed = true;
+      this.#unlink(successor);
+    });
+    successor.free();
+  }
+
+  #unlink(bitmap: DirtyBitmap): void {
+    const { arena } = this.#runtime;
+    let link = this.#control + FIRST;
+    for (const other of this.#each()) {
+      const next = other.pointer + NEXT_BITMAP;
+      if (other.pointer === bitmap.pointer) store(arena, link, load(arena, next));
+      else link = next;
+    }
+  }
+
+  /** Where the pointer to one more bitmap goes. */
+  #endLink(): number {
+    let link = this.#control + FIRST;
+    for (const bitmap of this.#each()) link = bitmap.pointer + NEXT_BITMAP;
+    return link;
   }
 
   /** Marks the range dirty in every bitmap that records: after it was written, whether or not that went well. */

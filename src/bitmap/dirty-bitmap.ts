@@ -1,5 +1,5 @@
 import { StillframeError } from '../errors.js';
-import { load } from '../kernels/futex.js';
+import { load, store } from '../kernels/futex.js';
 import type { Runtime } from '../kernels/runtime.js';
 
 /** Smallest and largest granularity in bytes; powers of two. */
@@ -20,12 +20,14 @@ const NAME_BYTES = 12;
 const GRANULARITY = 16;
 const LENGTH = 24;
 const PLACE = 32;
-const HEAD_BYTES = 40;
+const SUCCESSOR = 40;
+const HEAD_BYTES = 48;
 
 const ENABLED = 1;
 const PERSISTENT = 2;
 const INCONSISTENT = 4;
 const CHANGED = 8;
+const BUSY = 16;
 
 export interface BitmapOptions {
   /** Empty: anonymous. */
@@ -136,6 +138,37 @@ export class DirtyBitmap {
 
   set enabled(value: boolean) {
     this.#setFlag(ENABLED, value);
+  }
+
+  /** Whether what is written from now on is kept, here or in its successor. */
+  get recording(): boolean {
+    return !this.inconsistent && (this.enabled || this.successor?.enabled === true);
+  }
+
+  /** A job or an export relies on it: nobody else may change it. */
+  get busy(): boolean {
+    return this.#flag(BUSY);
+  }
+
+  set busy(value: boolean) {
+    this.#setFlag(BUSY, value);
+  }
+
+  /** The bitmap that takes what is written while a job uses this one, which stays as it is meanwhile. */
+  get successor(): DirtyBitmap | undefined {
+    const pointer = load(this.#runtime.arena, this.pointer + SUCCESSOR) >>> 0;
+    return pointer === 0 ? undefined : new DirtyBitmap(this.#runtime, pointer);
+  }
+
+  set successor(value: DirtyBitmap | undefined) {
+    store(this.#runtime.arena, this.pointer + SUCCESSOR, value?.pointer ?? 0);
+  }
+
+  /** Has the other one's bits from now on, and the other one has these. Both are of one granularity and length. */
+  swapBits(other: DirtyBitmap): void {
+    const { u32 } = this.#runtime.arena;
+    const [own, theirs] = [(this.pointer + BITS) >> 2, (other.pointer + BITS) >> 2];
+    [u32[own], u32[theirs]] = [u32[theirs] ?? 0, u32[own] ?? 0];
   }
 
   /** Whether the image keeps it when it is closed. */

@@ -1,3 +1,4 @@
+import { BITMAP_SET_BYTES, BitmapSet } from '../bitmap/bitmap-set.js';
 import { StillframeError } from '../errors.js';
 import { load, store } from '../kernels/futex.js';
 import type { Runtime } from '../kernels/runtime.js';
@@ -15,6 +16,7 @@ import { TRACKER_BYTES, TrackedRequests } from './tracked-requests.js';
  *
  *     +0  frame count   int32
  *     +16 frames        8 × { id int32, descriptor pointer uint32, descriptor length uint32, - }
+ *     then the set of the dirty bitmaps that the image does not keep itself
  */
 export interface DiskDescriptor {
   /** Never reused within an engine. */
@@ -33,8 +35,10 @@ export const MAX_FRAMES = 8;
 const FRAMES = TRACKER_BYTES;
 const FIRST_FRAME = FRAMES + 16;
 const FRAME_ENTRY = 16;
+/** Where the disk's own dirty bitmaps are: see `disk-bitmaps.ts`. */
+export const DISK_BITMAPS = FIRST_FRAME + MAX_FRAMES * FRAME_ENTRY;
 /** Bytes of a disk's control block. */
-export const DISK_CONTROL_BYTES = FIRST_FRAME + MAX_FRAMES * FRAME_ENTRY;
+export const DISK_CONTROL_BYTES = DISK_BITMAPS + BITMAP_SET_BYTES;
 
 /** One thread's view of a disk. */
 export class Disk {
@@ -43,6 +47,8 @@ export class Disk {
   readonly #runtime: Runtime;
   readonly #requests: TrackedRequests;
   readonly #frames = new Map<number, Frame>();
+  readonly #bitmaps: BitmapSet;
+  #held = false;
   readonly #buffer: () => CopyBuffer;
 
   /** @param buffer gives the calling thread's copy buffer */
@@ -51,6 +57,7 @@ export class Disk {
     this.node = attachNode(runtime, descriptor.node);
     this.#runtime = runtime;
     this.#requests = new TrackedRequests(runtime, descriptor.control);
+    this.#bitmaps = new BitmapSet(runtime, descriptor.control + DISK_BITMAPS);
     this.#buffer = buffer;
   }
 
@@ -99,13 +106,26 @@ export class Disk {
     if (!this.descriptor.readOnly) this.node.flush();
   }
 
+  /** Runs `body` while no mutation is in flight. Instants that are taken in it are one instant. */
+  drained<T>(body: () => T): T {
+    if (this.#held) return body();
+    return this.#requests.drained(() => {
+      this.#held = true;
+      try {
+        return body();
+      } finally {
+        this.#held = false;
+      }
+    });
+  }
+
   /** Makes the instant: once this returns, every mutation passes the frame's copy-before-write first. */
   addFrame(frame: FrameDescriptor): void {
     const { arena } = this.#runtime;
     const json = new TextEncoder().encode(JSON.stringify(frame));
     const pointer = arena.alloc(json.length, 'frame descriptor');
     arena.u8.set(json, pointer);
-    this.#requests.drained(() => {
+    this.drained(() => {
       const count = this.#frameCount();
       if (count === MAX_FRAMES) {
         arena.free(pointer);
@@ -125,7 +145,7 @@ export class Disk {
   removeFrame(id: number): void {
     const { arena } = this.#runtime;
     const words = arena.u32;
-    this.#requests.drained(() => {
+    this.drained(() => {
       const count = this.#frameCount();
       const first = (this.descriptor.control + FIRST_FRAME) >> 2;
       const stride = FRAME_ENTRY >> 2;
@@ -157,7 +177,12 @@ export class Disk {
     const { start, end } = this.#clustersOf(offset, length);
     this.#requests.run(start, end, () => {
       for (const frame of this.#activeFrames()) frame.beforeWrite(offset, length);
-      body();
+      try {
+        body();
+      } finally {
+        // Whether or not it went well: a part of it may have been made.
+        this.#bitmaps.record(offset, length);
+      }
     });
   }
 

@@ -4,7 +4,7 @@ import { StillframeError, toStillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 import { closeNode, type OpenImageOptions, openImage } from './graph.js';
 import type { Qcow2Descriptor } from './node.js';
-import { bitmapsOf, loadBitmap, readBitmap } from './qcow2/index.js';
+import { bitmapsOf, loadBitmap, noBitmapsInVersion2, readBitmap } from './qcow2/index.js';
 import { attachFile } from './raw/file.js';
 
 /** One action of `qemu-img bitmap`. */
@@ -106,10 +106,7 @@ class BitmapEditor {
     const { path, version, length } = this.#image;
     checkBitmap({ name, granularity, length });
     if (version === 2) {
-      throw new StillframeError(
-        'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
-        `Cannot store dirty bitmaps in qcow2 v2 files; make '${path}' anew with compat=1.1`,
-      );
+      throw noBitmapsInVersion2(path);
     }
     if (length === 0) {
       throw new StillframeError(

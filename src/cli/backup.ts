@@ -16,7 +16,8 @@ import { PROGRESS_STYLES, showProgress } from './progress.js';
 import { cancelOnSignal, tellInterrupted } from './signals.js';
 import { formatBytes } from './units.js';
 
-const MODES = ['full', 'top', 'none'] as const;
+const MODES = ['full', 'top', 'none', 'incremental', 'bitmap'] as const;
+const BITMAP_MODES = ['on-success', 'never', 'always'] as const;
 const COMPRESSION = ['zlib', 'zstd'] as const;
 const POLICIES = ['report', 'ignore', 'enospc', 'stop', 'auto'] as const;
 
@@ -45,13 +46,30 @@ function human({
 
 export const backup: Command = {
   name: 'backup',
-  usage: 'SOURCE TARGET --sync full|top|none [options]',
+  usage: 'SOURCE TARGET --sync full|top|none|incremental|bitmap [options]',
   summary:
     'Backs up an image. TARGET is TARGET.partial until everything is durable. Nobody can write to SOURCE through\n' +
     'this command, so with --sync none the target is complete at once: an empty image on top of SOURCE.',
   positionals: [2, 2],
   options: [
-    { long: 'sync', value: 'MODE', help: 'full, top or none' },
+    { long: 'sync', value: 'MODE', help: 'full, top, none, incremental or bitmap' },
+    {
+      long: 'bitmap',
+      short: 'B',
+      value: 'NAME',
+      help: 'dirty bitmap of SOURCE that says what incremental and bitmap copy; full and top bring it up to date',
+    },
+    {
+      long: 'bitmap-mode',
+      value: 'MODE',
+      help: 'when what was copied is taken off the bitmap: on-success, never or always (incremental: on-success)',
+    },
+    {
+      long: 'backing',
+      short: 'b',
+      value: 'FILE',
+      help: 'with incremental and bitmap: the backup before, which a new qcow2 target lies on',
+    },
     { long: 'format', value: 'FMT', help: "format of the target: raw or qcow2 (the source's)" },
     {
       long: 'source-format',
@@ -100,13 +118,16 @@ export const backup: Command = {
     const json = args.choice('output', OUTPUTS, 'human') === 'json';
     const sync = args.choice('sync', MODES);
     if (sync === undefined)
-      throw usageError("say which: --sync full, --sync top or --sync none; see 'stillframe backup --help'");
+      throw usageError(`say which: --sync ${MODES.join(', --sync ')}; see 'stillframe backup --help'`);
     const workers = args.text('workers');
     const style = args.flag('quiet') ? 'none' : args.choice('progress', PROGRESS_STYLES, 'auto');
     const options = {
       target,
       sync,
       format: args.choice('format', TARGET_FORMATS),
+      bitmap: args.text('bitmap'),
+      bitmapMode: args.choice('bitmap-mode', BITMAP_MODES),
+      backing: args.text('backing'),
       existing: args.flag('existing'),
       force: args.flag('force'),
       targetClusterSize: args.size('cluster-size'),
@@ -123,7 +144,8 @@ export const backup: Command = {
       const disk = await engine.openDisk(source, {
         snapshot: parseSnapshot(args.text('snapshot')),
         format: sourceFormat,
-        readOnly: true,
+        // The bitmap is brought up to date in the image.
+        readOnly: options.bitmap === undefined || options.bitmapMode === 'never',
         allowBacking: args.texts('allow-backing'),
         forceShare: args.flag('force-share'),
       });

@@ -1,12 +1,13 @@
-import type { OnError } from '../backup/backup-job.js';
+import type { BitmapMode, OnError } from '../backup/backup-job.js';
 import type { FreezeOptions, FrozenDescriptor } from '../backup/freeze.js';
 import type { TargetOptions } from '../backup/target.js';
 import type { DiskDescriptor } from '../block/disk.js';
+import type { BitmapStatus, DiskBitmapAction } from '../block/disk-bitmaps.js';
 import type { OnCbwError } from '../block/filters/copy-before-write.js';
 import { closedError, StillframeError } from '../errors.js';
 import type { Engine } from './engine.js';
 import { FrozenDisk } from './frozen-disk.js';
-import { type BackupHandle, startBackup } from './job.js';
+import { type BackupHandle, startBackups } from './job.js';
 import type { NbdServer } from './nbd-server.js';
 import type { GuestRequest } from './tasks.js';
 
@@ -14,6 +15,16 @@ import type { GuestRequest } from './tasks.js';
 export interface BackupOptions extends TargetOptions {
   /** Job id as QEMU allows it. Default `backup` and a number. */
   readonly jobId?: string | undefined;
+  /**
+   * Name of a dirty bitmap of the disk: what it has dirty is copied (sync modes `incremental` and `bitmap`), or it is only
+   * brought up to date (`full` and `top` with bitmap mode `always` or `on-success`).
+   */
+  readonly bitmap?: string | undefined;
+  /**
+   * When what was copied is taken off the bitmap (QMP `bitmap-mode`): `on-success`, `never`, `always` (what was not copied
+   * stays on it). For sync mode `incremental` it is `on-success`.
+   */
+  readonly bitmapMode?: BitmapMode | undefined;
   /** Limit of the background copy in bytes per second; 0 (default) is none. */
   readonly speed?: number | undefined;
   /** Threads that copy. Default: the engine's. */
@@ -38,6 +49,24 @@ export interface BackupOptions extends TargetOptions {
   readonly autoDismiss?: boolean | undefined;
   /** Cancels the job. What was written of a new target is removed. */
   readonly signal?: AbortSignal | undefined;
+}
+
+/** An action on a dirty bitmap; sources of a merge may be bitmaps of other disks. */
+export type DiskBitmapEdit =
+  | Exclude<DiskBitmapAction, { readonly action: 'merge' }>
+  | {
+      readonly action: 'merge';
+      readonly name: string;
+      readonly sources: readonly (string | { readonly disk: DiskHandle; readonly name: string })[];
+    };
+
+/** @internal */
+export function plainEdit(edit: DiskBitmapEdit): DiskBitmapAction {
+  if (edit.action !== 'merge') return edit;
+  const sources = edit.sources.map((source) =>
+    typeof source === 'string' ? source : { disk: source.disk.descriptor, name: source.name },
+  );
+  return { ...edit, sources };
 }
 
 /** Bytes of one buffer through which requests travel; larger requests are split. */
@@ -133,12 +162,36 @@ export class DiskHandle {
   async backup(options: BackupOptions): Promise<BackupHandle> {
     if (this.#closing !== undefined) throw closedError(`'${this.path}'`);
     options.signal?.throwIfAborted();
-    const job = await startBackup(this.#engine, this.descriptor, options);
+    const [job] = await startBackups(this.#engine, [{ type: 'backup', disk: this.descriptor, options }]);
+    if (job === undefined) throw new Error('invariant: a backup that was started has a job');
+    await this.own(job);
+    return job;
+  }
+
+  /** @internal A job of this disk ends with it. */
+  async own(job: BackupHandle): Promise<void> {
     this.#jobs.add(job);
     const forget = (): boolean => this.#jobs.delete(job);
     job.ended.then(forget, forget);
     if (this.#closing !== undefined) await job.stop();
-    return job;
+  }
+
+  /** The dirty bitmaps of the disk: those that its image keeps, and others. */
+  bitmaps(): Promise<BitmapStatus[]> {
+    return this.#engine.run({ kind: 'bitmaps', disk: this.descriptor });
+  }
+
+  /**
+   * Carries one action out on a dirty bitmap of the disk. Semantics: QMP `block-dirty-bitmap-add`, `…-remove`, `…-clear`,
+   * `…-enable`, `…-disable` and `…-merge`.
+   *
+   * @throws StillframeError ERR_STILLFRAME_BITMAP_NOT_FOUND, …_BITMAP_EXISTS, …_BITMAP_BUSY, …_BITMAP_INCONSISTENT,
+   *   …_READ_ONLY, …_INVALID_ARGUMENT, …_SIZE_MISMATCH, …_UNSUPPORTED_FEATURE, …_ARENA_EXHAUSTED
+   */
+  async editBitmap(edit: DiskBitmapEdit): Promise<void> {
+    if (this.#closing !== undefined) throw closedError(`'${this.path}'`);
+    const action = { type: 'bitmap', disk: this.descriptor, edit: plainEdit(edit) } as const;
+    await this.#engine.run({ kind: 'transact', actions: [action] });
   }
 
   /**

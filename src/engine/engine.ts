@@ -20,7 +20,8 @@ import { closedError, StillframeError } from '../errors.js';
 import { Team, type TeamMemory } from '../job/team.js';
 import type { Arena } from '../kernels/arena.js';
 import { createRuntime, type Runtime, type SharedRuntime } from '../kernels/runtime.js';
-import { DiskHandle } from './disk.js';
+import { type BackupOptions, type DiskBitmapEdit, DiskHandle, plainEdit } from './disk.js';
+import { type BackupHandle, startBackups } from './job.js';
 import { NbdServer, type NbdServerOptions } from './nbd-server.js';
 import type { Compared, ImageTask, Task, TeamMessage, ToolProgress } from './tasks.js';
 import type { Answer } from './worker.js';
@@ -55,6 +56,13 @@ export interface OpenDiskOptions extends ImageOptions {
   /** Whether discards are passed down or dropped. Default `unmap`. */
   readonly discard?: 'unmap' | 'ignore' | undefined;
 }
+
+/** One action of {@link Engine.transaction}. */
+export type TransactionItem =
+  | { readonly type: 'backup'; readonly disk: DiskHandle; readonly options: BackupOptions }
+  | { readonly type: 'bitmap'; readonly disk: DiskHandle; readonly edit: DiskBitmapEdit }
+  /** Fails, and everything with it. */
+  | { readonly type: 'abort' };
 
 type Started = Extract<TeamMessage, { readonly started: unknown }>['started'];
 
@@ -189,6 +197,31 @@ export class Engine {
     const disk = new DiskHandle(this, descriptor, () => this.#disks.delete(disk));
     this.#disks.add(disk);
     return disk;
+  }
+
+  /**
+   * Carries actions out on several disks at one instant, all of them or none, and starts the backups among them. With
+   * `grouped` these succeed or fail together: none commits before all have come so far, and where one fails or is
+   * cancelled so are the others. Semantics: QMP `transaction`.
+   *
+   * @returns the jobs of the backups, in order
+   * @throws StillframeError the error of the action that failed; nothing has happened then
+   */
+  async transaction(
+    items: readonly TransactionItem[],
+    options: { readonly grouped?: boolean | undefined } = {},
+  ): Promise<BackupHandle[]> {
+    const plain = items.map((item) => {
+      if (item.type === 'abort') return item;
+      const disk = item.disk.descriptor;
+      return item.type === 'bitmap'
+        ? { type: item.type, disk, edit: plainEdit(item.edit) }
+        : { type: item.type, disk, options: item.options };
+    });
+    const jobs = await startBackups(this, plain, options.grouped);
+    const owners = items.flatMap((item) => (item.type === 'backup' ? item.disk : []));
+    await Promise.all(jobs.map((job, index) => owners[index]?.own(job)));
+    return jobs;
   }
 
   /**

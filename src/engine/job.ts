@@ -1,7 +1,8 @@
 import { EventEmitter } from 'node:events';
 import { MessageChannel } from 'node:worker_threads';
-import type { JobMessage, JobOutcome } from '../backup/backup-job.js';
-import type { SyncMode } from '../backup/target.js';
+import { type BegunBackup, BITMAP_MODES, type JobMessage, type JobOutcome } from '../backup/backup-job.js';
+import { SYNC_MODES, type SyncMode } from '../backup/target.js';
+import type { TransactionAction } from '../backup/transaction.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import {
   type FrameCounters,
@@ -83,12 +84,6 @@ const PROGRESS_MS = 100;
 /** QMP takes seconds in 32 bits. */
 const MAX_TIMEOUT_MS = 1000 * (2 ** 32 - 1);
 
-interface Started {
-  readonly frame: FrameDescriptor;
-  readonly sync: SyncMode;
-  readonly path: string;
-}
-
 /** A backup job, as the host program sees it: verbs, events, progress and the result. */
 export class BackupHandle extends EventEmitter<BackupEvents> {
   readonly id: string;
@@ -101,6 +96,9 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
   readonly #arena: Arena;
   readonly #source: NodeDescriptor;
   readonly #frame: FrameDescriptor;
+  readonly #borrowed: boolean;
+  readonly #group: Group | undefined;
+  readonly #autoFinalize: boolean;
   readonly #started = performance.now();
   #control: JobControl | undefined;
   #status: JobStatus = 'created';
@@ -113,21 +111,25 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
   constructor(
     arena: Arena,
     source: NodeDescriptor,
-    options: { id: string; target: string; autoDismiss: boolean },
-    started: Started,
+    options: { id: string; target: string; autoFinalize: boolean; autoDismiss: boolean },
+    begun: BegunBackup,
     control: JobControl,
+    group: Group | undefined,
     threads: Promise<unknown>,
     ended: Promise<Extract<JobMessage, { type: 'ended' }>>,
   ) {
     super();
     this.id = options.id;
     this.target = options.target;
-    this.sync = started.sync;
-    this.path = started.path;
+    this.sync = begun.sync;
+    this.path = begun.target.partialPath ?? begun.target.finalPath;
     this.#arena = arena;
     this.#source = source;
-    this.#frame = started.frame;
+    this.#frame = begun.frame;
+    this.#borrowed = begun.target.borrowed === true;
     this.#control = control;
+    this.#group = group;
+    this.#autoFinalize = options.autoFinalize;
     this.ended = this.#whenEnded(threads, ended, options.autoDismiss);
     this.ended.catch(() => undefined);
   }
@@ -167,12 +169,24 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
     // In sync mode `none` the target is still to be committed.
     if (this.sync === 'none') return;
     interruptNode(this.#arena, this.#source, control.pointer);
-    interruptNode(this.#arena, this.#frame.target);
+    interruptNode(this.#arena, this.#frame.target, this.#borrowed ? control.pointer : undefined);
   }
 
-  /** Lets a job with `autoFinalize: false` commit. */
+  /** Lets a job with `autoFinalize: false` commit, and those that succeed or fail with it. */
   finalize(): void {
+    this.#verb('finalize');
+    if (this.#group === undefined) this.finalizeAlone();
+    else this.#group.finalize();
+  }
+
+  /** @internal */
+  finalizeAlone(): void {
     this.#verb('finalize').finalize();
+  }
+
+  /** @internal The others of its group have come as far as it. */
+  release(): void {
+    this.#control?.release();
   }
 
   /** Forgets a concluded job with `autoDismiss: false`. */
@@ -258,7 +272,7 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
   }
 
   /** @internal */
-  deliver(message: Exclude<JobMessage, { type: 'started' | 'ended' }>): void {
+  deliver(message: Exclude<JobMessage, { type: 'ended' }>): void {
     switch (message.type) {
       case 'status':
         this.#setStatus(message.status);
@@ -267,7 +281,7 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
         this.emit('io-error', { operation: message.operation, action: message.action });
         break;
       case 'pending':
-        this.emit('pending');
+        if (!this.#autoFinalize) this.emit('pending');
         break;
     }
   }
@@ -341,8 +355,14 @@ function checkOptions(options: BackupOptions): void {
   const invalid = (message: string): never => {
     throw new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', message);
   };
-  if (!['full', 'top', 'none'].includes(options.sync)) {
-    invalid(`Parameter 'sync' does not accept value '${options.sync}'; it takes full, top and none`);
+  if (!SYNC_MODES.includes(options.sync)) {
+    invalid(`Parameter 'sync' does not accept value '${options.sync}'; it takes ${SYNC_MODES.join(', ')}`);
+  }
+  const { bitmapMode } = options;
+  if (bitmapMode !== undefined && !BITMAP_MODES.includes(bitmapMode)) {
+    invalid(
+      `Parameter 'bitmap-mode' does not accept value '${bitmapMode}'; it takes ${BITMAP_MODES.join(', ')}`,
+    );
   }
   const { compress = false } = options;
   if (![true, false, 'zlib', 'zstd'].includes(compress)) {
@@ -385,12 +405,19 @@ function deferred<T>(): Deferred<T> {
   return { promise, resolve, reject };
 }
 
-/** @internal */
-export async function startBackup(
+/** A job whose instant is still to be taken. */
+interface Prepared {
+  readonly id: string;
+  readonly control: JobControl;
+  readonly action: Extract<TransactionAction, { type: 'backup' }>;
+}
+
+function prepare(
   engine: Engine,
   disk: DiskDescriptor,
   options: BackupOptions,
-): Promise<BackupHandle> {
+  group: Group | undefined,
+): Prepared {
   checkOptions(options);
   const number = engine.nextId();
   const id = options.jobId ?? `backup${number}`;
@@ -399,78 +426,125 @@ export async function startBackup(
   const control = new JobControl(arena, arena.alloc(JOB_CONTROL_BYTES, 'job control block'));
   control.transition('created');
   control.speed = options.speed ?? 0;
-  const { port1, port2 } = new MessageChannel();
-
-  let handle: BackupHandle | undefined;
-  /** Undefined once the caller has had a chance to listen. */
-  let early: Exclude<JobMessage, { type: 'started' }>[] | undefined = [];
-  const started = deferred<Started>();
-  const ended = deferred<Extract<JobMessage, { type: 'ended' }>>();
-  port1.on('message', (message: JobMessage) => {
-    if (message.type === 'started') started.resolve(message);
-    else if (early !== undefined) early.push(message);
-    else deliver(message);
-  });
-  const deliver = (message: Exclude<JobMessage, { type: 'started' }>): void => {
-    if (message.type === 'ended') ended.resolve(message);
-    else handle?.deliver(message);
-  };
-
-  const lead = engine.run<void>(
-    {
-      kind: 'backup',
-      disk,
-      control: control.pointer,
-      port: port2,
-      id: number,
-      options: {
-        target: options.target,
-        sync: options.sync,
-        format: options.format,
-        existing: options.existing,
-        force: options.force,
-        targetClusterSize: options.targetClusterSize,
-        compress: options.compress,
-        fleece: options.fleece,
-        onSourceError: options.onSourceError ?? 'report',
-        onTargetError: options.onTargetError ?? 'report',
-        onCbwError: options.onCbwError ?? 'break-guest-write',
-        cbwTimeoutMs: options.cbwTimeoutMs,
-        autoFinalize: options.autoFinalize ?? true,
-      },
+  const action = {
+    type: 'backup',
+    disk,
+    control: control.pointer,
+    id: number,
+    options: {
+      target: options.target,
+      targetNode: options.targetNode,
+      sync: options.sync,
+      bitmap: options.bitmap,
+      bitmapMode: options.bitmapMode,
+      format: options.format,
+      existing: options.existing,
+      force: options.force,
+      backing: options.backing,
+      targetClusterSize: options.targetClusterSize,
+      compress: options.compress,
+      fleece: options.fleece,
+      onSourceError: options.onSourceError ?? 'report',
+      onTargetError: options.onTargetError ?? 'report',
+      onCbwError: options.onCbwError ?? 'break-guest-write',
+      cbwTimeoutMs: options.cbwTimeoutMs,
+      // One that waits for its command keeps the others of its group waiting as well.
+      autoFinalize: group === undefined ? (options.autoFinalize ?? true) : group.autoFinalize,
+      grouped: group !== undefined,
     },
-    [port2],
-  );
-  lead.catch((error) => {
-    started.reject(error);
-    ended.reject(error);
-  });
-  ended.promise.catch(() => undefined);
-  let begun: Started;
+  } as const;
+  return { id, control, action };
+}
+
+/** A backup of a disk, as an action of a transaction. */
+export interface BackupItem {
+  readonly type: 'backup';
+  readonly disk: DiskDescriptor;
+  readonly options: BackupOptions;
+}
+
+/**
+ * @internal Carries all out at one instant and starts the backups among them.
+ *
+ * @returns their jobs, in order
+ */
+export async function startBackups(
+  engine: Engine,
+  items: readonly (BackupItem | Exclude<TransactionAction, { type: 'backup' }>)[],
+  grouped = false,
+): Promise<BackupHandle[]> {
+  const wanted = items.flatMap((item) => (item.type === 'backup' ? item.options : []));
+  const group = grouped ? new Group(wanted.every(({ autoFinalize = true }) => autoFinalize)) : undefined;
+  const prepared: Prepared[] = [];
+  let begun: readonly (BegunBackup | undefined)[];
   try {
-    begun = await started.promise;
+    const actions = items.map((item): TransactionAction => {
+      if (item.type !== 'backup') return item;
+      const one = prepare(engine, item.disk, item.options, group);
+      prepared.push(one);
+      return one.action;
+    });
+    begun = await engine.run<(BegunBackup | undefined)[]>({ kind: 'transact', actions });
   } catch (error) {
-    port1.close();
-    arena.free(control.pointer);
+    for (const { control } of prepared) engine.arena.free(control.pointer);
     throw error;
   }
+  const started = begun.filter((one) => one !== undefined);
+  return prepared.flatMap((one, index) => {
+    const [options, backup] = [wanted[index], started[index]];
+    return options === undefined || backup === undefined ? [] : launch(engine, one, options, backup, group);
+  });
+}
 
+/** Starts the threads of a backup that has begun. */
+function launch(
+  engine: Engine,
+  { id, control, action }: Prepared,
+  options: BackupOptions,
+  begun: BegunBackup,
+  group: Group | undefined,
+): BackupHandle {
+  const { arena } = engine;
+  const { disk } = action;
+  const { port1, port2 } = new MessageChannel();
+  /** Undefined once the caller has had a chance to listen. */
+  let early: JobMessage[] | undefined = [];
+  const ended = deferred<Extract<JobMessage, { type: 'ended' }>>();
+  ended.promise.catch(() => undefined);
+  const lead = engine.run<void>({ kind: 'backup', disk, control: control.pointer, port: port2, begun }, [
+    port2,
+  ]);
+  lead.catch(ended.reject);
   // In sync mode `none` there is nothing to help with.
   const helpers = begun.sync === 'none' ? 0 : (options.workers ?? engine.workers) - 1;
   const threads = [lead];
   for (let index = 0; index < helpers; index++) {
     threads.push(engine.run({ kind: 'copy', disk, frame: begun.frame, control: control.pointer }));
   }
-  handle = new BackupHandle(
+  const job = new BackupHandle(
     arena,
     disk.node,
-    { id, target: options.target, autoDismiss: options.autoDismiss ?? true },
+    {
+      id,
+      target: options.target,
+      autoFinalize: options.autoFinalize ?? true,
+      autoDismiss: options.autoDismiss ?? true,
+    },
     begun,
     control,
+    group,
     Promise.all(threads),
     ended.promise,
   );
-  const job = handle;
+  group?.add(job);
+  const deliver = (message: JobMessage): void => {
+    if (message.type === 'ended') ended.resolve(message);
+    else job.deliver(message);
+  };
+  port1.on('message', (message: JobMessage) => {
+    if (early === undefined) deliver(message);
+    else early.push(message);
+  });
   // Listeners of the caller are not there yet: what has happened already is delivered after they had a chance.
   setImmediate(() => {
     const messages = early ?? [];
@@ -493,4 +567,40 @@ export async function startBackup(
   job.ended.then(cleanup, cleanup);
   if (signal?.aborted) abort();
   return job;
+}
+
+/** Jobs that succeed or fail together (QAPI `ActionCompletionMode` `grouped`). */
+class Group {
+  readonly autoFinalize: boolean;
+  readonly #jobs = new Set<BackupHandle>();
+  readonly #waiting = new Set<BackupHandle>();
+
+  constructor(autoFinalize: boolean) {
+    this.autoFinalize = autoFinalize;
+  }
+
+  add(job: BackupHandle): void {
+    this.#jobs.add(job);
+    job.on('status', (status) => {
+      if (status === 'aborting') this.#cancelOthers(job);
+      if (status !== 'waiting') return;
+      this.#waiting.add(job);
+      if (this.#waiting.size === this.#jobs.size) for (const one of this.#jobs) one.release();
+    });
+  }
+
+  finalize(): void {
+    for (const job of this.#jobs) job.finalizeAlone();
+  }
+
+  #cancelOthers(failed: BackupHandle): void {
+    this.#jobs.delete(failed);
+    for (const job of this.#jobs) {
+      try {
+        job.cancel();
+      } catch {
+        // Over as well.
+      }
+    }
+  }
 }

@@ -1,14 +1,16 @@
 import type { MessagePort } from 'node:worker_threads';
-import { BackupJob, type BackupJobOptions, helpCopying } from '../backup/backup-job.js';
+import { BackupJob, type BegunBackup, helpCopying } from '../backup/backup-job.js';
 import { type Conversion, type ConversionListener, copyPart } from '../backup/conversion.js';
 import { type ConvertOptions, type ConvertSource, convertImages } from '../backup/convert.js';
 import { type FreezeOptions, type FrozenDescriptor, freeze, thaw } from '../backup/freeze.js';
+import { type TransactionAction, transact } from '../backup/transaction.js';
 import { checkImage, type ImageCheck } from '../block/check.js';
 import { type CommitOptions, commitImage } from '../block/commit.js';
 import { comparePart } from '../block/compare.js';
 import { type Comparison, type Finding, lengthOf } from '../block/comparison.js';
 import { type CreateImageOptions, createImage } from '../block/create.js';
 import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '../block/disk.js';
+import { bitmapStatuses, closeDiskBitmaps, openDiskBitmaps } from '../block/disk-bitmaps.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
 import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-write.js';
 import { attachNode, closeNode, isStorage, type OpenImageOptions, openImage } from '../block/graph.js';
@@ -53,9 +55,10 @@ export type Task =
       readonly disk: DiskDescriptor;
       readonly control: number;
       readonly port: MessagePort;
-      readonly options: BackupJobOptions;
-      readonly id: number;
+      readonly begun: BegunBackup;
     }
+  | { readonly kind: 'transact'; readonly actions: readonly TransactionAction[] }
+  | { readonly kind: 'bitmaps'; readonly disk: DiskDescriptor }
   | {
       readonly kind: 'copy';
       readonly disk: DiskDescriptor;
@@ -219,8 +222,12 @@ export class TaskRunner {
         return this.#request(this.#disk(task.disk), task.request);
       case 'backup':
         return this.#forJob(task.control, (control) =>
-          BackupJob.run(this.#runtime, this.#disk(task.disk), control, task.port, task.options, task.id),
+          BackupJob.run(this.#runtime, this.#disk(task.disk), control, task.port, task.begun),
         );
+      case 'transact':
+        return transact(this.#runtime, task.actions, (disk) => this.#disk(disk));
+      case 'bitmaps':
+        return bitmapStatuses(this.#runtime, task.disk);
       case 'copy':
         return this.#forJob(task.control, (control) =>
           helpCopying(this.#disk(task.disk), task.frame, control),
@@ -282,8 +289,15 @@ export class TaskRunner {
     if (isStorage(node)) throw new TypeError('a file is not an image');
     try {
       const control = arena.alloc(DISK_CONTROL_BYTES, 'disk control block');
-      const { discard, readOnly } = options;
-      return { id, control, node, length: node.length, readOnly, discard };
+      try {
+        const { discard, readOnly } = options;
+        const disk = { id, control, node, length: node.length, readOnly, discard };
+        openDiskBitmaps(this.#runtime, disk);
+        return disk;
+      } catch (error) {
+        arena.free(control);
+        throw error;
+      }
     } catch (error) {
       closeNode(this.#runtime, node);
       throw error;
@@ -295,6 +309,7 @@ export class TaskRunner {
     try {
       if (!descriptor.readOnly) attachNode(this.#runtime, descriptor.node).flush();
     } finally {
+      closeDiskBitmaps(this.#runtime, descriptor);
       this.#runtime.arena.free(descriptor.control);
       closeNode(this.#runtime, descriptor.node);
     }

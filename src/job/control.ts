@@ -17,6 +17,7 @@ const WAKE = 24;
 const ERROR_SET = 28;
 const ERROR_LENGTH = 32;
 const RATE_LOCK = 36;
+const RELEASE = 40;
 const SPEED = 48;
 const NEXT_ALLOWED_MS = 56;
 const ERROR = 64;
@@ -77,6 +78,16 @@ export class JobControl {
 
   finalize(): void {
     this.#store(FINALIZE, 1);
+    this.wake();
+  }
+
+  /** The others of the job's transaction have come to their ends as well. */
+  get released(): boolean {
+    return this.#load(RELEASE) !== 0;
+  }
+
+  release(): void {
+    this.#store(RELEASE, 1);
     this.wake();
   }
 

@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { MessageChannel } from 'node:worker_threads';
 import { afterAll, afterEach, expect, it } from 'vitest';
-import { BackupJob, type JobMessage } from '#src/backup/backup-job.js';
+import { BackupJob, beginBackup, type JobMessage } from '#src/backup/backup-job.js';
 import { abandonTarget, openTarget } from '#src/backup/target.js';
 import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
 import { CopyBuffer } from '#src/block/filters/copy-before-write.js';
@@ -74,11 +74,10 @@ function calls(format: 'raw' | 'qcow2', force: boolean): string[] {
   });
   // What the host thread does first.
   job.transition('created');
-  BackupJob.run(
+  const begun = beginBackup(
     runtime,
     disk,
     job,
-    port,
     {
       target: join(folder, `target.${format}`),
       sync: 'full',
@@ -91,6 +90,7 @@ function calls(format: 'raw' | 'qcow2', force: boolean): string[] {
     },
     2,
   );
+  BackupJob.run(runtime, disk, job, port, begun);
   port1.close();
   port2.close();
   closeNode(runtime, node);

@@ -1,5 +1,5 @@
 /** What is wrong with a run that is over. */
-import { BackupJob, type JobMessage } from '#src/backup/backup-job.js';
+import { BackupJob, beginBackup, type JobMessage } from '#src/backup/backup-job.js';
 import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
 import { type FrameDescriptor, freeFrame } from '#src/block/filters/copy-before-write.js';
 import { closeNode, openImage } from '#src/block/graph.js';
@@ -217,11 +217,10 @@ function backupAgain({ source, job }: Scenario, drive: Uint8Array): string | und
       if (message.type === 'ended') outcome = message.outcome;
     },
   };
-  BackupJob.run(
+  const begun = beginBackup(
     runtime,
     disk,
     jobControl,
-    port as unknown as Parameters<typeof BackupJob.run>[3],
     {
       target: TARGETS[0],
       sync: 'full',
@@ -236,6 +235,7 @@ function backupAgain({ source, job }: Scenario, drive: Uint8Array): string | und
     },
     3,
   );
+  BackupJob.run(runtime, disk, jobControl, port as unknown as Parameters<typeof BackupJob.run>[3], begun);
   closeNode(runtime, node);
   if (outcome !== 'completed') return `${INVARIANTS.errors}: the backup after the cut is '${outcome}'`;
   const copy = readImage(TARGETS[0], job.format);

@@ -6,7 +6,7 @@
 // Before all others: production modules take hold of what they find when they are loaded.
 import './atomics.js';
 
-import { BackupJob, helpCopying, type JobMessage } from '#src/backup/backup-job.js';
+import { BackupJob, beginBackup, helpCopying, type JobMessage } from '#src/backup/backup-job.js';
 import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
 import { Frame, type FrameDescriptor } from '#src/block/filters/copy-before-write.js';
 import { StillframeError, toStillframeError } from '#src/errors.js';
@@ -184,22 +184,18 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
   };
   const port = {
     postMessage(message: JobMessage): void {
-      if (message.type === 'started') {
-        record.frameText = JSON.stringify(message.frame);
-        announceStart(1);
-      } else if (message.type === 'ended') {
-        record.endedText = JSON.stringify(message, (_, value) =>
-          typeof value === 'bigint' ? String(value) : value,
-        );
-      }
+      if (message.type !== 'ended') return;
+      record.endedText = JSON.stringify(message, (_, value) =>
+        typeof value === 'bigint' ? String(value) : value,
+      );
     },
   };
   try {
-    BackupJob.run(
+    const control = new JobControl(arena, controlOf(setup, which));
+    const begun = beginBackup(
       runtime,
       disk,
-      new JobControl(arena, controlOf(setup, which)),
-      port as unknown as Parameters<typeof BackupJob.run>[3],
+      control,
       {
         target: TARGETS[which] ?? '',
         sync: job.sync,
@@ -216,6 +212,9 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
       },
       which + 1,
     );
+    record.frameText = JSON.stringify(begun.frame);
+    announceStart(1);
+    BackupJob.run(runtime, disk, control, port as unknown as Parameters<typeof BackupJob.run>[3], begun);
   } catch (error) {
     if (error instanceof WorldEnded) throw error;
     expectCause(scenario, 'the start of the job', error);

@@ -1,3 +1,4 @@
+import { DirtyBitmap } from '../../bitmap/dirty-bitmap.js';
 import { StillframeError } from '../../errors.js';
 import { advance, load, store, waitWhile } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
@@ -38,6 +39,8 @@ export interface FrameDescriptor {
   readonly clusters: number;
   /** The target reads as zeroes wherever nothing was written. */
   readonly targetReadsZero: boolean;
+  /** Pointer of a dirty bitmap that nobody changes: clusters without anything dirty are not part of the plan. */
+  readonly plan?: number | undefined;
   /** Sync mode `top`: clusters without allocation in the top layer are not part of the plan. */
   readonly skipUnallocated: boolean;
   /** The target takes compressed clusters: see `checkCompression`. */
@@ -148,6 +151,7 @@ export class Frame {
   readonly #buffer: CopyBuffer;
   readonly #holder: Frame | undefined;
   readonly #runClusters: number;
+  readonly #plan: DirtyBitmap | undefined;
 
   /** @param holder the frame that `source` reads the instant from, where that is not the disk itself */
   constructor(
@@ -169,6 +173,7 @@ export class Frame {
     this.#source = source;
     this.#buffer = buffer;
     this.#holder = holder;
+    this.#plan = descriptor.plan === undefined ? undefined : new DirtyBitmap(runtime, descriptor.plan);
     this.#runClusters = Math.max(1, RUN_BYTES / descriptor.clusterSize);
   }
 
@@ -243,7 +248,7 @@ export class Frame {
   }
 
   /**
-   * Takes clusters without allocation in the top layer out of the plan, from `from` on, a bounded number of
+   * Takes clusters that the sync mode does not copy out of the plan, from `from` on, a bounded number of
    * them at once, so that progress totals are right early and a long scan can be interrupted.
    *
    * @returns where to go on, or undefined when the end was reached
@@ -267,6 +272,34 @@ export class Frame {
       throw error;
     }
     return end;
+  }
+
+  /**
+   * Makes dirty what was not copied of the plan. Only once nobody copies.
+   *
+   * @param copiedToo what was copied as well: it is lost
+   */
+  markUncopied(bitmap: DirtyBitmap, copiedToo: boolean): void {
+    const { states, clusters, clusterSize, length } = this.descriptor;
+    const { kernels } = this.#runtime;
+    const mark = (next: (from: number) => number, state: (cluster: number) => boolean): void => {
+      for (let cluster = next(0); cluster >= 0; cluster = next(cluster)) {
+        const first = cluster;
+        while (cluster < clusters && state(cluster)) cluster++;
+        const start = first * clusterSize;
+        bitmap.set(start, Math.min(cluster * clusterSize, length) - start);
+      }
+    };
+    const stateOf = (cluster: number): number => kernels.clusterState(states, cluster);
+    mark(
+      (from) => kernels.clustersNextPending(states, from, clusters),
+      (cluster) => stateOf(cluster) === CLUSTER_TODO || stateOf(cluster) === CLUSTER_BUSY,
+    );
+    if (!copiedToo) return;
+    mark(
+      (from) => kernels.clustersNext(states, from, clusters, CLUSTER_DONE),
+      (cluster) => stateOf(cluster) === CLUSTER_DONE,
+    );
   }
 
   /** Nobody needs the old data of these clusters any more: guests need not save it, and what they saved is dropped. */
@@ -507,8 +540,15 @@ export class Frame {
    * `end` (and for data at most what fits the buffer). A cluster with any allocated byte is allocated, one with
    * any byte of data is data (QEMU's rule for block status finer than a cluster).
    */
-  #classify(cluster: number, end: number): { readonly kind: Kind; readonly count: number } {
+  #classify(cluster: number, stop: number): { readonly kind: Kind; readonly count: number } {
     const { clusterSize, length } = this.descriptor;
+    let end = stop;
+    if (this.#plan !== undefined) {
+      const dirty = this.#plan.nextDirty(cluster * clusterSize, Math.min(end * clusterSize, length));
+      const first = dirty === undefined ? end : Math.floor(dirty.offset / clusterSize);
+      if (first > cluster) return { kind: 'skip', count: first - cluster };
+      if (dirty !== undefined) end = Math.ceil((dirty.offset + dirty.length) / clusterSize);
+    }
     let kind: Kind | undefined;
     let count = 0;
     while (cluster + count < end) {

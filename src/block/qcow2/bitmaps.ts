@@ -448,7 +448,7 @@ export function readBitmap(runtime: Runtime, file: FileNode, name: string): Dirt
  */
 export function beginRecording(runtime: Runtime, file: FileNode, state: State): void {
   const set = new BitmapSet(runtime, state.control + BITMAPS);
-  const recording = set.all().filter(({ enabled, inconsistent }) => enabled && !inconsistent);
+  const recording = set.all().filter((bitmap) => bitmap.recording);
   markInUse(runtime, file, state, recording);
   for (const bitmap of recording) if (!bitmap.loaded) bitmap.inconsistent = true;
 }
@@ -467,6 +467,53 @@ function markInUse(runtime: Runtime, file: FileNode, state: State, bitmaps: read
   }
   if (marked) state.sync(() => file.flush(), true);
   for (const bitmap of valid) bitmap.changed = true;
+}
+
+/**
+ * What the file has of a persistent bitmap of a writable image does not count from now on, durably: it is about to be
+ * changed in memory.
+ */
+export function claimBitmap(
+  runtime: Runtime,
+  descriptor: Qcow2Descriptor,
+  file: FileNode,
+  metadata: Metadata,
+  bitmap: DirtyBitmap,
+): void {
+  loadBitmap(runtime, file, bitmap);
+  if (!bitmap.persistent) return;
+  if (descriptor.version === 2) throw noBitmapsInVersion2(descriptor.path);
+  metadata.state.withLock(() => {
+    metadata.clearAutoclear();
+    markInUse(runtime, file, metadata.state, [bitmap]);
+  });
+}
+
+export function noBitmapsInVersion2(path: string): StillframeError {
+  return new StillframeError(
+    'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+    `Cannot store dirty bitmaps in qcow2 v2 files; make '${path}' anew with compat=1.1`,
+  );
+}
+
+/**
+ * Puts what a read-only image has of bitmaps into a set, without their bits: see {@link loadBitmap}. None records.
+ *
+ * @throws StillframeError what {@link readBitmapDirectory} throws
+ */
+export function listBitmaps(runtime: Runtime, file: FileNode, set: BitmapSet): void {
+  const header = readHeader(runtime, file);
+  for (const { flags, name, granularity, place } of readBitmapDirectory(file, header)?.bitmaps ?? []) {
+    set.add({
+      name,
+      granularity,
+      length: header.length,
+      enabled: (flags & FLAG_AUTO) !== 0,
+      persistent: true,
+      inconsistent: (flags & FLAG_IN_USE) !== 0,
+      place,
+    });
+  }
 }
 
 /**

@@ -1,3 +1,4 @@
+import type { DirtyBitmap } from '../../bitmap/dirty-bitmap.js';
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { RecordDirty } from '../filters/record-dirty.js';
@@ -9,7 +10,7 @@ import type {
   StorageDescriptor,
 } from '../node.js';
 import { attachFile, type FileNode } from '../raw/file.js';
-import { bitmapsOf, openBitmaps, storeBitmaps } from './bitmaps.js';
+import { bitmapsOf, claimBitmap as claim, openBitmaps, storeBitmaps } from './bitmaps.js';
 import { repairDirty } from './check/check.js';
 import { type Qcow2Header, readHeader } from './header.js';
 import { type BackingReference, rewriteBacking } from './header-write.js';
@@ -162,6 +163,13 @@ export function changeBacking(
   const metadata = new Metadata(runtime, descriptor, file, dataFileOf(runtime, descriptor));
   metadata.state.withLock(() => metadata.clearAutoclear());
   rewriteBacking(runtime, file, backing);
+}
+
+/** See `claimBitmap` of the bitmaps. */
+export function claimBitmap(runtime: Runtime, descriptor: Qcow2Descriptor, bitmap: DirtyBitmap): void {
+  const file = attachFile(runtime, descriptor.file);
+  const metadata = new Metadata(runtime, descriptor, file, dataFileOf(runtime, descriptor));
+  claim(runtime, descriptor, file, metadata, bitmap);
 }
 
 /** Makes every cluster of a writable image unallocated: its backing file shows through everywhere. */
