@@ -63,6 +63,7 @@ export type JobMessage =
       readonly type: 'error';
       readonly operation: 'read' | 'write';
       readonly action: 'report' | 'ignore' | 'stop';
+      readonly noSpace: boolean;
     }
   | { readonly type: 'pending' }
   | {
@@ -365,7 +366,7 @@ export class BackupJob {
     const policy = error.operation === 'read' ? onSourceError : onTargetError;
     const noSpace = error.error.code === 'ERR_STILLFRAME_NO_SPACE';
     const action = policy === 'enospc' || policy === 'auto' ? (noSpace ? 'stop' : 'report') : policy;
-    this.#post({ type: 'error', operation: error.operation, action });
+    this.#post({ type: 'error', operation: error.operation, action, noSpace });
     if (action === 'report') throw StillframeError.fromPlain(error.error);
     if (action === 'stop') this.#control.paused = true;
     else this.#sleep(RETRY_MS);

@@ -2,20 +2,23 @@ import { randomBytes } from 'node:crypto';
 import { rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { basename, dirname, join } from 'node:path';
+import { DirtyBitmap } from '../bitmap/dirty-bitmap.js';
 import type { Disk } from '../block/disk.js';
+import { findBitmap, makeSuccessor } from '../block/disk-bitmaps.js';
 import {
   FRAME_CONTROL_BYTES,
   type FrameDescriptor,
   freeFrame,
   type OnCbwError,
 } from '../block/filters/copy-before-write.js';
-import { closeNode } from '../block/graph.js';
+import { attachNode, closeNode } from '../block/graph.js';
 import { isNbdName } from '../block/nbd/index.js';
 import type { NodeDescriptor } from '../block/node.js';
 import { attachFile, closeFile, openFile } from '../block/raw/file.js';
 import { openRaw } from '../block/raw/raw.js';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
+import { copyClusterSize } from './target.js';
 
 /** How an instant of a disk is held. */
 export interface FreezeOptions {
@@ -30,9 +33,19 @@ export interface FreezeOptions {
   readonly cbwTimeoutMs?: number | undefined;
 }
 
+/** How an instant is held that somebody else has a place for. */
+export interface HoldOptions extends FreezeOptions {
+  /** Open node for old data, in place of a scratch file; it stays open. */
+  readonly targetNode?: NodeDescriptor | undefined;
+  /** Dirty bitmap of the disk: only what it has dirty is held, the rest cannot be read. */
+  readonly bitmap?: string | undefined;
+}
+
 /** An instant that is held; plain data. */
 export interface FrozenDescriptor {
   readonly frame: FrameDescriptor;
+  /** The place for old data is somebody else's node. */
+  readonly borrowed?: boolean | undefined;
 }
 
 /** Granularity of what is saved, in bytes. */
@@ -49,14 +62,22 @@ const OWNER_WORD = 32;
  * @throws StillframeError ERR_STILLFRAME_NO_SPACE, …_PERMISSION, …_NOT_FOUND (the scratch), …_ARENA_EXHAUSTED,
  *   …_INVALID_ARGUMENT (8 frames of the disk already)
  */
-export function freeze(runtime: Runtime, disk: Disk, options: FreezeOptions, id: number): FrozenDescriptor {
-  const memory = allocateFrame(runtime, disk, CLUSTER_BYTES);
+export function freeze(runtime: Runtime, disk: Disk, options: HoldOptions, id: number): FrozenDescriptor {
+  const { targetNode, bitmap } = options;
+  const clusterSize =
+    targetNode === undefined ? CLUSTER_BYTES : copyClusterSize(attachNode(runtime, targetNode));
+  if (targetNode !== undefined) checkHolder(runtime, disk, targetNode);
+  const plan = bitmap === undefined ? undefined : copyOfBitmap(runtime, disk, bitmap);
+  let memory: FrameMemory | undefined;
   let frame: FrameDescriptor | undefined;
   try {
+    memory = allocateFrame(runtime, disk, clusterSize);
     frame = makeHolder(runtime, disk, {
       ...memory,
       id,
-      clusterSize: CLUSTER_BYTES,
+      clusterSize,
+      plan: plan?.pointer,
+      targetNode,
       skipUnallocated: false,
       onCbwError: options.onCbwError ?? 'break-guest-write',
       cbwTimeoutMs: options.cbwTimeoutMs,
@@ -64,19 +85,50 @@ export function freeze(runtime: Runtime, disk: Disk, options: FreezeOptions, id:
       scratch: options.scratch,
     });
     disk.addFrame(frame);
-    return { frame };
   } catch (error) {
-    if (frame !== undefined) closeScratch(runtime, frame);
-    freeFrame(runtime, memory);
+    if (frame !== undefined && targetNode === undefined) closeScratch(runtime, frame);
+    if (memory !== undefined) freeFrame(runtime, memory);
+    plan?.free();
+    throw error;
+  }
+  const frozen = { frame, borrowed: targetNode !== undefined };
+  try {
+    const held = disk.attachFrame(frame);
+    if (plan !== undefined) for (let at: number | undefined = 0; at !== undefined; ) at = held.scanNext(at);
+    return frozen;
+  } catch (error) {
+    thaw(runtime, disk, frozen);
     throw error;
   }
 }
 
+/** @throws StillframeError ERR_STILLFRAME_SIZE_MISMATCH, …_READ_ONLY */
+function checkHolder(runtime: Runtime, { descriptor }: Disk, target: NodeDescriptor): void {
+  const { length } = attachNode(runtime, target);
+  if (target.readOnly) {
+    throw new StillframeError('ERR_STILLFRAME_READ_ONLY', `the target '${target.path}' is read-only`);
+  }
+  if (length === descriptor.length) return;
+  throw new StillframeError(
+    'ERR_STILLFRAME_SIZE_MISMATCH',
+    `the target '${target.path}' has ${length} bytes and '${descriptor.node.path}' ${descriptor.length}; make them equal`,
+  );
+}
+
+/** The bitmap as it is now. @throws StillframeError what finding it throws */
+function copyOfBitmap(runtime: Runtime, { descriptor }: Disk, name: string): DirtyBitmap {
+  const bitmap = findBitmap(runtime, descriptor, name, ['busy', 'inconsistent']);
+  const copy = makeSuccessor(runtime, bitmap);
+  copy.merge(bitmap);
+  return copy;
+}
+
 /** Lets an instant go. Nobody may read it any more. */
-export function thaw(runtime: Runtime, disk: Disk, { frame }: FrozenDescriptor): void {
+export function thaw(runtime: Runtime, disk: Disk, { frame, borrowed }: FrozenDescriptor): void {
   disk.removeFrame(frame.id);
   freeFrame(runtime, frame);
-  closeScratch(runtime, frame);
+  if (frame.plan !== undefined) new DirtyBitmap(runtime, frame.plan).free();
+  if (borrowed !== true) closeScratch(runtime, frame);
 }
 
 /** Memory of a frame. */
@@ -110,17 +162,20 @@ export type HolderOptions = FrameMemory &
     'id' | 'clusterSize' | 'skipUnallocated' | 'onCbwError' | 'cbwTimeoutMs' | 'owner'
   > & {
     readonly scratch: string | undefined;
+    readonly plan?: number | undefined;
+    /** Where old data goes in place of a scratch file. */
+    readonly targetNode?: NodeDescriptor | undefined;
   };
 
 /** A frame that saves to a scratch file, not yet on the disk. @throws StillframeError as {@link freeze} */
 export function makeHolder(
   runtime: Runtime,
   disk: Disk,
-  { scratch, ...frame }: HolderOptions,
+  { scratch, targetNode, ...frame }: HolderOptions,
 ): FrameDescriptor {
   const { length, node } = disk.descriptor;
-  const target = openScratch(runtime, node.path, scratch, length);
-  return { ...frame, target, length, targetReadsZero: true, compress: false };
+  const target = targetNode ?? openScratch(runtime, node.path, scratch, length);
+  return { ...frame, target, length, targetReadsZero: targetNode === undefined, compress: false };
 }
 
 /** Closes the scratch file of a frame; whatever happens, it is of no use any more. */

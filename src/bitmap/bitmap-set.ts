@@ -97,6 +97,11 @@ export class BitmapSet {
       bitmap.busy = false;
       if (bitmap.persistent) bitmap.changed = true;
       this.#unlink(successor);
+      if (how === 'reclaim') return;
+      // The successor has taken its place: it is the youngest.
+      this.#unlink(bitmap);
+      store(this.#runtime.arena, bitmap.pointer + NEXT_BITMAP, 0);
+      store(this.#runtime.arena, this.#endLink(), bitmap.pointer);
     });
     successor.free();
   }

@@ -21,6 +21,7 @@ const GRANULARITY = 16;
 const LENGTH = 24;
 const PLACE = 32;
 const SUCCESSOR = 40;
+const PINS = 44;
 const HEAD_BYTES = 48;
 
 const ENABLED = 1;
@@ -62,7 +63,7 @@ export function checkBitmap(options: Pick<BitmapOptions, 'name' | 'granularity' 
   const invalid = (message: string) => new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', message);
   if (name === '') throw invalid('Bitmap name cannot be empty');
   if (Buffer.byteLength(name) > MAX_NAME_BYTES) {
-    throw invalid(`Bitmap name too long: '${name.slice(0, 64)}…' has more than ${MAX_NAME_BYTES} bytes`);
+    throw invalid(`Bitmap name too long: ${name.slice(0, 2 * MAX_NAME_BYTES)}`);
   }
   if (name.includes('\0')) throw invalid('Bitmap name cannot contain a zero byte');
   const power = Number.isInteger(Math.log2(granularity));
@@ -152,6 +153,15 @@ export class DirtyBitmap {
 
   set busy(value: boolean) {
     this.#setFlag(BUSY, value);
+  }
+
+  /** How many exports show it; it cannot go as long as one does. */
+  get pins(): number {
+    return load(this.#runtime.arena, this.pointer + PINS);
+  }
+
+  pin(by: 1 | -1): void {
+    Atomics.add(this.#runtime.arena.i32, (this.pointer + PINS) >> 2, by);
   }
 
   /** The bitmap that takes what is written while a job uses this one, which stays as it is meanwhile. */

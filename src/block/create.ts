@@ -12,8 +12,9 @@ import {
   resolveBackingName,
   type TargetFormat,
 } from './graph.js';
+import { storageOf } from './layers.js';
 import { isNbdName, openNbd } from './nbd/index.js';
-import type { FileDescriptor, StorageDescriptor } from './node.js';
+import type { FileDescriptor, NodeDescriptor, StorageDescriptor } from './node.js';
 import {
   type CreateQcow2Options,
   checkQcow2Options,
@@ -144,6 +145,26 @@ export function formatFile(
     createQcow2(runtime, node, qcow2Options(length, options), dataFile && attachFile(runtime, dataFile));
   }
   node.flush();
+}
+
+/**
+ * Makes an open node an empty image, whatever was in it (QMP `blockdev-create`).
+ *
+ * @param length virtual size in bytes
+ * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT, …_NO_SPACE and what writing throws
+ */
+export function formatNode(
+  runtime: Runtime,
+  node: NodeDescriptor,
+  length: number,
+  options: CreateImageOptions,
+): void {
+  const size = roundUp(length);
+  checkCreation(node.path, size, options);
+  const file = storageOf(runtime, node);
+  const old = attachFile(runtime, file);
+  if (!old.fixedLength) old.truncate(0);
+  formatFile(runtime, file, undefined, size, options);
 }
 
 /**

@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto';
 import { BitmapSet } from '../bitmap/bitmap-set.js';
 import { checkBitmap, DirtyBitmap, defaultGranularity } from '../bitmap/dirty-bitmap.js';
 import { StillframeError } from '../errors.js';
@@ -158,6 +159,9 @@ export function editDiskBitmap(runtime: Runtime, disk: DiskDescriptor, action: D
     }
     case 'remove': {
       const bitmap = findBitmap(runtime, disk, name, ['busy', 'read-only']);
+      if (bitmap.pins > 0) {
+        throw new StillframeError('ERR_STILLFRAME_BITMAP_BUSY', `Bitmap '${name}' ${CHECKS.busy}`);
+      }
       const { busy } = bitmap;
       // Until nobody can want it back.
       bitmap.busy = true;
@@ -281,4 +285,11 @@ export function makeSuccessor(runtime: Runtime, { granularity, length }: DirtyBi
     successor.free();
     throw error;
   }
+}
+
+/** SHA-256 of the bits as 64-bit words, as QMP `x-debug-block-dirty-bitmap-sha256` has it. */
+export function bitmapSha256(runtime: Runtime, disk: DiskDescriptor, name: string): string {
+  const bitmap = findBitmap(runtime, disk, name, ['inconsistent']);
+  const bytes = Math.ceil(bitmap.bitBytes / 8) * 8;
+  return createHash('sha256').update(runtime.arena.copyOut(bitmap.bitsPointer, bytes)).digest('hex');
 }

@@ -28,6 +28,10 @@ export interface DiskDescriptor {
   readonly readOnly: boolean;
   /** What a discard does: pass it down or drop it (QEMU's node option `discard`). */
   readonly discard: 'unmap' | 'ignore';
+  /** What a write of zeroes becomes: zeroes without data, with `unmap` without space (`detect-zeroes`). Default: data. */
+  readonly detectZeroes?: 'on' | 'unmap' | undefined;
+  /** The node is somebody else's, and stays open. */
+  readonly borrowed?: boolean | undefined;
 }
 
 /** Frames one disk can have at once. */
@@ -72,17 +76,22 @@ export class Disk {
   }
 
   write(offset: number, pointer: number, length: number): void {
-    this.#mutate('write', offset, length, () => this.node.write(offset, pointer, length));
+    const { detectZeroes } = this.descriptor;
+    if (detectZeroes !== undefined && length > 0 && this.#runtime.kernels.isZero(pointer, length)) {
+      this.writeZeroes(offset, length, detectZeroes === 'unmap' && this.descriptor.discard === 'unmap');
+      return;
+    }
+    this.mutate('write', offset, length, () => this.node.write(offset, pointer, length));
   }
 
   writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
-    this.#mutate('write zeroes', offset, length, () => this.node.writeZeroes(offset, length, mayUnmap));
+    this.mutate('write zeroes', offset, length, () => this.node.writeZeroes(offset, length, mayUnmap));
   }
 
   /** As {@link BlockNode.writeZeroesFast}; false as well where the driver does not know. */
   writeZeroesFast(offset: number, length: number, mayUnmap: boolean): boolean {
     let done = true;
-    this.#mutate('write zeroes', offset, length, () => {
+    this.mutate('write zeroes', offset, length, () => {
       done = this.node.writeZeroesFast?.(offset, length, mayUnmap) ?? false;
     });
     return done;
@@ -93,7 +102,7 @@ export class Disk {
       this.#check('discard', offset, length);
       return;
     }
-    this.#mutate('discard', offset, length, () => this.node.discard(offset, length));
+    this.mutate('discard', offset, length, () => this.node.discard(offset, length));
   }
 
   /** Runs `body` while nobody changes the range, or anything else of the clusters that it touches. */
@@ -165,7 +174,8 @@ export class Disk {
     return load(this.#runtime.arena, this.descriptor.control + FRAMES);
   }
 
-  #mutate(what: string, offset: number, length: number, body: () => void): void {
+  /** Carries a change out once old data is saved, as the only one of its clusters. @param what it is, for errors */
+  mutate(what: string, offset: number, length: number, body: () => void): void {
     this.#check(what, offset, length);
     if (this.descriptor.readOnly) {
       throw new StillframeError(

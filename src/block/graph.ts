@@ -4,6 +4,13 @@ import { StillframeError } from '../errors.js';
 import type { Arena } from '../kernels/arena.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
+import { Disk, type DiskDescriptor } from './disk.js';
+import { BlkdebugNode } from './filters/blkdebug.js';
+import { CompressNode } from './filters/compress.js';
+import { CopyBuffer } from './filters/copy-before-write.js';
+import { LiveNode } from './filters/live.js';
+import { SnapshotAccess } from './filters/snapshot-access.js';
+import { ThrottleNode } from './filters/throttle.js';
 import {
   attachForeign,
   checkParent,
@@ -17,12 +24,18 @@ import { interruptNbd, isNbdName, nbdIdentity, openNbd, parseNbdName } from './n
 import type {
   BlockNode,
   FileDescriptor,
+  FilterDescriptor,
   ForeignDescriptor,
   ForeignName,
+  ImageDescriptor,
+  LiveDescriptor,
   NodeDescriptor,
+  NullDescriptor,
   Qcow2Descriptor,
+  SnapshotAccessDescriptor,
   StorageDescriptor,
 } from './node.js';
+import { NullNode } from './null.js';
 import {
   attachQcow2,
   closeQcow2,
@@ -85,7 +98,7 @@ export interface OpenImageOptions {
  *   unknown format: probing what a guest can write is unsafe), …_CORRUPT_IMAGE, …_UNSUPPORTED_FEATURE and
  *   for the chain …_BACKING_FORBIDDEN, …_BACKING_MISSING, …_BACKING_CYCLE, …_BACKING_DEPTH
  */
-export function openImage(runtime: Runtime, name: string, options: OpenImageOptions): NodeDescriptor {
+export function openImage(runtime: Runtime, name: string, options: OpenImageOptions): ImageDescriptor {
   const path = imagePath(name);
   const folders = allowedFolders(path, options.backing === false ? undefined : options.backing);
   const chain: Chain = { folders, devices: Array.isArray(options.backing), files: [], depth: 0 };
@@ -122,7 +135,7 @@ interface Chain {
   depth: number;
 }
 
-function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, chain: Chain): NodeDescriptor {
+function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, chain: Chain): ImageDescriptor {
   const identity = fileIdentity(path);
   // Before it is opened: our own lock on the file would hide the cycle behind a lock conflict.
   if (chain.files.some((other) => other.identity === identity)) {
@@ -304,7 +317,8 @@ export function probe(file: FileNode): ImageFormat {
   return probeQcow2(head) ? 'qcow2' : (probeForeign(head) ?? 'raw');
 }
 
-function formatOfBacking(path: string, name: string | undefined): ImageFormat | undefined {
+/** The format that a header says its backing file has. @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE */
+export function formatOfBacking(path: string, name: string | undefined): ImageFormat | undefined {
   const known = IMAGE_FORMATS.find((format) => format === name);
   if (known !== undefined || name === undefined) return known;
   throw new StillframeError(
@@ -353,8 +367,16 @@ export function combineNames(overlay: string, name: string): string {
   return isAbsolute(name) ? name : overlay.slice(0, overlay.lastIndexOf('/') + 1) + name;
 }
 
-/** @param what the kind of file, for errors */
-function pathFromHeader(imagePath: string, what: string, name: string, folders: readonly string[]): string {
+/**
+ * @param what the kind of file, for errors
+ * @throws StillframeError ERR_STILLFRAME_BACKING_FORBIDDEN, …_BACKING_MISSING
+ */
+export function pathFromHeader(
+  imagePath: string,
+  what: string,
+  name: string,
+  folders: readonly string[],
+): string {
   // A colon before any slash is QEMU's syntax for a protocol or `json:` name.
   if (/^[^/]*:/.test(name)) {
     throw new StillframeError(
@@ -404,7 +426,22 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockN
   switch (descriptor.driver) {
     case 'file':
     case 'nbd':
+    case 'nested':
       return attachFile(runtime, descriptor);
+    case 'live':
+      return new LiveNode(descriptor, liveDisk(runtime, descriptor.disk));
+    case 'null-co':
+      return new NullNode(runtime, descriptor);
+    case 'snapshot-access': {
+      const disk = liveDisk(runtime, descriptor.disk);
+      return new SnapshotAccess(runtime, disk, disk.attachFrame(descriptor.frame));
+    }
+    case 'throttle':
+      return new ThrottleNode(runtime, descriptor, attachNode(runtime, descriptor.child));
+    case 'blkdebug':
+      return new BlkdebugNode(runtime, descriptor, attachNode(runtime, descriptor.child));
+    case 'compress':
+      return new CompressNode(runtime, descriptor, attachNode(runtime, descriptor.child));
     case 'raw':
       return attachRaw(runtime, descriptor, attachFile(runtime, descriptor.file));
     case 'qcow2': {
@@ -420,6 +457,39 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockN
   }
 }
 
+/** Copy buffers of this thread, made when a guest's write first has to save something. */
+const buffers = new WeakMap<Runtime, CopyBuffer>();
+
+export function copyBufferOf(runtime: Runtime): CopyBuffer {
+  let buffer = buffers.get(runtime);
+  if (buffer === undefined) {
+    buffer = new CopyBuffer(runtime);
+    buffers.set(runtime, buffer);
+  }
+  return buffer;
+}
+
+function liveDisk(runtime: Runtime, descriptor: DiskDescriptor): Disk {
+  return new Disk(runtime, descriptor, () => copyBufferOf(runtime));
+}
+
+/** Nodes that have no files of their own: what they lie on belongs to somebody else. */
+type OverlaidDescriptor = LiveDescriptor | NullDescriptor | SnapshotAccessDescriptor | FilterDescriptor;
+
+function isOverlaid(descriptor: NodeDescriptor): descriptor is OverlaidDescriptor {
+  switch (descriptor.driver) {
+    case 'live':
+    case 'null-co':
+    case 'snapshot-access':
+    case 'throttle':
+    case 'blkdebug':
+    case 'compress':
+      return true;
+    default:
+      return false;
+  }
+}
+
 /**
  * Flushes and closes a node and its chain. No thread may use a facade of it afterwards. Resources are given
  * back even when the flush fails; the first error is thrown then.
@@ -429,6 +499,7 @@ export function closeNode(runtime: Runtime, descriptor: NodeDescriptor): void {
     closeFile(runtime, descriptor);
     return;
   }
+  if (isOverlaid(descriptor)) return;
   try {
     if (descriptor.driver === 'qcow2') closeQcow2(runtime, descriptor, attachFile(runtime, descriptor.file));
   } finally {
@@ -436,8 +507,16 @@ export function closeNode(runtime: Runtime, descriptor: NodeDescriptor): void {
   }
 }
 
+/** Closes a node itself, and nothing that it lies on. */
+export function closeLayer(runtime: Runtime, descriptor: NodeDescriptor): void {
+  if (isStorage(descriptor)) closeFile(runtime, descriptor);
+  else if (descriptor.driver === 'qcow2') {
+    closeQcow2(runtime, descriptor, attachFile(runtime, descriptor.file));
+  } else if (descriptor.driver === 'blkdebug') runtime.arena.free(descriptor.state);
+}
+
 /** Closes the files of a node and its chain, where its state is gone already. */
-export function closeFiles(runtime: Runtime, descriptor: Exclude<NodeDescriptor, StorageDescriptor>): void {
+export function closeFiles(runtime: Runtime, descriptor: ImageDescriptor): void {
   const backing = backingOf(descriptor);
   closeAll([
     ...ownFilesOf(descriptor).map((file) => () => closeFile(runtime, file)),
@@ -447,7 +526,13 @@ export function closeFiles(runtime: Runtime, descriptor: Exclude<NodeDescriptor,
 
 /** Whether a node is what images lie on, and no image. */
 export function isStorage(descriptor: NodeDescriptor): descriptor is StorageDescriptor {
-  return descriptor.driver === 'file' || descriptor.driver === 'nbd';
+  const { driver } = descriptor;
+  return driver === 'file' || driver === 'nbd' || driver === 'nested';
+}
+
+/** Whether a node has a format. */
+export function isImage(descriptor: NodeDescriptor): descriptor is ImageDescriptor {
+  return !isStorage(descriptor) && !isOverlaid(descriptor);
 }
 
 /** Runs all of them; the first error is thrown then. */
@@ -464,7 +549,7 @@ function closeAll(closings: readonly (() => void)[]): void {
 }
 
 /** The files of one layer: the image's own one first. */
-function ownFilesOf(descriptor: Exclude<NodeDescriptor, StorageDescriptor>): StorageDescriptor[] {
+function ownFilesOf(descriptor: ImageDescriptor): StorageDescriptor[] {
   switch (descriptor.driver) {
     case 'raw':
       return [descriptor.file];
@@ -475,7 +560,7 @@ function ownFilesOf(descriptor: Exclude<NodeDescriptor, StorageDescriptor>): Sto
   }
 }
 
-function backingOf(descriptor: Exclude<NodeDescriptor, StorageDescriptor>): NodeDescriptor | undefined {
+function backingOf(descriptor: ImageDescriptor): NodeDescriptor | undefined {
   return descriptor.driver === 'raw' ? undefined : descriptor.backing;
 }
 
@@ -490,7 +575,22 @@ export function interruptNode(arena: Arena, descriptor: NodeDescriptor, mark?: n
 
 /** The files of a node's chain, top first. */
 export function filesOf(descriptor: NodeDescriptor): StorageDescriptor[] {
-  if (isStorage(descriptor)) return [descriptor];
+  switch (descriptor.driver) {
+    case 'nested':
+      return filesOf(descriptor.node);
+    case 'file':
+    case 'nbd':
+      return [descriptor];
+    case 'live':
+    case 'snapshot-access':
+      return filesOf(descriptor.disk.node);
+    case 'throttle':
+    case 'blkdebug':
+    case 'compress':
+      return filesOf(descriptor.child);
+    case 'null-co':
+      return [];
+  }
   const backing = backingOf(descriptor);
   return [...ownFilesOf(descriptor), ...(backing === undefined ? [] : filesOf(backing))];
 }

@@ -1,6 +1,6 @@
 import type { Runtime } from '../kernels/runtime.js';
-import { combineNames, type ImageFormat, isStorage } from './graph.js';
-import type { ForeignDescriptor, NodeDescriptor, Qcow2Descriptor, StorageDescriptor } from './node.js';
+import { attachNode, combineNames, filesOf, type ImageFormat, isImage } from './graph.js';
+import type { ForeignDescriptor, ImageDescriptor, NodeDescriptor, Qcow2Descriptor } from './node.js';
 import { type BitmapInfo, readBitmaps, readHeader, readSnapshots, type SnapshotInfo } from './qcow2/index.js';
 import { attachFile } from './raw/file.js';
 
@@ -64,8 +64,7 @@ export interface VmdkExtentInfo {
  *
  * @param filename the name the caller gave, for the answer and as the place relative backing names start from
  */
-export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename: string): ImageInfo {
-  if (isStorage(descriptor)) throw new TypeError('a file is not an image');
+export function imageInfo(runtime: Runtime, descriptor: ImageDescriptor, filename: string): ImageInfo {
   const allocated = allocatedBytes(runtime, descriptor);
   const common = {
     'virtual-size': descriptor.length,
@@ -107,10 +106,10 @@ export function imageInfo(runtime: Runtime, descriptor: NodeDescriptor, filename
 }
 
 /** Describes an image and every image of its backing chain, the top one first. */
-export function chainInfo(runtime: Runtime, top: NodeDescriptor, filename: string): ImageInfo[] {
+export function chainInfo(runtime: Runtime, top: ImageDescriptor, filename: string): ImageInfo[] {
   const infos: ImageInfo[] = [];
   let name = filename;
-  for (let image: NodeDescriptor | undefined = top; image !== undefined; ) {
+  for (let image: NodeDescriptor | undefined = top; image !== undefined && isImage(image); ) {
     infos.push(imageInfo(runtime, image, name));
     if (image.driver !== 'qcow2') break;
     name = combineNames(name, image.backingFile ?? '');
@@ -120,10 +119,7 @@ export function chainInfo(runtime: Runtime, top: NodeDescriptor, filename: strin
 }
 
 /** Space that the image takes, its backing files left out. */
-function allocatedBytes(
-  runtime: Runtime,
-  descriptor: Exclude<NodeDescriptor, StorageDescriptor>,
-): number | undefined {
+function allocatedBytes(runtime: Runtime, descriptor: ImageDescriptor): number | undefined {
   const files = 'extents' in descriptor ? [descriptor.file, ...descriptor.extents] : [descriptor.file];
   let sum = 0;
   for (const file of files) {
@@ -169,4 +165,27 @@ function backingInfo(descriptor: Qcow2Descriptor | ForeignDescriptor, filename: 
     'full-backing-filename': combineNames(filename, backingFile),
     ...(backingFormat === undefined ? {} : { 'backing-filename-format': backingFormat }),
   };
+}
+
+/** What a node of a graph is, and how large: an image, or anything else. */
+export interface NodeInfo {
+  readonly image: ImageInfo | undefined;
+  /** Bytes. */
+  readonly length: number;
+  /** Space that its files take, in bytes. */
+  readonly allocated: number | undefined;
+  /** Bytes. */
+  readonly clusterSize: number | undefined;
+}
+
+/** @param filename the name by which people know the node */
+export function nodeInfo(runtime: Runtime, node: NodeDescriptor, filename: string): NodeInfo {
+  const { length, clusterSize } = attachNode(runtime, node);
+  if (isImage(node)) {
+    const image = imageInfo(runtime, node, filename);
+    return { image, length, allocated: image['actual-size'], clusterSize };
+  }
+  const [file] = filesOf(node);
+  const allocated = file && attachFile(runtime, file).allocatedBytes();
+  return { image: undefined, length, allocated, clusterSize };
 }

@@ -41,7 +41,7 @@ export function measureImage(runtime: Runtime, measured: Measured, options: Meas
   if ('length' in measured) return measureDrive(measured.length, undefined, options);
   const source = openImage(runtime, measured.path, { ...measured.options, readOnly: true });
   try {
-    const length = source.driver === 'file' ? 0 : source.length;
+    const { length } = source;
     const result = measureDrive(length, attachNode(runtime, source), options);
     const bitmaps = bitmapBytes(runtime, source, options);
     return bitmaps === undefined ? result : { bitmaps, ...result };

@@ -1,3 +1,6 @@
+import type { DiskDescriptor } from './disk.js';
+import type { BlkdebugRule } from './filters/blkdebug.js';
+import type { FrameDescriptor } from './filters/copy-before-write.js';
 import type { VdiLayout } from './foreign/vdi.js';
 import type { VhdxLayout } from './foreign/vhdx.js';
 import type { VmdkLayout } from './foreign/vmdk.js';
@@ -160,8 +163,20 @@ export interface NbdDescriptor extends DescriptorBase {
   readonly identity: string;
 }
 
-/** What images lie on: a file, a device or an NBD export. */
-export type StorageDescriptor = FileDescriptor | NbdDescriptor;
+/** Some other node that an image lies on. Where it is a filter of a file, that file's length can change. */
+export interface NestedDescriptor extends DescriptorBase {
+  readonly driver: 'nested';
+  readonly node: NodeDescriptor;
+  /** Bytes, when it was made. */
+  readonly length: number;
+  /** The file at the bottom, where all that is above it are filters. */
+  readonly file: StorageDescriptor | undefined;
+  readonly control: number;
+  readonly identity: string;
+}
+
+/** What images lie on: a file, a device, an NBD export, or some other node. */
+export type StorageDescriptor = FileDescriptor | NbdDescriptor | NestedDescriptor;
 
 /**
  * What an image lies on. Reads beyond the end give zeroes. Only a file can be made longer or shorter; devices and
@@ -187,6 +202,8 @@ export interface FileNode extends BlockNode {
 export interface RawDescriptor extends DescriptorBase {
   readonly driver: 'raw';
   readonly file: StorageDescriptor;
+  /** Bytes of the file before the first one of the drive. Default 0. */
+  readonly offset?: number | undefined;
   /** Virtual size in bytes. */
   readonly length: number;
 }
@@ -244,5 +261,70 @@ export interface ForeignDescriptor extends DescriptorBase {
   readonly layout: VmdkLayout | VhdxLayout | VpcLayout | VdiLayout;
 }
 
-export type NodeDescriptor = StorageDescriptor | RawDescriptor | Qcow2Descriptor | ForeignDescriptor;
+/** A node below another one that is live itself: requests pass its copy-before-write. */
+export interface LiveDescriptor extends DescriptorBase {
+  readonly driver: 'live';
+  readonly disk: DiskDescriptor;
+  /** Bytes. */
+  readonly length: number;
+}
+
+/** A node that holds nothing (QEMU: `null-co`). */
+export interface NullDescriptor extends DescriptorBase {
+  readonly driver: 'null-co';
+  /** Bytes. */
+  readonly length: number;
+  /** Reads give zeroes, and not what the memory held before. */
+  readonly readsZero: boolean;
+  readonly latencyMs: number;
+}
+
+/** A live disk as a frame holds it (QEMU: `snapshot-access`). */
+export interface SnapshotAccessDescriptor extends DescriptorBase {
+  readonly driver: 'snapshot-access';
+  readonly disk: DiskDescriptor;
+  readonly frame: FrameDescriptor;
+  /** Bytes. */
+  readonly length: number;
+}
+
+/** Limits what goes through (QEMU: `throttle`). */
+export interface ThrottleDescriptor extends DescriptorBase {
+  readonly driver: 'throttle';
+  readonly child: NodeDescriptor;
+  readonly length: number;
+  /** Arena pointer to the buckets of its group: see `filters/throttle.ts`. */
+  readonly group: number;
+}
+
+/** Fails requests, as rules say (QEMU: `blkdebug`). */
+export interface BlkdebugDescriptor extends DescriptorBase {
+  readonly driver: 'blkdebug';
+  readonly child: NodeDescriptor;
+  readonly length: number;
+  readonly rules: readonly BlkdebugRule[];
+  /** Arena pointer to its state: see `filters/blkdebug.ts`. */
+  readonly state: number;
+}
+
+/** Writes whole clusters compressed (QEMU: `compress`). */
+export interface CompressDescriptor extends DescriptorBase {
+  readonly driver: 'compress';
+  readonly child: NodeDescriptor;
+  readonly length: number;
+}
+
+/** Nodes that pass requests on to the one below. */
+export type FilterDescriptor = ThrottleDescriptor | BlkdebugDescriptor | CompressDescriptor;
+
+/** A node with a format. */
+export type ImageDescriptor = RawDescriptor | Qcow2Descriptor | ForeignDescriptor;
+
+export type NodeDescriptor =
+  | StorageDescriptor
+  | ImageDescriptor
+  | LiveDescriptor
+  | NullDescriptor
+  | SnapshotAccessDescriptor
+  | FilterDescriptor;
 export type DriverName = NodeDescriptor['driver'];

@@ -96,7 +96,7 @@ function resizeRaw(
   const file = attachFile(runtime, image.file);
   const { path } = image.file;
   const fixed =
-    image.file.driver === 'nbd' ? 'an NBD export' : image.file.blockDevice ? 'a block device' : undefined;
+    image.file.driver === 'nbd' ? 'an NBD export' : file.fixedLength ? 'a block device' : undefined;
   if (fixed !== undefined || preallocation === 'metadata') {
     throw new StillframeError(
       'ERR_STILLFRAME_UNSUPPORTED_FEATURE',

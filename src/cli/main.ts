@@ -20,6 +20,7 @@ const commands = new Map<string, () => Promise<Command>>([
   ['bitmap', async () => (await import('./bitmap.js')).bitmap],
   ['backup', async () => (await import('./backup.js')).backup],
   ['serve', async () => (await import('./serve.js')).serve],
+  ['daemon', async () => (await import('./daemon.js')).daemon],
   ['demo', async () => (await import('./demo.js')).demo],
 ]);
 

@@ -1,4 +1,5 @@
 import { basename } from 'node:path';
+import { Daemon } from '../daemon/commands.js';
 import {
   createEngine,
   type Disk,
@@ -8,8 +9,7 @@ import {
   type TlsOptions,
 } from '../index.js';
 import { inheritedSockets, type ListenAddress, parseListenAddress } from '../nbd/server/address.js';
-import { Control } from '../qmp/control.js';
-import { QmpListener } from '../qmp/listener.js';
+import { Monitors } from '../qmp/listener.js';
 import {
   ALLOW_BACKING,
   type Arguments,
@@ -117,19 +117,32 @@ async function controlDisks(
   args: Arguments,
   disks: readonly Disk[],
   names: readonly string[],
+  engine: Engine,
   server: NbdServer,
   ending: Ending,
-): Promise<QmpListener | undefined> {
+): Promise<{ readonly close: () => Promise<void> } | undefined> {
   const path = args.text('qmp');
   if (path === undefined) return undefined;
-  const devices = disks.map((disk, index) => ({ names: [`drive${index}`, names[index] ?? ''], disk }));
-  // The answer is to be on its way before the sockets close.
-  const quit = (): unknown => setImmediate(() => ending.stop(0));
-  return await QmpListener.listen(
-    path,
-    version(),
-    (tell) => new Control(devices, server, tell, quit).handlers,
+  const monitors = new Monitors(version());
+  const daemon = new Daemon(engine, {
+    tell: (event) => monitors.tell(event),
+    // The answer is to be on its way before the sockets close.
+    quit: () => setImmediate(() => ending.stop(0)),
+    allowBacking: args.texts('allow-backing'),
+  });
+  monitors.handlers = daemon.handlers;
+  const nodes = disks.map((disk, index) => daemon.graph.adopt(disk, `disk${index}`, `drive${index}`));
+  daemon.exports.adopt(
+    server,
+    nodes.map((node, index) => ({ name: names[index] ?? '', node })),
   );
+  await monitors.listen({ path });
+  return {
+    close: async () => {
+      await daemon.close();
+      await monitors.close();
+    },
+  };
 }
 
 async function openDisks(engine: Engine, args: Arguments, readOnly: boolean): Promise<Disk[]> {
@@ -273,7 +286,7 @@ export const serve: Command = {
         handshakeTimeoutMs: seconds === undefined ? undefined : seconds * 1000,
       });
       const ending = new Ending(server);
-      const monitors = await controlDisks(args, disks, names, server, ending);
+      const monitors = await controlDisks(args, disks, names, engine, server, ending);
       const { uris } = server;
       // A connection that it was started with may be its stdout.
       const quiet = args.flag('quiet') || uris.length === 0;

@@ -1,5 +1,5 @@
 import type { BitmapMode, OnError } from '../backup/backup-job.js';
-import type { FreezeOptions, FrozenDescriptor } from '../backup/freeze.js';
+import type { FreezeOptions, FrozenDescriptor, HoldOptions } from '../backup/freeze.js';
 import type { TargetOptions } from '../backup/target.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapStatus, DiskBitmapAction } from '../block/disk-bitmaps.js';
@@ -204,7 +204,12 @@ export class DiskHandle {
    * @throws StillframeError ERR_STILLFRAME_NO_SPACE, …_PERMISSION, …_NOT_FOUND (the scratch), …_ARENA_EXHAUSTED,
    *   …_INVALID_ARGUMENT (8 instants of the disk are held already)
    */
-  async freeze(options: FreezeOptions = {}): Promise<FrozenDisk> {
+  freeze(options: FreezeOptions = {}): Promise<FrozenDisk> {
+    return this.hold(options);
+  }
+
+  /** @internal As {@link freeze}. */
+  async hold(options: HoldOptions): Promise<FrozenDisk> {
     if (this.#closing !== undefined) throw closedError(`'${this.path}'`);
     const frozen = await this.#engine.run<FrozenDescriptor>({
       kind: 'freeze',

@@ -200,6 +200,21 @@ export class Engine {
   }
 
   /**
+   * @internal A live disk on an open node, which stays its owner's. It has to be closed before the node is.
+   *
+   * @throws StillframeError ERR_STILLFRAME_ARENA_EXHAUSTED
+   */
+  async diskOn(
+    node: NodeDescriptor,
+    options: Pick<DiskDescriptor, 'discard' | 'detectZeroes'>,
+  ): Promise<DiskHandle> {
+    const descriptor = await this.run<DiskDescriptor>({ kind: 'open-on', node, id: this.nextId(), options });
+    const disk = new DiskHandle(this, descriptor, () => this.#disks.delete(disk));
+    this.#disks.add(disk);
+    return disk;
+  }
+
+  /**
    * Carries actions out on several disks at one instant, all of them or none, and starts the backups among them. With
    * `grouped` these succeed or fail together: none commits before all have come so far, and where one fails or is
    * cancelled so are the others. Semantics: QMP `transaction`.

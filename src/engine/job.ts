@@ -74,7 +74,12 @@ export interface BackupEvents {
   status: [status: JobStatus];
   /** An I/O error of the background copy, and what the error policy did (QMP `BLOCK_JOB_ERROR`). */
   'io-error': [
-    error: { readonly operation: 'read' | 'write'; readonly action: 'report' | 'ignore' | 'stop' },
+    error: {
+      readonly operation: 'read' | 'write';
+      readonly action: 'report' | 'ignore' | 'stop';
+      /** It was a lack of space. */
+      readonly noSpace: boolean;
+    },
   ];
   /** The job waits for {@link BackupHandle.finalize} (QMP `BLOCK_JOB_PENDING`). */
   pending: [];
@@ -147,9 +152,8 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
 
   /** @throws StillframeError ERR_STILLFRAME_JOB_VERB when the job was not paused */
   resume(): void {
-    const control = this.#verb('resume');
-    if (!control.paused) throw verbError("Can't resume a job that was not paused");
-    control.paused = false;
+    if (this.#control?.paused !== true) throw verbError("Can't resume a job that was not paused");
+    this.#verb('resume').paused = false;
   }
 
   /** @param bytesPerSecond limit of the background copy; 0 is none */
@@ -182,6 +186,11 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
   /** @internal */
   finalizeAlone(): void {
     this.#verb('finalize').finalize();
+  }
+
+  /** @internal It and those that succeed or fail with it. */
+  get group(): readonly BackupHandle[] {
+    return this.#group?.all ?? [this];
   }
 
   /** @internal The others of its group have come as far as it. */
@@ -278,7 +287,11 @@ export class BackupHandle extends EventEmitter<BackupEvents> {
         this.#setStatus(message.status);
         break;
       case 'error':
-        this.emit('io-error', { operation: message.operation, action: message.action });
+        this.emit('io-error', {
+          operation: message.operation,
+          action: message.action,
+          noSpace: message.noSpace,
+        });
         break;
       case 'pending':
         if (!this.#autoFinalize) this.emit('pending');
@@ -572,6 +585,7 @@ function launch(
 /** Jobs that succeed or fail together (QAPI `ActionCompletionMode` `grouped`). */
 class Group {
   readonly autoFinalize: boolean;
+  readonly all: BackupHandle[] = [];
   readonly #jobs = new Set<BackupHandle>();
   readonly #waiting = new Set<BackupHandle>();
 
@@ -581,6 +595,7 @@ class Group {
 
   add(job: BackupHandle): void {
     this.#jobs.add(job);
+    this.all.push(job);
     job.on('status', (status) => {
       if (status === 'aborting') this.#cancelOthers(job);
       if (status !== 'waiting') return;

@@ -2,25 +2,35 @@ import type { MessagePort } from 'node:worker_threads';
 import { BackupJob, type BegunBackup, helpCopying } from '../backup/backup-job.js';
 import { type Conversion, type ConversionListener, copyPart } from '../backup/conversion.js';
 import { type ConvertOptions, type ConvertSource, convertImages } from '../backup/convert.js';
-import { type FreezeOptions, type FrozenDescriptor, freeze, thaw } from '../backup/freeze.js';
+import { type FrozenDescriptor, freeze, type HoldOptions, thaw } from '../backup/freeze.js';
 import { type TransactionAction, transact } from '../backup/transaction.js';
 import { checkImage, type ImageCheck } from '../block/check.js';
 import { type CommitOptions, commitImage } from '../block/commit.js';
 import { comparePart } from '../block/compare.js';
 import { type Comparison, type Finding, lengthOf } from '../block/comparison.js';
-import { type CreateImageOptions, createImage } from '../block/create.js';
+import { type CreateImageOptions, createImage, formatNode } from '../block/create.js';
 import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '../block/disk.js';
-import { bitmapStatuses, closeDiskBitmaps, openDiskBitmaps } from '../block/disk-bitmaps.js';
+import { bitmapSha256, bitmapStatuses, closeDiskBitmaps, openDiskBitmaps } from '../block/disk-bitmaps.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
-import { CopyBuffer, type FrameDescriptor } from '../block/filters/copy-before-write.js';
-import { attachNode, closeNode, isStorage, type OpenImageOptions, openImage } from '../block/graph.js';
-import { chainInfo, type ImageInfo, imageInfo } from '../block/info.js';
+import type { CopyBuffer, FrameDescriptor } from '../block/filters/copy-before-write.js';
+import {
+  attachNode,
+  closeLayer,
+  closeNode,
+  copyBufferOf,
+  isStorage,
+  type OpenImageOptions,
+  openImage,
+} from '../block/graph.js';
+import { chainInfo, type ImageInfo, imageInfo, nodeInfo } from '../block/info.js';
+import { type HeaderOptions, type Layer, openNodeLayer, readLayerHeader } from '../block/layers.js';
 import { mapFiles, mapNode } from '../block/map.js';
 import type { MapRange } from '../block/map-batch.js';
 import { type Measured, type MeasureOptions, measureImage } from '../block/measure.js';
 import { workingFor } from '../block/nbd/index.js';
 import type { NodeDescriptor } from '../block/node.js';
 import type { RepairMode } from '../block/qcow2/index.js';
+import { openRaw } from '../block/raw/raw.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
 import { type ResizeOptions, resizeImage } from '../block/resize.js';
 import { JobControl } from '../job/control.js';
@@ -35,6 +45,23 @@ export type Task =
   | { readonly kind: 'ready' }
   | { readonly kind: 'open'; readonly path: string; readonly options: OpenDiskTask; readonly id: number }
   | { readonly kind: 'close'; readonly disk: DiskDescriptor }
+  | { readonly kind: 'open-layer'; readonly layer: Layer }
+  | { readonly kind: 'close-layer'; readonly node: NodeDescriptor }
+  | { readonly kind: 'header'; readonly node: NodeDescriptor; readonly options: HeaderOptions }
+  | {
+      readonly kind: 'format';
+      readonly node: NodeDescriptor;
+      readonly length: number;
+      readonly options: CreateImageOptions;
+    }
+  | { readonly kind: 'node-info'; readonly node: NodeDescriptor; readonly filename: string }
+  | { readonly kind: 'bitmap-sha256'; readonly disk: DiskDescriptor; readonly name: string }
+  | {
+      readonly kind: 'open-on';
+      readonly node: NodeDescriptor;
+      readonly id: number;
+      readonly options: Pick<DiskDescriptor, 'discard' | 'detectZeroes'>;
+    }
   | {
       readonly kind: 'export';
       readonly disk: DiskDescriptor;
@@ -44,7 +71,7 @@ export type Task =
   | {
       readonly kind: 'freeze';
       readonly disk: DiskDescriptor;
-      readonly options: FreezeOptions;
+      readonly options: HoldOptions;
       readonly id: number;
     }
   | { readonly kind: 'thaw'; readonly disk: DiskDescriptor; readonly frozen: FrozenDescriptor }
@@ -196,7 +223,6 @@ const BATCHES_AHEAD = 16;
 export class TaskRunner {
   readonly #runtime: Runtime;
   readonly #disks = new Map<number, Disk>();
-  #buffer: CopyBuffer | undefined;
 
   constructor(runtime: Runtime) {
     this.#runtime = runtime;
@@ -210,6 +236,20 @@ export class TaskRunner {
         return this.#open(task.path, task.options, task.id);
       case 'close':
         return this.#close(task.disk);
+      case 'open-layer':
+        return openNodeLayer(this.#runtime, task.layer);
+      case 'close-layer':
+        return closeLayer(this.#runtime, task.node);
+      case 'header':
+        return readLayerHeader(this.#runtime, task.node, task.options);
+      case 'format':
+        return formatNode(this.#runtime, task.node, task.length, task.options);
+      case 'node-info':
+        return nodeInfo(this.#runtime, task.node, task.filename);
+      case 'bitmap-sha256':
+        return bitmapSha256(this.#runtime, task.disk, task.name);
+      case 'open-on':
+        return this.#diskOn(task.node, { ...task.options, borrowed: true }, task.id);
       case 'export':
         return makeExport(this.#runtime, task.disk, task.frozen, task.options);
       case 'freeze':
@@ -269,10 +309,7 @@ export class TaskRunner {
     return workingFor({ mark: pointer, cancelled: () => control.cancelled }, () => body(control));
   }
 
-  readonly #copyBuffer = (): CopyBuffer => {
-    this.#buffer ??= new CopyBuffer(this.#runtime);
-    return this.#buffer;
-  };
+  readonly #copyBuffer = (): CopyBuffer => copyBufferOf(this.#runtime);
 
   #disk(descriptor: DiskDescriptor): Disk {
     let disk = this.#disks.get(descriptor.id);
@@ -284,22 +321,37 @@ export class TaskRunner {
   }
 
   #open(path: string, options: OpenDiskTask, id: number): DiskDescriptor {
-    const { arena } = this.#runtime;
     const node = openImage(this.#runtime, path, options);
-    if (isStorage(node)) throw new TypeError('a file is not an image');
     try {
-      const control = arena.alloc(DISK_CONTROL_BYTES, 'disk control block');
-      try {
-        const { discard, readOnly } = options;
-        const disk = { id, control, node, length: node.length, readOnly, discard };
-        openDiskBitmaps(this.#runtime, disk);
-        return disk;
-      } catch (error) {
-        arena.free(control);
-        throw error;
-      }
+      return this.#diskOn(node, { discard: options.discard }, id);
     } catch (error) {
       closeNode(this.#runtime, node);
+      throw error;
+    }
+  }
+
+  #diskOn(
+    node: NodeDescriptor,
+    options: Pick<DiskDescriptor, 'discard' | 'detectZeroes' | 'borrowed'>,
+    id: number,
+  ): DiskDescriptor {
+    const { arena } = this.#runtime;
+    // The bytes of a file are those of a drive, up to a whole sector.
+    const image = isStorage(node) ? openRaw(this.#runtime, node) : node;
+    const control = arena.alloc(DISK_CONTROL_BYTES, 'disk control block');
+    try {
+      const disk = {
+        id,
+        control,
+        node: image,
+        length: image.length,
+        readOnly: image.readOnly,
+        ...options,
+      };
+      openDiskBitmaps(this.#runtime, disk);
+      return disk;
+    } catch (error) {
+      arena.free(control);
       throw error;
     }
   }
@@ -311,7 +363,7 @@ export class TaskRunner {
     } finally {
       closeDiskBitmaps(this.#runtime, descriptor);
       this.#runtime.arena.free(descriptor.control);
-      closeNode(this.#runtime, descriptor.node);
+      if (descriptor.borrowed !== true) closeNode(this.#runtime, descriptor.node);
     }
   }
 

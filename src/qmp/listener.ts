@@ -1,5 +1,5 @@
-import { chmodSync, existsSync, rmSync } from 'node:fs';
-import { createServer, type Server, type Socket } from 'node:net';
+import { chmodSync, lstatSync, rmSync } from 'node:fs';
+import { createServer, type NetConnectOpts, type Server, Socket } from 'node:net';
 import { StringDecoder } from 'node:string_decoder';
 import { StillframeError, systemError } from '../errors.js';
 import { type Handlers, MAX_QUEUED, Monitor, type QmpEvent } from './monitor.js';
@@ -9,74 +9,169 @@ const MAX_PENDING_BYTES = 16 * 1024 * 1024;
 /** Monitors at once. */
 const MAX_MONITORS = 64;
 
-/** What carries commands out, given who takes events to every monitor. */
-export type MakeHandlers = (tell: (event: QmpEvent) => void) => Handlers;
+/** Where clients come from, or are gone to. */
+export type MonitorPlace =
+  | { readonly path: string }
+  | { readonly host: string; readonly port: number }
+  /** An open descriptor: a socket that listens, or that is connected. */
+  | { readonly fd: number };
 
-/** Where monitors are: a unix socket, for its owner alone. */
-export class QmpListener {
-  readonly #path: string;
+/** What clients can write to and read from. */
+interface Stream {
+  readonly input: NodeJS.ReadableStream;
+  readonly output: NodeJS.WritableStream & { readonly writableLength: number };
+  readonly end: () => void;
+}
+
+/** All monitors of a program: sockets on which clients come, and connections. */
+export class Monitors {
   readonly #version: string;
-  readonly #server: Server;
-  readonly #monitors = new Map<Socket, Monitor>();
-  readonly #handlers: Handlers;
+  readonly #servers = new Set<Server>();
+  readonly #paths: string[] = [];
+  readonly #streams = new Map<Stream, Monitor>();
+  readonly #timers = new Set<NodeJS.Timeout>();
+  #handlers: Handlers | undefined;
+  #closed = false;
+  #onClient: (() => void) | undefined;
 
-  private constructor(path: string, version: string, makeHandlers: MakeHandlers) {
-    this.#path = path;
+  constructor(version: string) {
     this.#version = version;
-    this.#handlers = makeHandlers((event) => {
-      for (const monitor of this.#monitors.values()) monitor.tell(event);
-    });
-    this.#server = createServer((socket) => this.#accept(socket));
-    this.#server.maxConnections = MAX_MONITORS;
   }
 
-  /** @throws StillframeError ERR_STILLFRAME_TARGET_EXISTS, …_NOT_FOUND, …_PERMISSION */
-  static async listen(path: string, version: string, makeHandlers: MakeHandlers): Promise<QmpListener> {
-    if (existsSync(path)) {
-      throw new StillframeError(
-        'ERR_STILLFRAME_TARGET_EXISTS',
-        `cannot make the QMP socket '${path}': there is something of that name; remove it or name another one`,
-      );
-    }
-    const listener = new QmpListener(path, version, makeHandlers);
+  /** What carries commands out. Set before the first client can come. */
+  set handlers(handlers: Handlers) {
+    this.#handlers = handlers;
+  }
+
+  tell(event: QmpEvent): void {
+    for (const monitor of this.#streams.values()) monitor.tell(event);
+  }
+
+  /** Resolves when a client has come. */
+  client(): Promise<void> {
+    if (this.#streams.size > 0) return Promise.resolve();
+    return new Promise((resolve) => {
+      this.#onClient = resolve;
+    });
+  }
+
+  /**
+   * Lets clients come. A unix socket is for its owner alone; one that is left over in its place is replaced.
+   *
+   * @throws StillframeError ERR_STILLFRAME_TARGET_EXISTS (something else is there), …_NOT_FOUND, …_PERMISSION
+   */
+  async listen(place: MonitorPlace): Promise<void> {
+    const server = createServer((socket) => this.#accept(socket));
+    server.maxConnections = MAX_MONITORS;
+    const what = `cannot make the monitor's socket '${'path' in place ? place.path : JSON.stringify(place)}'`;
+    if ('path' in place) removeStale(place.path, what);
     const mask = process.umask(0o177);
     try {
       await new Promise<void>((resolve, reject) => {
-        listener.#server.once('error', reject);
-        listener.#server.listen(path, resolve);
+        server.once('error', reject);
+        server.listen(place, resolve);
       });
-      chmodSync(path, 0o600);
+      if ('path' in place) chmodSync(place.path, 0o600);
     } catch (error) {
-      throw systemError(`cannot make the QMP socket '${path}'`, error);
+      throw systemError(what, error);
     } finally {
       process.umask(mask);
     }
-    return listener;
+    if ('path' in place) this.#paths.push(place.path);
+    this.#servers.add(server);
+  }
+
+  /**
+   * Connects to a client that listens.
+   *
+   * @param again after how many milliseconds it is tried again when that fails, or the connection ends; 0: never
+   * @throws StillframeError where it fails and is not tried again
+   */
+  async connect(place: MonitorPlace, again = 0): Promise<void> {
+    const retry = (): void => {
+      if (this.#closed || again === 0) return;
+      const timer = setTimeout(() => {
+        this.#timers.delete(timer);
+        void this.connect(place, again);
+      }, again);
+      this.#timers.add(timer);
+    };
+    try {
+      const socket = await connected(place);
+      socket.once('close', retry);
+      this.#accept(socket);
+    } catch (error) {
+      if (again === 0) throw systemError(`cannot connect to the monitor's client`, error);
+      retry();
+    }
+  }
+
+  /** Makes the program's own input and output a monitor. */
+  stdio(): void {
+    const stream = { input: process.stdin, output: process.stdout, end: () => process.stdin.destroy() };
+    this.#add(stream);
   }
 
   async close(): Promise<void> {
-    const closed = new Promise((resolve) => this.#server.close(resolve));
-    for (const socket of this.#monitors.keys()) {
-      socket.end();
-      setTimeout(() => socket.destroy(), 200).unref();
-    }
-    await closed;
-    rmSync(this.#path, { force: true });
+    this.#closed = true;
+    for (const timer of this.#timers) clearTimeout(timer);
+    const closed = [...this.#servers].map((server) => new Promise((resolve) => server.close(resolve)));
+    for (const { end } of this.#streams.keys()) end();
+    await Promise.all(closed);
+    for (const path of this.#paths) rmSync(path, { force: true });
   }
 
   #accept(socket: Socket): void {
-    const decoder = new StringDecoder('utf8');
-    const monitor = new Monitor(this.#handlers, this.#version, (line) => {
-      socket.write(line);
-      if (socket.writableLength > MAX_PENDING_BYTES) socket.destroy();
-    });
-    this.#monitors.set(socket, monitor);
-    const forget = (): boolean => this.#monitors.delete(socket);
-    socket.on('close', forget);
+    const end = (): void => {
+      socket.end();
+      setTimeout(() => socket.destroy(), 200).unref();
+    };
+    const stream = { input: socket, output: socket, end };
+    socket.on('close', () => this.#streams.delete(stream));
     socket.on('error', () => socket.destroy());
-    socket.on('data', (data) => {
-      void monitor.take(decoder.write(data)).then(() => socket.resume());
-      if (monitor.queued >= MAX_QUEUED) socket.pause();
-    });
+    this.#add(stream);
   }
+
+  #add(stream: Stream): void {
+    const handlers = this.#handlers;
+    if (handlers === undefined) throw new Error('invariant: a monitor has handlers');
+    const { input, output, end } = stream;
+    const decoder = new StringDecoder('utf8');
+    const monitor = new Monitor(handlers, this.#version, (line) => {
+      output.write(line);
+      if (output.writableLength > MAX_PENDING_BYTES) end();
+    });
+    this.#streams.set(stream, monitor);
+    input.on('data', (data: Buffer) => {
+      void monitor.take(decoder.write(data)).then(() => input.resume());
+      if (monitor.queued >= MAX_QUEUED) input.pause();
+    });
+    this.#onClient?.();
+  }
+}
+
+/** A socket that nobody listens on any more is in the way; anything else stays. */
+function removeStale(path: string, what: string): void {
+  const stat = lstatSync(path, { throwIfNoEntry: false });
+  if (stat === undefined) return;
+  if (stat.isSocket()) {
+    rmSync(path);
+    return;
+  }
+  throw new StillframeError(
+    'ERR_STILLFRAME_TARGET_EXISTS',
+    `${what}: there is something of that name; remove it or name another one`,
+  );
+}
+
+function connected(place: MonitorPlace): Promise<Socket> {
+  if ('fd' in place) return Promise.resolve(new Socket({ fd: place.fd }));
+  return new Promise((resolve, reject) => {
+    const socket = new Socket();
+    socket.once('error', reject);
+    socket.connect(place satisfies NetConnectOpts, () => {
+      socket.off('error', reject);
+      resolve(socket);
+    });
+  });
 }

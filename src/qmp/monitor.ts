@@ -1,25 +1,15 @@
-import { toStillframeError } from '../errors.js';
+import { QmpError, qmpText } from './errors.js';
 import { type Input, InputReader } from './input.js';
+import { introspect } from './introspect.js';
 import { type ArgumentsOf, COMMANDS, type CommandName, isCommand, wrongArguments } from './schema.js';
-
-/** Classes of errors (QAPI `QapiErrorClass`). */
-export type ErrorClass = 'GenericError' | 'CommandNotFound' | 'DeviceNotActive' | 'DeviceNotFound';
-
-/** A command fails with this. */
-export class QmpError extends Error {
-  readonly class: ErrorClass;
-
-  constructor(message: string, errorClass: ErrorClass = 'GenericError') {
-    super(message);
-    this.class = errorClass;
-  }
-}
+import { isObject } from './types.js';
 
 /** What carries commands out. */
 export type Handlers = {
-  readonly [C in Exclude<CommandName, 'qmp_capabilities' | 'query-commands' | 'query-version'>]: (
-    given: ArgumentsOf<C>,
-  ) => unknown;
+  readonly [C in Exclude<
+    CommandName,
+    'qmp_capabilities' | 'query-commands' | 'query-version' | 'query-qmp-schema'
+  >]: (given: ArgumentsOf<C>) => unknown;
 };
 
 /** Something that has happened, for every monitor. */
@@ -32,10 +22,6 @@ export interface QmpEvent {
 export const MAX_QUEUED = 8;
 
 const MEMBERS = ['execute', 'arguments', 'id'];
-
-function isObject(value: unknown): value is Readonly<Record<string, unknown>> {
-  return typeof value === 'object' && value !== null && !Array.isArray(value);
-}
 
 /** Version numbers from those of a package. */
 function versionOf(text: string): object {
@@ -105,8 +91,7 @@ export class Monitor {
       return { return: found ?? {}, ...id };
     } catch (error) {
       const errorClass = error instanceof QmpError ? error.class : 'GenericError';
-      const desc = error instanceof QmpError ? error.message : toStillframeError(error).message;
-      return { ...id, error: { class: errorClass, desc } };
+      return { ...id, error: { class: errorClass, desc: qmpText(error) } };
     }
   }
 
@@ -129,6 +114,7 @@ export class Monitor {
     if (wrong !== undefined) throw new QmpError(wrong);
     if (name === 'query-version') return versionOf(this.#version);
     if (name === 'query-commands') return Object.keys(COMMANDS).map((command) => ({ name: command }));
+    if (name === 'query-qmp-schema') return introspect();
     // The schema has just said that these are this command's arguments.
     const handler = this.#handlers[name] as (given: Readonly<Record<string, unknown>>) => unknown;
     return await handler(given);

@@ -1,122 +1,195 @@
 /**
- * The commands of a monitor with their arguments: what validation, types and `query-commands` rest on. Source: QEMU's
- * QAPI schema (qapi/job.json, qapi/block-core.json, qapi/control.json); commands and arguments that begin with `x-` are
- * ours.
+ * The commands of a monitor with their arguments: what validation, types, `query-commands` and `query-qmp-schema` rest
+ * on. Source: QEMU's QAPI schema (qapi/job.json, qapi/block-core.json, qapi/block-export.json, qapi/transaction.json,
+ * qapi/control.json); commands and arguments that begin with `x-` and are not there are ours.
  */
+import { BLOCKDEV, CREATE, EXPORT, OBJECT, SOCKET_ADDRESS_LEGACY } from './blockdev-schema.js';
+import {
+  type JsonObject,
+  type Kind,
+  type Members,
+  type ObjectOf,
+  type UnionKind,
+  wrongMembers,
+  wrongValue,
+} from './types.js';
 
-type Kind = 'str' | 'int' | 'bool' | readonly string[];
-
-interface Argument {
-  readonly kind: Kind;
-  readonly optional?: true;
-}
+const optional = <const K extends Kind>(kind: K): { readonly kind: K; readonly optional: true } => ({
+  kind,
+  optional: true,
+});
+const required = <const K extends Kind>(kind: K): { readonly kind: K } => ({ kind });
 
 const ON_ERROR = ['report', 'ignore', 'enospc', 'stop', 'auto'] as const;
+const SYNC = ['top', 'full', 'none', 'incremental', 'bitmap'] as const;
 const id = { id: { kind: 'str' } } as const;
 const device = { device: { kind: 'str' } } as const;
+const bitmap = { node: { kind: 'str' }, name: { kind: 'str' } } as const;
+
+/** What `drive-backup` and `blockdev-backup` have in common (QAPI `BackupCommon`). */
+const BACKUP_COMMON = {
+  'job-id': optional('str'),
+  device: required('str'),
+  sync: required(SYNC),
+  speed: optional('int'),
+  bitmap: optional('str'),
+  'bitmap-mode': optional(['on-success', 'never', 'always']),
+  compress: optional('bool'),
+  'on-source-error': optional(ON_ERROR),
+  'on-target-error': optional(ON_ERROR),
+  'on-cbw-error': optional(['break-guest-write', 'break-snapshot']),
+  'auto-finalize': optional('bool'),
+  'auto-dismiss': optional('bool'),
+  'filter-node-name': optional('str'),
+  'discard-source': optional('bool'),
+  'x-perf': optional({
+    struct: {
+      'use-copy-range': optional('bool'),
+      'max-workers': optional('int'),
+      'max-chunk': optional('int'),
+      'min-cluster-size': optional('uint'),
+    },
+  }),
+  'x-cbw-timeout': optional('uint32'),
+  'x-fleece': optional('bool'),
+  'x-scratch': optional('str'),
+} as const;
+
+const DRIVE_BACKUP = {
+  ...BACKUP_COMMON,
+  target: required('str'),
+  format: optional('str'),
+  mode: optional(['existing', 'absolute-paths']),
+} as const;
+const BLOCKDEV_BACKUP = { ...BACKUP_COMMON, target: required('str') } as const;
+
+const BITMAP_ADD = {
+  ...bitmap,
+  granularity: optional('uint32'),
+  persistent: optional('bool'),
+  disabled: optional('bool'),
+} as const;
+const BITMAP_MERGE = {
+  node: required('str'),
+  target: required('str'),
+  bitmaps: required({ list: { alternate: ['str', { struct: bitmap }] } }),
+} as const;
+
+/** What a transaction can do, with the arguments of each. */
+export const ACTIONS = {
+  abort: {},
+  'block-dirty-bitmap-add': BITMAP_ADD,
+  'block-dirty-bitmap-remove': bitmap,
+  'block-dirty-bitmap-clear': bitmap,
+  'block-dirty-bitmap-enable': bitmap,
+  'block-dirty-bitmap-disable': bitmap,
+  'block-dirty-bitmap-merge': BITMAP_MERGE,
+  'blockdev-backup': BLOCKDEV_BACKUP,
+  'drive-backup': DRIVE_BACKUP,
+} as const satisfies Readonly<Record<string, Members>>;
+
+export type ActionName = keyof typeof ACTIONS;
+export type ArgumentsOfAction<A extends ActionName> = ObjectOf<(typeof ACTIONS)[A]>;
+
+const TRANSACTION_ACTION: UnionKind = {
+  union: 'type',
+  members: { type: required(Object.keys(ACTIONS)) },
+  variants: Object.fromEntries(
+    Object.entries(ACTIONS).map(([name, members]) => [name, { data: required({ struct: members }) }]),
+  ),
+};
 
 export const COMMANDS = {
-  qmp_capabilities: {},
+  qmp_capabilities: { enable: optional({ list: ['oob'] }) },
   'query-version': {},
   'query-commands': {},
+  'query-qmp-schema': {},
   'query-status': {},
   'query-jobs': {},
   'query-block-jobs': {},
+  'query-block': {},
+  'query-blockstats': { 'query-nodes': optional('bool') },
+  'query-named-block-nodes': { flat: optional('bool') },
   'query-block-exports': {},
-  'drive-backup': {
-    ...device,
-    target: { kind: 'str' },
-    sync: { kind: ['top', 'full', 'none', 'incremental', 'bitmap'] },
-    'job-id': { kind: 'str', optional: true },
-    format: { kind: 'str', optional: true },
-    mode: { kind: ['existing', 'absolute-paths'], optional: true },
-    speed: { kind: 'int', optional: true },
-    compress: { kind: 'bool', optional: true },
-    'on-source-error': { kind: ON_ERROR, optional: true },
-    'on-target-error': { kind: ON_ERROR, optional: true },
-    'on-cbw-error': { kind: ['break-guest-write', 'break-snapshot'], optional: true },
-    'auto-finalize': { kind: 'bool', optional: true },
-    'auto-dismiss': { kind: 'bool', optional: true },
-    'x-cbw-timeout': { kind: 'int', optional: true },
-    'x-fleece': { kind: 'bool', optional: true },
-    'x-scratch': { kind: 'str', optional: true },
+  stop: {},
+  cont: {},
+  quit: {},
+  'blockdev-add': BLOCKDEV,
+  'blockdev-del': { 'node-name': required('str') },
+  'blockdev-create': { 'job-id': required('str'), options: required(CREATE) },
+  block_resize: { device: optional('str'), 'node-name': optional('str'), size: required('int') },
+  'object-add': OBJECT,
+  'object-del': id,
+  'nbd-server-start': {
+    addr: required(SOCKET_ADDRESS_LEGACY),
+    'tls-creds': optional('str'),
+    'tls-authz': optional('str'),
+    'max-connections': optional('uint32'),
   },
+  'nbd-server-stop': {},
+  'nbd-server-add': {
+    device: required('str'),
+    name: optional('str'),
+    description: optional('str'),
+    writable: optional('bool'),
+    bitmap: optional('str'),
+  },
+  'nbd-server-remove': { name: required('str'), mode: optional(['safe', 'hard']) },
+  'block-export-add': EXPORT,
+  'block-export-del': { id: required('str'), mode: optional(['safe', 'hard']) },
+  'block-dirty-bitmap-add': BITMAP_ADD,
+  'block-dirty-bitmap-remove': bitmap,
+  'block-dirty-bitmap-clear': bitmap,
+  'block-dirty-bitmap-enable': bitmap,
+  'block-dirty-bitmap-disable': bitmap,
+  'block-dirty-bitmap-merge': BITMAP_MERGE,
+  'x-debug-block-dirty-bitmap-sha256': bitmap,
+  transaction: {
+    actions: required({ list: TRANSACTION_ACTION }),
+    properties: optional({ struct: { 'completion-mode': optional(['individual', 'grouped']) } }),
+  },
+  'drive-backup': DRIVE_BACKUP,
+  'blockdev-backup': BLOCKDEV_BACKUP,
   'job-pause': id,
   'job-resume': id,
   'job-cancel': id,
+  'job-complete': id,
   'job-finalize': id,
   'job-dismiss': id,
   'block-job-pause': device,
   'block-job-resume': device,
-  'block-job-cancel': { ...device, force: { kind: 'bool', optional: true } },
-  'block-job-set-speed': { ...device, speed: { kind: 'int' } },
+  'block-job-cancel': { ...device, force: optional('bool') },
+  'block-job-complete': device,
+  'block-job-set-speed': { ...device, speed: required('int') },
   'block-job-finalize': id,
   'block-job-dismiss': id,
   'x-freeze': {
     ...device,
-    export: { kind: 'str' },
-    scratch: { kind: 'str', optional: true },
-    'on-cbw-error': { kind: ['break-guest-write', 'break-snapshot'], optional: true },
-    'cbw-timeout': { kind: 'int', optional: true },
+    export: required('str'),
+    scratch: optional('str'),
+    'on-cbw-error': optional(['break-guest-write', 'break-snapshot']),
+    'cbw-timeout': optional('uint32'),
   },
-  'x-thaw': { export: { kind: 'str' } },
-  quit: {},
-} as const satisfies Readonly<Record<string, Readonly<Record<string, Argument>>>>;
-
-type TypeOf<K extends Kind> = K extends 'str'
-  ? string
-  : K extends 'int'
-    ? number
-    : K extends 'bool'
-      ? boolean
-      : K extends readonly (infer Word)[]
-        ? Word
-        : never;
+  'x-thaw': { export: required('str') },
+} as const satisfies Readonly<Record<string, Members | UnionKind>>;
 
 export type CommandName = keyof typeof COMMANDS;
 
-type Defined<C extends CommandName> = (typeof COMMANDS)[C];
-type OptionalOf<A> = { [N in keyof A]: A[N] extends { readonly optional: true } ? N : never }[keyof A];
-
 /** The arguments of a command, as the schema has them. */
-export type ArgumentsOf<C extends CommandName> = {
-  readonly [N in Exclude<keyof Defined<C>, OptionalOf<Defined<C>>>]: Defined<C>[N] extends Argument
-    ? TypeOf<Defined<C>[N]['kind']>
-    : never;
-} & {
-  readonly [N in OptionalOf<Defined<C>>]?: Defined<C>[N] extends Argument
-    ? TypeOf<Defined<C>[N]['kind']> | undefined
-    : never;
-};
+export type ArgumentsOf<C extends CommandName> = (typeof COMMANDS)[C] extends UnionKind
+  ? JsonObject
+  : ObjectOf<(typeof COMMANDS)[C]>;
 
 export function isCommand(name: string): name is CommandName {
   return Object.hasOwn(COMMANDS, name);
 }
 
-/** What is wrong with the arguments of a command; undefined where nothing is. */
-export function wrongArguments(
-  name: CommandName,
-  given: Readonly<Record<string, unknown>>,
-): string | undefined {
-  const wanted: Readonly<Record<string, Argument>> = COMMANDS[name];
-  for (const [argument, { kind, optional }] of Object.entries(wanted)) {
-    const value = given[argument];
-    if (value === undefined) {
-      if (optional !== true) return `Parameter '${argument}' is missing`;
-      continue;
-    }
-    const wrong = wrongValue(argument, kind, value);
-    if (wrong !== undefined) return wrong;
-  }
-  const unknown = Object.keys(given).find((argument) => !Object.hasOwn(wanted, argument));
-  return unknown === undefined ? undefined : `Parameter '${unknown}' is unexpected`;
+function isUnion(of: Members | UnionKind): of is UnionKind {
+  return 'variants' in of;
 }
 
-function wrongValue(argument: string, kind: Kind, value: unknown): string | undefined {
-  const expected = (type: string): string => `Invalid parameter type for '${argument}', expected: ${type}`;
-  if (kind === 'bool') return typeof value === 'boolean' ? undefined : expected('boolean');
-  if (kind === 'int') return Number.isSafeInteger(value) ? undefined : expected('integer');
-  if (typeof value !== 'string') return expected('string');
-  if (kind === 'str' || kind.includes(value)) return undefined;
-  return `Parameter '${argument}' does not accept value '${value}'`;
+/** What is wrong with the arguments of a command; undefined where nothing is. */
+export function wrongArguments(name: CommandName, given: JsonObject): string | undefined {
+  const wanted: Members | UnionKind = COMMANDS[name];
+  return isUnion(wanted) ? wrongValue(wanted, given, '') : wrongMembers(wanted, given, '');
 }

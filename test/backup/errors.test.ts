@@ -57,13 +57,13 @@ describe.skipIf(!hasPeer('qemu-img'))('a source with a cluster that cannot be re
       code: 'ERR_STILLFRAME_CORRUPT_IMAGE',
       message: expect.stringContaining(`guest offset ${30 * 65536}`),
     });
-    expect(errors).toEqual([{ operation: 'read', action: 'report' }]);
+    expect(errors).toEqual([{ operation: 'read', action: 'report', noSpace: false }]);
   });
 
   it("'stop' pauses the job; it goes on when it is resumed", async () => {
     const job = await start('stop');
     const stopped = new Promise((resolve) => job.once('io-error', resolve));
-    expect(await stopped).toEqual({ operation: 'read', action: 'stop' });
+    expect(await stopped).toEqual({ operation: 'read', action: 'stop', noSpace: false });
     while (job.status !== 'paused') await new Promise((resolve) => setTimeout(resolve, 5));
     overwrite(good);
     job.resume();

@@ -163,18 +163,24 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
   const { disk } = attachDisk(setup);
   const add = disk.addFrame.bind(disk);
   const remove = disk.removeFrame.bind(disk);
+  const drained = disk.drained.bind(disk);
+  let drains = 0;
+  disk.drained = (body) => {
+    if (drains++ === 0) oracle.drain(true);
+    try {
+      return drained(body);
+    } finally {
+      if (--drains === 0) oracle.drain(false);
+    }
+  };
   disk.addFrame = (frame) => {
-    // Where this one only holds the instant for another, the message below says which.
+    // Where this one only holds the instant for another, what was begun says which.
     record.frameText = JSON.stringify(frame);
-    oracle.drain(true);
     add(frame);
-    oracle.drain(false);
   };
   disk.removeFrame = (id) => {
     record.thaw(oracle.stamp());
-    oracle.drain(true);
     remove(id);
-    oracle.drain(false);
   };
   const announceStart = (how: 1 | 2): void => {
     // Only the first job has helpers and a host that wait for it.

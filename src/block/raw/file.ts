@@ -18,7 +18,9 @@ import { withLock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { type LockMode, lockImage } from '../../os/image-lock.js';
 import { syscalls } from '../../os/index.js';
+import { attachNode } from '../graph.js';
 import { attachNbd, closeNbd } from '../nbd/index.js';
+import { NestedFile } from '../nested.js';
 import {
   type Extent,
   type FileDescriptor,
@@ -154,6 +156,10 @@ function deviceLength(fd: number, path: string): number {
 /** This thread's facade of what an image lies on. */
 export function attachFile(runtime: Runtime, descriptor: StorageDescriptor): FileNode {
   if (descriptor.driver === 'nbd') return attachNbd(runtime, descriptor);
+  if (descriptor.driver === 'nested') {
+    const { node, file } = descriptor;
+    return new NestedFile(runtime, descriptor, attachNode(runtime, node), file && attachFile(runtime, file));
+  }
   return new HostFile(runtime.arena, descriptor);
 }
 
@@ -162,6 +168,8 @@ export function closeFile(runtime: Runtime, descriptor: StorageDescriptor): void
     closeNbd(runtime, descriptor);
     return;
   }
+  // Whoever has made it of other nodes closes those.
+  if (descriptor.driver === 'nested') return;
   runtime.arena.free(descriptor.control);
   try {
     closeSync(descriptor.fd);

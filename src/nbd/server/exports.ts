@@ -17,4 +17,6 @@ export interface ExportDescriptor {
   readonly frozen: FrozenDescriptor | undefined;
   /** In the order of the offer's contexts. */
   readonly contexts: readonly ContextKind[];
+  /** Its dirty bitmaps are kept for it. */
+  readonly holdsBitmaps: boolean;
 }

@@ -1,9 +1,8 @@
 import type { FrozenDescriptor } from '../../backup/freeze.js';
 import { DirtyBitmap } from '../../bitmap/dirty-bitmap.js';
 import type { DiskDescriptor } from '../../block/disk.js';
+import { bitmapsOfDisk, findBitmap } from '../../block/disk-bitmaps.js';
 import { attachNode } from '../../block/graph.js';
-import { bitmapsOf, loadBitmap, readBitmap, readBitmaps, readHeader } from '../../block/qcow2/index.js';
-import { attachFile } from '../../block/raw/file.js';
 import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { MAX_STRING_BYTES } from '../protocol/numbers.js';
@@ -23,6 +22,10 @@ export interface ExportOptions {
    * the image has and that are not damaged.
    */
   readonly bitmaps?: readonly string[] | undefined;
+  /** Nobody else may use or change these bitmaps meanwhile (QMP `block-export-add`). Default false. */
+  readonly holdBitmaps?: boolean | undefined;
+  /** Clients can read how deep in the backing chain data is, as `qemu:allocation-depth`. Default true. */
+  readonly allocationDepth?: boolean | undefined;
 }
 
 /** Metadata contexts of one export: their numbers are as long as two bytes. */
@@ -40,7 +43,7 @@ export function makeExport(
   frozen: FrozenDescriptor | undefined,
   options: ExportOptions,
 ): ExportDescriptor {
-  const { name = '', description = '', bitmaps } = options;
+  const { name = '', description = '', bitmaps, holdBitmaps = false, allocationDepth = true } = options;
   const readOnly = frozen !== undefined || (options.readOnly ?? disk.readOnly);
   for (const text of [name, description]) {
     if (Buffer.byteLength(text) <= MAX_STRING_BYTES && !text.includes('\0')) continue;
@@ -56,10 +59,13 @@ export function makeExport(
     );
   }
   // What they say changes with the live disk.
-  const pointers = frozen === undefined ? findBitmaps(runtime, disk, bitmaps) : new Map<string, number>();
+  const pointers =
+    frozen === undefined ? findBitmaps(runtime, disk, bitmaps, holdBitmaps) : new Map<string, number>();
   const contexts: (readonly [string, ContextKind])[] = [
     ['base:allocation', { kind: 'allocation' }],
-    ...(frozen === undefined ? [['qemu:allocation-depth', { kind: 'depth' }] as const] : []),
+    ...(frozen === undefined && allocationDepth
+      ? [['qemu:allocation-depth', { kind: 'depth' }] as const]
+      : []),
     ...[...pointers].map(
       ([bitmap, pointer]) => [`qemu:dirty-bitmap:${bitmap}`, { kind: 'bitmap', pointer }] as const,
     ),
@@ -75,55 +81,45 @@ export function makeExport(
     disk,
     frozen,
     contexts: contexts.map(([, kind]) => kind),
+    holdsBitmaps: holdBitmaps,
   };
 }
 
 /** Gives back what {@link makeExport} took. Nobody may use the export any more. */
-export function freeExport(runtime: Runtime, { disk, contexts }: ExportDescriptor): void {
-  // Those of a disk that can be written to are the disk's own.
-  if (!disk.readOnly) return;
+export function freeExport(runtime: Runtime, { contexts, holdsBitmaps }: ExportDescriptor): void {
   for (const context of contexts) {
-    if (context.kind === 'bitmap') new DirtyBitmap(runtime, context.pointer).free();
+    if (context.kind !== 'bitmap') continue;
+    const bitmap = new DirtyBitmap(runtime, context.pointer);
+    bitmap.pin(-1);
+    if (holdsBitmaps) bitmap.busy = false;
   }
 }
 
 /** Pointers of dirty bitmaps, their bits in memory. */
 function findBitmaps(
   runtime: Runtime,
-  { node, readOnly }: DiskDescriptor,
+  disk: DiskDescriptor,
   names: readonly string[] | undefined,
+  hold: boolean,
 ): ReadonlyMap<string, number> {
-  if (node.driver !== 'qcow2') {
-    const [name] = names ?? [];
-    if (name === undefined) return new Map();
-    throw new StillframeError(
-      'ERR_STILLFRAME_BITMAP_NOT_FOUND',
-      `Dirty bitmap '${name}' not found: '${node.path}' has the format ${node.driver}, which keeps none`,
-    );
-  }
-  const file = attachFile(runtime, node.file);
-  const found = new Map<string, number>();
-  const add = (name: string, find: () => DirtyBitmap): void => {
+  const listed =
+    names ??
+    bitmapsOfDisk(runtime, disk)
+      .all()
+      .map(({ name }) => name)
+      .filter((name) => name !== '');
+  const found = new Map<string, DirtyBitmap>();
+  for (const name of listed.slice(0, MAX_BITMAPS)) {
     try {
-      found.set(name, find().pointer);
+      found.set(name, findBitmap(runtime, disk, name, hold ? ['busy', 'inconsistent'] : ['inconsistent']));
     } catch (error) {
       // Whoever asked for it by name wants to know.
       if (names !== undefined) throw error;
     }
-  };
-  if (readOnly) {
-    const listed = names ?? readBitmaps(file, readHeader(runtime, file)).map(({ name }) => name);
-    for (const name of listed.slice(0, MAX_BITMAPS)) add(name, () => readBitmap(runtime, file, name));
-    return found;
   }
-  const set = bitmapsOf(runtime, node);
-  const listed = names ?? set.all().map(({ name }) => name);
-  for (const name of listed.slice(0, MAX_BITMAPS)) {
-    add(name, () => {
-      const bitmap = set.get(name);
-      loadBitmap(runtime, file, bitmap);
-      return bitmap;
-    });
+  for (const bitmap of found.values()) {
+    bitmap.pin(1);
+    if (hold) bitmap.busy = true;
   }
-  return found;
+  return new Map([...found].map(([name, { pointer }]) => [name, pointer]));
 }

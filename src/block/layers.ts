@@ -1,0 +1,204 @@
+import type { Runtime } from '../kernels/runtime.js';
+import type { LockMode } from '../os/image-lock.js';
+import type { DiskDescriptor } from './disk.js';
+import { type BlkdebugRule, blkdebugBytes, resetBlkdebug } from './filters/blkdebug.js';
+import type { FrameDescriptor } from './filters/copy-before-write.js';
+import { checkParent, foreignDescriptor, openForeign } from './foreign/index.js';
+import {
+  allowedFolders,
+  attachNode,
+  formatOfBacking,
+  type ImageFormat,
+  isStorage,
+  openStorage,
+  pathFromHeader,
+  probe,
+} from './graph.js';
+import type { FileDescriptor, ForeignName, NodeDescriptor, StorageDescriptor } from './node.js';
+import { openQcow2, readHeader } from './qcow2/index.js';
+import { attachFile, openFile } from './raw/file.js';
+import { openRaw } from './raw/raw.js';
+
+/**
+ * One node of a graph that is put together node by node, each by the driver of its name and on the open nodes below it
+ * (QMP `blockdev-add`). Offsets and lengths are bytes.
+ */
+export type Layer =
+  | { readonly driver: 'file'; readonly path: string; readonly readOnly: boolean; readonly lock: LockMode }
+  | { readonly driver: 'nbd'; readonly name: string; readonly readOnly: boolean }
+  | {
+      readonly driver: 'null-co';
+      readonly length: number;
+      readonly readOnly: boolean;
+      readonly readsZero: boolean;
+      readonly latencyMs: number;
+    }
+  | {
+      readonly driver: 'raw';
+      readonly file: NodeDescriptor;
+      readonly readOnly: boolean;
+      readonly offset?: number | undefined;
+      readonly size?: number | undefined;
+    }
+  | {
+      readonly driver: 'qcow2';
+      readonly file: NodeDescriptor;
+      readonly readOnly: boolean;
+      readonly backing: NodeDescriptor | undefined;
+      readonly dataFile: NodeDescriptor | undefined;
+    }
+  | { readonly driver: ForeignName; readonly file: NodeDescriptor }
+  | { readonly driver: 'throttle'; readonly child: NodeDescriptor; readonly group: number }
+  | { readonly driver: 'blkdebug'; readonly child: NodeDescriptor; readonly rules: readonly BlkdebugRule[] }
+  | { readonly driver: 'compress'; readonly child: NodeDescriptor }
+  | { readonly driver: 'snapshot-access'; readonly disk: DiskDescriptor; readonly frame: FrameDescriptor };
+
+/** What the header of an image says of the nodes below it. */
+export interface LayerHeader {
+  /** As it was asked for, or found in the first bytes. */
+  readonly format: ImageFormat;
+  readonly backing:
+    | {
+        /** As the header has it. */
+        readonly name: string;
+        readonly path: string;
+        readonly format: ImageFormat | undefined;
+      }
+    | undefined;
+  /** Path of the external data file. */
+  readonly dataFile: string | undefined;
+}
+
+/** Opens one node. Nodes below it stay their owners'. @throws StillframeError what the driver throws */
+export function openNodeLayer(runtime: Runtime, layer: Layer): NodeDescriptor {
+  switch (layer.driver) {
+    case 'file':
+      return openFile(runtime, layer.path, { readOnly: layer.readOnly, lock: layer.lock });
+    case 'nbd':
+      return openStorage(runtime, layer.name, { readOnly: layer.readOnly, lock: 'none' });
+    case 'null-co':
+      return { ...layer, path: 'null-co://' };
+    case 'raw':
+      return openRaw(runtime, storageOf(runtime, layer.file), layer);
+    case 'qcow2': {
+      const { file, backing, dataFile, readOnly } = layer;
+      return openQcow2(runtime, storageOf(runtime, file), backing, {
+        readOnly,
+        // Only files of the host hold data of other images.
+        dataFile: dataFile?.driver === 'file' ? dataFile : undefined,
+      });
+    }
+    case 'throttle': {
+      const { child, group } = layer;
+      return { ...filterOf(runtime, child), driver: 'throttle', child, group };
+    }
+    case 'compress': {
+      const { child } = layer;
+      return { ...filterOf(runtime, child), driver: 'compress', child };
+    }
+    case 'blkdebug': {
+      const { child, rules } = layer;
+      const state = runtime.arena.alloc(blkdebugBytes(rules.length), 'state of a blkdebug node');
+      resetBlkdebug(runtime, state);
+      return { ...filterOf(runtime, child), driver: 'blkdebug', child, rules, state };
+    }
+    case 'snapshot-access': {
+      const { disk, frame } = layer;
+      const { path } = disk.node;
+      return { driver: 'snapshot-access', path, readOnly: true, length: disk.length, disk, frame };
+    }
+    default:
+      return openForeignLayer(runtime, layer.driver, storageOf(runtime, layer.file));
+  }
+}
+
+/** An image of a foreign format that is in one file, without a parent. */
+function openForeignLayer(runtime: Runtime, format: ForeignName, file: StorageDescriptor): NodeDescriptor {
+  const opened = openForeign(runtime, format, file, (name) => {
+    throw new TypeError(`'${file.path}' names another file, '${name}'; convert it first`);
+  });
+  checkParent(file.path, opened, undefined);
+  const extents: FileDescriptor[] = [];
+  return foreignDescriptor(opened, file, extents, undefined);
+}
+
+/**
+ * @param folders from which headers may open files; default: the image's own
+ * @throws StillframeError what reading a header throws, ERR_STILLFRAME_BACKING_FORBIDDEN, …_BACKING_MISSING
+ */
+export function readLayerHeader(
+  runtime: Runtime,
+  node: NodeDescriptor,
+  { format, folders, follow }: HeaderOptions,
+): LayerHeader {
+  const file = attachFile(runtime, storageOf(runtime, node));
+  const found = format ?? probe(file);
+  if (found !== 'qcow2') return { format: found, backing: undefined, dataFile: undefined };
+  const header = readHeader(runtime, file);
+  const { path } = node;
+  const allowed = allowedFolders(path, folders);
+  const { backingFile, backingFormat, dataFile } = header;
+  return {
+    format: found,
+    backing:
+      backingFile === undefined || !follow.backing
+        ? undefined
+        : {
+            name: backingFile,
+            path: pathFromHeader(path, 'backing file', backingFile, allowed),
+            format: formatOfBacking(path, backingFormat),
+          },
+    dataFile:
+      dataFile === undefined || !follow.dataFile
+        ? undefined
+        : pathFromHeader(path, 'external data file', dataFile, allowed),
+  };
+}
+
+/** How a header is read. */
+export interface HeaderOptions {
+  /** Undefined: looked for in the first bytes. */
+  readonly format: ImageFormat | undefined;
+  readonly folders: readonly string[] | undefined;
+  /** Which names of the header are wanted. */
+  readonly follow: { readonly backing: boolean; readonly dataFile: boolean };
+}
+
+function filterOf(
+  runtime: Runtime,
+  child: NodeDescriptor,
+): { readonly path: string; readonly readOnly: boolean; readonly length: number } {
+  const { path, readOnly } = child;
+  return { path, readOnly, length: attachNode(runtime, child).length };
+}
+
+/** A node as what an image lies on. */
+export function storageOf(runtime: Runtime, node: NodeDescriptor): StorageDescriptor {
+  if (isStorage(node)) return node;
+  const file = fileBelow(node);
+  return {
+    driver: 'nested',
+    path: node.path,
+    readOnly: node.readOnly,
+    node,
+    file,
+    length: attachNode(runtime, node).length,
+    control: file?.control ?? -1,
+    identity: file?.identity ?? `node ${node.path}`,
+  };
+}
+
+/** The file at the bottom of filters, and of nothing else. */
+function fileBelow(node: NodeDescriptor): StorageDescriptor | undefined {
+  if (isStorage(node)) return node;
+  switch (node.driver) {
+    case 'throttle':
+    case 'blkdebug':
+    case 'compress':
+      return fileBelow(node.child);
+    case 'live':
+      return fileBelow(node.disk.node);
+    default:
+      return undefined;
+  }
+}

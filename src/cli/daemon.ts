@@ -1,0 +1,282 @@
+import { spawn } from 'node:child_process';
+import { closeSync, openSync, rmSync, writeFileSync } from 'node:fs';
+import { Daemon } from '../daemon/commands.js';
+import { toStillframeError } from '../errors.js';
+import { createEngine } from '../index.js';
+import { BLOCKDEV, EXPORT, OBJECT, SOCKET_ADDRESS } from '../qmp/blockdev-schema.js';
+import { QmpError } from '../qmp/errors.js';
+import { parseKeyval, parseOption } from '../qmp/keyval.js';
+import { type MonitorPlace, Monitors } from '../qmp/listener.js';
+import { coerce, isObject, type JsonObject, type StructKind, wrongValue } from '../qmp/types.js';
+import { ALLOW_BACKING, type Arguments, type Command, usageError } from './command.js';
+import { version } from './version.js';
+
+const optional = { optional: true } as const;
+
+const CHARDEV: StructKind = {
+  struct: {
+    backend: { kind: ['socket', 'stdio', 'null'] },
+    id: { kind: 'str' },
+    path: { kind: 'str', ...optional },
+    host: { kind: 'str', ...optional },
+    port: { kind: 'str', ...optional },
+    fd: { kind: 'str', ...optional },
+    server: { kind: 'bool', ...optional },
+    wait: { kind: 'bool', ...optional },
+    nodelay: { kind: 'bool', ...optional },
+    ipv4: { kind: 'bool', ...optional },
+    ipv6: { kind: 'bool', ...optional },
+    reconnect: { kind: 'uint32', ...optional },
+    abstract: { kind: 'bool', ...optional },
+    mux: { kind: 'bool', ...optional },
+    signal: { kind: 'bool', ...optional },
+  },
+};
+
+const MONITOR: StructKind = {
+  struct: {
+    chardev: { kind: 'str' },
+    id: { kind: 'str', ...optional },
+    mode: { kind: ['control'], ...optional },
+    pretty: { kind: 'bool', ...optional },
+  },
+};
+
+const NBD_SERVER: StructKind = {
+  struct: {
+    addr: { kind: SOCKET_ADDRESS },
+    'tls-creds': { kind: 'str', ...optional },
+    'tls-authz': { kind: 'str', ...optional },
+    'max-connections': { kind: 'uint32', ...optional },
+  },
+};
+
+/** What a process that is to go on in the background tells the one that started it. */
+const READY = 'ready';
+const IN_BACKGROUND = 'STILLFRAME_IN_BACKGROUND';
+
+/** Words of older programs, `server` for `server=on` and `nowait` for `wait=off`. */
+function modernise(text: string): string {
+  return text
+    .split(/(?<!,),(?!,)/)
+    .map((part, index) => {
+      if (index === 0 || part.includes('=')) return part;
+      return part.startsWith('no') && part !== 'nodelay' ? `${part.slice(2)}=off` : `${part}=on`;
+    })
+    .join(',');
+}
+
+function placeOf({ path, host, port, fd, abstract }: JsonObject): MonitorPlace {
+  if (typeof path === 'string') return { path: abstract === true ? `\0${path}` : path };
+  if (typeof fd === 'string') return { fd: Number(fd) };
+  return { host: String(host ?? 'localhost'), port: Number(port) };
+}
+
+/** Starts a monitor on what a character device says. */
+async function startMonitor(monitors: Monitors, chardev: JsonObject): Promise<void> {
+  switch (chardev['backend']) {
+    case 'stdio':
+      monitors.stdio();
+      return;
+    case 'null':
+      return;
+    default:
+      break;
+  }
+  const place = placeOf(chardev);
+  if (chardev['server'] !== true) {
+    await monitors.connect(place, Number(chardev['reconnect'] ?? 0) * 1000);
+    return;
+  }
+  await monitors.listen(place);
+  if (chardev['wait'] !== false) await monitors.client();
+}
+
+/** Options of a node, from those of QEMU's `-drive`. */
+function driveOptions(text: string): JsonObject {
+  const given = parseKeyval(text, 'file');
+  const { if: _, id, file, format, cache, media: __, readonly, ...rest } = given;
+  if (id !== undefined && typeof id !== 'string') throw new QmpError(`Parameter 'id' expects a name`);
+  const below =
+    typeof file === 'string'
+      ? /^nbds?(\+[a-z]+)?:/i.test(file)
+        ? { driver: 'nbd', 'x-uri': file }
+        : { driver: 'file', filename: file, 'node-name': undefined }
+      : file;
+  const flags = {
+    ...(cache === 'none' || cache === 'directsync' ? { direct: true } : {}),
+    ...(cache === 'unsafe' ? { 'no-flush': true } : {}),
+  };
+  const options = {
+    ...rest,
+    ...(readonly === undefined ? {} : { 'read-only': readonly }),
+    ...(format === undefined ? {} : { driver: format }),
+    ...(id === undefined ? {} : { 'x-device': id }),
+    ...(below === undefined ? {} : { file: below }),
+  };
+  const typed = coerce({ struct: { ...BLOCKDEV.members, file: { kind: BLOCKDEV, ...optional } } }, options);
+  return { ...(isObject(typed) ? typed : {}), ...(Object.keys(flags).length === 0 ? {} : { cache: flags }) };
+}
+
+/** Does what the options say, in their order. */
+async function setUp(args: Arguments, daemon: Daemon, monitors: Monitors): Promise<void> {
+  const chardevs = new Map<string, JsonObject>();
+  for (const { name, value = '' } of args.given) {
+    try {
+      switch (name) {
+        case 'blockdev':
+          await daemon.graph.add(parseOption(value, BLOCKDEV, 'driver'));
+          break;
+        case 'drive':
+          await daemon.graph.addDrive(driveOptions(value));
+          break;
+        case 'object':
+          daemon.objects.add(parseOption(value, OBJECT, 'qom-type'));
+          break;
+        case 'chardev': {
+          const chardev = parseOption(modernise(value), CHARDEV, 'backend');
+          chardevs.set(String(chardev['id']), chardev);
+          break;
+        }
+        case 'monitor': {
+          const { chardev } = parseOption(value, MONITOR, 'chardev');
+          const found = chardevs.get(String(chardev));
+          if (found === undefined) throw new QmpError(`chardev "${String(chardev)}" not found`);
+          await startMonitor(monitors, found);
+          break;
+        }
+        case 'nbd-server': {
+          const { addr, ...rest } = parseOption(value, NBD_SERVER);
+          if (!isObject(addr)) throw new TypeError('the schema was not looked at');
+          await daemon.exports.start(addr, rest);
+          break;
+        }
+        case 'export': {
+          const wanted = parseOption(value, EXPORT, 'type');
+          const wrong = wrongValue(EXPORT, wanted, '');
+          if (wrong !== undefined) throw new QmpError(wrong);
+          await daemon.exports.add(wanted);
+          break;
+        }
+        default:
+          break;
+      }
+    } catch (error) {
+      const text = error instanceof QmpError ? error.message : toStillframeError(error).message;
+      throw usageError(`--${name} ${value}: ${text}`);
+    }
+  }
+}
+
+/** Starts the same program once more, without a terminal. Resolves with the exit status when it is set up, or failed. */
+function startInBackground(): Promise<number> {
+  const [, script = '', ...rest] = process.argv;
+  const words = rest.filter((word) => word !== '--daemonize');
+  const descriptors = words.flatMap((word) =>
+    [...word.matchAll(/\bfd(?:=|:)(\d+)/g)].map(([, fd]) => Number(fd)),
+  );
+  const highest = Math.max(2, ...descriptors);
+  const inherited = Array.from({ length: highest - 2 }, () => 'inherit' as const);
+  const child = spawn(process.execPath, [...process.execArgv, script, ...words], {
+    detached: true,
+    stdio: ['ignore', 'ignore', 'inherit', ...inherited, 'ipc'],
+    env: { ...process.env, [IN_BACKGROUND]: '1' },
+  });
+  return new Promise((resolve) => {
+    child.once('message', () => {
+      child.disconnect();
+      child.unref();
+      resolve(0);
+    });
+    child.once('exit', (status) => resolve(status ?? 1));
+  });
+}
+
+/** Says that everything is set up, and lets the terminal go. */
+function leaveTerminal(): void {
+  if (process.env[IN_BACKGROUND] === undefined) return;
+  closeSync(2);
+  openSync('/dev/null', 'w');
+  process.send?.(READY);
+  process.disconnect?.();
+}
+
+export const daemon: Command = {
+  name: 'daemon',
+  usage: '[options]',
+  summary:
+    'A daemon for the backup side of QEMU: nodes, NBD exports and jobs, controlled by QMP. Its options and commands are\n' +
+    "those of 'qemu-storage-daemon'; they are carried out in their order. It runs until QMP 'quit', SIGTERM, SIGINT or\n" +
+    'SIGHUP; jobs are cancelled then and everything is closed.',
+  positionals: [0, 0],
+  options: [
+    { long: 'blockdev', value: 'OPTIONS', multiple: true, help: 'a node: driver=…,node-name=…,… or JSON' },
+    {
+      long: 'drive',
+      value: 'OPTIONS',
+      multiple: true,
+      help: 'a drive: file=…,format=…,id=NAME,node-name=…,read-only=on; jobs know it as NAME',
+    },
+    {
+      long: 'object',
+      value: 'OPTIONS',
+      multiple: true,
+      help: 'an object: throttle-group, tls-creds-x509, …,id=…',
+    },
+    {
+      long: 'chardev',
+      value: 'OPTIONS',
+      multiple: true,
+      help: 'socket,id=…,path=…,server=on,wait=off (or host=…,port=… or fd=N; without server=on it connects) or stdio,id=…',
+    },
+    { long: 'monitor', value: 'OPTIONS', multiple: true, help: 'a QMP monitor on a chardev: chardev=ID' },
+    {
+      long: 'nbd-server',
+      value: 'OPTIONS',
+      multiple: true,
+      help: 'the NBD server: addr.type=unix,addr.path=… or addr.type=inet,addr.host=…,addr.port=…,tls-creds=ID',
+    },
+    {
+      long: 'export',
+      value: 'OPTIONS',
+      multiple: true,
+      help: 'an export: type=nbd,id=…,node-name=…,name=…,writable=on,bitmaps.0=…',
+    },
+    { long: 'pidfile', value: 'PATH', help: 'file for the number of the process, once everything is set up' },
+    { long: 'daemonize', help: 'go on in the background once everything is set up' },
+    { long: 'trace', short: 'T', value: 'PATTERN', multiple: true, help: 'taken and ignored' },
+    ALLOW_BACKING,
+  ],
+  async run(args) {
+    if (args.flag('daemonize')) return await startInBackground();
+    const pidfile = args.text('pidfile');
+    const engine = await createEngine();
+    try {
+      let end = (_: number): void => undefined;
+      const ended = new Promise<number>((resolve) => {
+        end = resolve;
+      });
+      const monitors = new Monitors(version());
+      const running = new Daemon(engine, {
+        tell: (event) => monitors.tell(event),
+        // The answer is to be on its way before the sockets close.
+        quit: () => setImmediate(() => end(0)),
+        allowBacking: args.texts('allow-backing'),
+      });
+      monitors.handlers = running.handlers;
+      for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => end(0));
+      try {
+        await setUp(args, running, monitors);
+        if (pidfile !== undefined) writeFileSync(pidfile, `${process.pid}\n`);
+        leaveTerminal();
+        return await ended;
+      } finally {
+        await running.close();
+        await monitors.close();
+        if (pidfile !== undefined) rmSync(pidfile, { force: true });
+      }
+    } finally {
+      await engine.close();
+    }
+  },
+};

@@ -1,0 +1,506 @@
+import { basename } from 'node:path';
+import type { CreateImageOptions } from '../block/create.js';
+import type { BackupOptions, DiskHandle } from '../engine/disk.js';
+import type { Engine, TransactionItem } from '../engine/engine.js';
+import type { FrozenDisk } from '../engine/frozen-disk.js';
+import type { BackupHandle } from '../engine/job.js';
+import { StillframeError } from '../errors.js';
+import { QmpError, strerror } from '../qmp/errors.js';
+import type { Handlers, QmpEvent } from '../qmp/monitor.js';
+import type { ArgumentsOf, ArgumentsOfAction } from '../qmp/schema.js';
+import { isObject, type JsonObject } from '../qmp/types.js';
+import { Exports } from './exports.js';
+import { Graph, type GraphNode } from './graph.js';
+import { type JobOptions, Jobs } from './jobs.js';
+import { Objects } from './objects.js';
+import { Queries } from './query.js';
+
+/** What a transaction's actions are made of before they are carried out. */
+interface Prepared {
+  readonly item: TransactionItem;
+  readonly job?: { readonly options: JobOptions; readonly id: string } | undefined;
+}
+
+/** How a daemon is set up. */
+export interface DaemonOptions {
+  /** Takes an event to every monitor. */
+  readonly tell: (event: QmpEvent) => void;
+  /** Ends the program, a little later. */
+  readonly quit: () => void;
+  /** Folders from which image headers may open files; default: each image's own. */
+  readonly allowBacking?: readonly string[] | undefined;
+}
+
+/** What monitors control: nodes, jobs, bitmaps, exports and objects, with QEMU's commands. */
+export class Daemon {
+  readonly graph: Graph;
+  readonly jobs: Jobs;
+  readonly exports: Exports;
+  readonly objects: Objects;
+  readonly handlers: Handlers;
+  readonly #engine: Engine;
+  readonly #queries: Queries;
+  readonly #tell: (event: QmpEvent) => void;
+  readonly #frozen = new Map<string, FrozenDisk>();
+  #status: 'running' | 'paused' = 'running';
+
+  constructor(engine: Engine, { tell, quit, allowBacking }: DaemonOptions) {
+    this.#engine = engine;
+    this.#tell = tell;
+    this.objects = new Objects(engine);
+    this.graph = new Graph(engine, this.objects, allowBacking);
+    this.jobs = new Jobs(tell);
+    this.exports = new Exports(engine, this.graph, this.objects, tell);
+    this.#queries = new Queries(engine, this.graph);
+    const { graph, jobs, exports, objects } = this;
+    const edit = (node: string, action: Parameters<DiskHandle['editBitmap']>[0]): Promise<void> =>
+      this.#editBitmap(node, action);
+    this.handlers = {
+      'query-status': () => ({
+        status: this.#status,
+        singlestep: false,
+        running: this.#status === 'running',
+      }),
+      'query-jobs': () => jobs.list(),
+      'query-block-jobs': () => jobs.listBlockJobs(),
+      'query-block': () => this.#queries.devices(),
+      'query-blockstats': (given) => this.#queries.statistics(given['query-nodes'] ?? false),
+      'query-named-block-nodes': ({ flat = false }) => this.#queries.nodes(flat),
+      'query-block-exports': () => exports.list(),
+      stop: () => {
+        this.#status = 'paused';
+        tell({ event: 'STOP' });
+      },
+      cont: () => {
+        this.#status = 'running';
+        tell({ event: 'RESUME' });
+      },
+      quit: () => {
+        quit();
+      },
+      'blockdev-add': async (given) => {
+        await graph.add(given);
+      },
+      'blockdev-del': (given) => graph.remove(given['node-name']),
+      'blockdev-create': (given) => this.#create(given),
+      block_resize: (given) => this.#resize(given),
+      'object-add': (given) => objects.add(given),
+      'object-del': (given) => objects.remove(given.id),
+      'nbd-server-start': (given) => this.#startServer(given),
+      'nbd-server-stop': () => exports.stop(),
+      'nbd-server-add': (given) => exports.addDevice(given),
+      'nbd-server-remove': ({ name, mode = 'safe' }) => exports.remove(name, mode === 'safe'),
+      'block-export-add': (given) => exports.add(given),
+      'block-export-del': (given) => exports.remove(given.id, (given.mode ?? 'safe') === 'safe'),
+      'block-dirty-bitmap-add': ({ node, ...rest }) => edit(node, { action: 'add', ...rest }),
+      'block-dirty-bitmap-remove': ({ node, name }) => edit(node, { action: 'remove', name }),
+      'block-dirty-bitmap-clear': ({ node, name }) => edit(node, { action: 'clear', name }),
+      'block-dirty-bitmap-enable': ({ node, name }) => edit(node, { action: 'enable', name }),
+      'block-dirty-bitmap-disable': ({ node, name }) => edit(node, { action: 'disable', name }),
+      'block-dirty-bitmap-merge': async (given) => {
+        const { disk, edit: action } = await this.#merge(given);
+        await disk.editBitmap(action);
+      },
+      'x-debug-block-dirty-bitmap-sha256': async ({ node, name }) => {
+        const disk = await graph.disk(graph.lookUp(node));
+        const sha256 = await engine.run<string>({ kind: 'bitmap-sha256', disk: disk.descriptor, name });
+        return { sha256 };
+      },
+      transaction: (given) => this.#transaction(given),
+      'drive-backup': async (given) => this.#start([await this.#driveBackup(given)], false),
+      'blockdev-backup': async (given) => this.#start([await this.#blockdevBackup(given)], false),
+      'job-pause': ({ id }) => this.#pause(jobs.job(id, 'pause')),
+      'job-resume': ({ id }) => this.#resume(jobs.job(id, 'resume')),
+      'job-cancel': ({ id }) => this.#cancel(jobs.job(id, 'cancel')),
+      'job-complete': ({ id }) => jobs.complete(jobs.job(id, 'complete')),
+      'job-finalize': ({ id }) => this.#finalize(jobs.job(id, 'finalize')),
+      'job-dismiss': ({ id }) => jobs.dismiss(id),
+      'block-job-pause': ({ device }) => this.#pause(jobs.blockJob(device)),
+      'block-job-resume': ({ device }) => this.#resume(jobs.blockJob(device)),
+      'block-job-cancel': ({ device, force = false }) => this.#cancel(jobs.blockJob(device), force),
+      'block-job-complete': ({ device }) => jobs.complete(jobs.blockJob(device)),
+      'block-job-set-speed': ({ device, speed }) => jobs.setSpeed(device, speed),
+      'block-job-finalize': ({ id }) => this.#finalize(jobs.blockJob(id)),
+      'block-job-dismiss': ({ id }) => {
+        jobs.blockJob(id);
+        jobs.dismiss(id);
+      },
+      'x-freeze': (given) => this.#freeze(given),
+      'x-thaw': (given) => this.#thaw(given),
+    };
+  }
+
+  /** Ends everything: jobs, exports, nodes, objects. */
+  async close(): Promise<void> {
+    await this.jobs.close();
+    for (const frozen of this.#frozen.values()) await frozen.close();
+    await this.exports.close();
+    try {
+      await this.graph.close();
+    } finally {
+      this.objects.close();
+    }
+  }
+
+  /** A node by its name or that of its device, for bitmaps. */
+  async #bitmapDisk(name: string): Promise<DiskHandle> {
+    const node = this.graph.find(name);
+    if (node === undefined) throw new QmpError(`Cannot find device='${name}' nor node-name='${name}'`);
+    return await this.graph.disk(node);
+  }
+
+  async #editBitmap(node: string, action: Parameters<DiskHandle['editBitmap']>[0]): Promise<void> {
+    const disk = await this.#bitmapDisk(node);
+    await disk.editBitmap(action);
+  }
+
+  async #merge({
+    node,
+    target,
+    bitmaps,
+  }: ArgumentsOfAction<'block-dirty-bitmap-merge'>): Promise<Extract<TransactionItem, { type: 'bitmap' }>> {
+    const disk = await this.#bitmapDisk(node);
+    const sources = await Promise.all(
+      bitmaps.map(async (source) =>
+        typeof source === 'string'
+          ? source
+          : { disk: await this.#bitmapDisk(source.node), name: source.name },
+      ),
+    );
+    return { type: 'bitmap', disk, edit: { action: 'merge', name: target, sources } };
+  }
+
+  async #startServer(given: ArgumentsOf<'nbd-server-start'>): Promise<void> {
+    const { addr, ...options } = given;
+    const { type, data } = addr;
+    await this.exports.start({ type, ...(isObject(data) ? data : {}) }, options);
+  }
+
+  /** What `drive-backup` and `blockdev-backup` have in common. Order of what is looked at: as in QEMU. */
+  async #common(
+    given: ArgumentsOf<'drive-backup'> | ArgumentsOf<'blockdev-backup'>,
+    node: GraphNode,
+  ): Promise<{ options: Omit<BackupOptions, 'target'>; job: JobOptions & { id: string } }> {
+    const { speed = 0, sync, bitmap, compress, 'x-perf': perf } = given;
+    checkPerformance(perf);
+    if (given['discard-source'] === true) {
+      throw new QmpError("'discard-source' is not supported: nothing is discarded on a source");
+    }
+    const filter = given['filter-node-name'];
+    if (filter !== undefined && this.graph.find(filter) !== undefined) {
+      throw new QmpError(`Duplicate nodes with node-name='${filter}'`);
+    }
+    if (speed < 0) throw new QmpError("Parameter 'speed' expects a non-negative value");
+    const id = given['job-id'] ?? node.device ?? '';
+    const fleece = given['x-fleece'] ?? given['x-scratch'] !== undefined;
+    const maxWorkers = perf?.['max-workers'];
+    const job = {
+      id,
+      speed,
+      autoFinalize: given['auto-finalize'] ?? true,
+      autoDismiss: given['auto-dismiss'] ?? true,
+    };
+    return {
+      job,
+      options: {
+        jobId: id,
+        sync,
+        speed,
+        bitmap,
+        bitmapMode: given['bitmap-mode'],
+        compress,
+        workers: maxWorkers === undefined ? undefined : Math.min(maxWorkers, this.#engine.workers),
+        onSourceError: given['on-source-error'],
+        onTargetError: given['on-target-error'],
+        onCbwError: given['on-cbw-error'],
+        cbwTimeoutMs: (given['x-cbw-timeout'] ?? 0) * 1000,
+        fleece: fleece && (given['x-scratch'] ?? true),
+        autoFinalize: job.autoFinalize,
+        // Until all monitors were told of its end.
+        autoDismiss: false,
+      },
+    };
+  }
+
+  async #driveBackup(given: ArgumentsOf<'drive-backup'>): Promise<Prepared> {
+    const node = this.graph.lookUp(given.device);
+    const { format, mode = 'absolute-paths', target } = given;
+    if (format !== undefined && format !== 'raw' && format !== 'qcow2') {
+      throw new QmpError(`Unknown file format '${format}'`);
+    }
+    const { options, job } = await this.#common(given, node);
+    const key = {};
+    node.users.set(key, 'source');
+    const release = (): boolean => node.users.delete(key);
+    return this.#item(node, release, job, {
+      ...options,
+      target,
+      format,
+      existing: mode === 'existing',
+      // As QEMU does with what it makes.
+      force: true,
+    });
+  }
+
+  async #blockdevBackup(given: ArgumentsOf<'blockdev-backup'>): Promise<Prepared> {
+    const node = this.graph.lookUp(given.device);
+    const target = this.graph.lookUp(given.target);
+    const { options, job } = await this.#common(given, node);
+    if (node === target) throw new QmpError('Source and target cannot be the same');
+    const busy = (of: GraphNode): QmpError =>
+      new QmpError(`Node '${of.name}' is busy: block device is in use by block job: backup`);
+    if ([...node.users.values()].includes('target')) throw busy(node);
+    if ([...target.users.values()].some((use) => use !== 'export')) throw busy(target);
+    if (given.compress === true && target.driver !== 'qcow2') {
+      throw new QmpError(`Compression is not supported for this drive ${target.device ?? ''}`);
+    }
+    this.exports.checkWritable(target, true);
+    const key = {};
+    node.users.set(key, 'source');
+    target.users.set(key, 'target');
+    const release = (): void => {
+      for (const used of [node, target]) used.users.delete(key);
+    };
+    const disk = await this.graph.disk(target);
+    const { path, readOnly } = target.descriptor;
+    const targetNode =
+      disk.descriptor.node.driver === 'qcow2'
+        ? disk.descriptor.node
+        : ({ driver: 'live', path, readOnly, length: disk.length, disk: disk.descriptor } as const);
+    return this.#item(node, release, job, { ...options, target: target.name, targetNode });
+  }
+
+  async #item(
+    node: GraphNode,
+    release: () => void,
+    job: JobOptions & { id: string },
+    options: BackupOptions,
+  ): Promise<Prepared> {
+    try {
+      const disk = await this.graph.disk(node);
+      return {
+        item: { type: 'backup', disk, options },
+        job: { id: job.id, options: { ...job, onEnd: release } },
+      };
+    } catch (error) {
+      release();
+      throw error;
+    }
+  }
+
+  /** Carries out what was prepared, all of it or nothing. */
+  async #start(prepared: readonly Prepared[], grouped: boolean): Promise<void> {
+    const wanted = prepared.flatMap(({ job }) => job ?? []);
+    let handles: BackupHandle[];
+    try {
+      const ids = new Set<string>();
+      for (const { id } of wanted) {
+        this.jobs.checkFree(id);
+        if (ids.has(id)) throw new QmpError(`Job ID '${id}' already in use`);
+        ids.add(id);
+      }
+      handles = await this.#engine.transaction(
+        prepared.map(({ item }) => item),
+        { grouped },
+      );
+    } catch (error) {
+      for (const { options } of wanted) await options.onEnd?.();
+      const [first] = prepared;
+      throw prepared.length === 1 && first !== undefined ? targetError(error, first.item) : error;
+    }
+    if (handles.length === 0) return;
+    await this.jobs.add(
+      handles.flatMap((handle, index) => {
+        const options = wanted[index]?.options;
+        return options === undefined ? [] : { handle, options };
+      }),
+    );
+  }
+
+  async #transaction({ actions, properties }: ArgumentsOf<'transaction'>): Promise<void> {
+    const grouped = properties?.['completion-mode'] === 'grouped';
+    const prepared: Prepared[] = [];
+    try {
+      for (const action of actions) {
+        const type = String(action['type']);
+        const data: JsonObject = isObject(action['data']) ? action['data'] : {};
+        if (grouped && type !== 'drive-backup' && type !== 'blockdev-backup') {
+          throw new QmpError(
+            `Action '${type}' does not support transaction property completion-mode = grouped`,
+          );
+        }
+        prepared.push(await this.#action(type, data));
+      }
+    } catch (error) {
+      for (const { job } of prepared) await job?.options.onEnd?.();
+      this.jobs.neverStarted(prepared.flatMap(({ job }) => job?.id ?? []));
+      throw error;
+    }
+    await this.#start(prepared, grouped);
+  }
+
+  async #action(type: string, data: JsonObject): Promise<Prepared> {
+    // The schema has said what the arguments of each are.
+    const bitmap = async (action: 'remove' | 'clear' | 'enable' | 'disable'): Promise<Prepared> => {
+      const { node, name } = data as ArgumentsOfAction<'block-dirty-bitmap-remove'>;
+      return { item: { type: 'bitmap', disk: await this.#bitmapDisk(node), edit: { action, name } } };
+    };
+    switch (type) {
+      case 'abort':
+        return { item: { type: 'abort' } };
+      case 'block-dirty-bitmap-add': {
+        const { node, ...rest } = data as ArgumentsOfAction<'block-dirty-bitmap-add'>;
+        const disk = await this.#bitmapDisk(node);
+        return { item: { type: 'bitmap', disk, edit: { action: 'add', ...rest } } };
+      }
+      case 'block-dirty-bitmap-remove':
+        return await bitmap('remove');
+      case 'block-dirty-bitmap-clear':
+        return await bitmap('clear');
+      case 'block-dirty-bitmap-enable':
+        return await bitmap('enable');
+      case 'block-dirty-bitmap-disable':
+        return await bitmap('disable');
+      case 'block-dirty-bitmap-merge':
+        return { item: await this.#merge(data as ArgumentsOfAction<'block-dirty-bitmap-merge'>) };
+      case 'drive-backup':
+        return await this.#driveBackup(data as ArgumentsOfAction<'drive-backup'>);
+      case 'blockdev-backup':
+        return await this.#blockdevBackup(data as ArgumentsOfAction<'blockdev-backup'>);
+      default:
+        throw new QmpError(`Parameter 'type' does not accept value '${type}'`);
+    }
+  }
+
+  async #pause(job: BackupHandle): Promise<void> {
+    await this.jobs.settle(job, () => job.pause(), 'paused');
+  }
+
+  async #resume(job: BackupHandle): Promise<void> {
+    await this.jobs.settle(job, () => job.resume(), 'running');
+  }
+
+  async #finalize(job: BackupHandle): Promise<void> {
+    await this.jobs.settle(job, () => job.finalize(), this.jobs.lastStatus(job));
+  }
+
+  async #cancel(job: BackupHandle, force = true): Promise<void> {
+    if (job.status === 'paused' && !force) {
+      throw new QmpError(`The block job for device '${job.id}' is currently paused`);
+    }
+    await this.jobs.settle(job, () => job.cancel(), this.jobs.lastStatus(job));
+  }
+
+  /** QMP `blockdev-create` */
+  #create(given: ArgumentsOf<'blockdev-create'>): void {
+    const { 'job-id': id, options } = given;
+    this.jobs.checkFree(id);
+    this.jobs.create(id, async () => {
+      const size = Number(options['size']);
+      const { preallocation } = options;
+      const space = { preallocation: preallocation as CreateImageOptions['preallocation'] };
+      if (options['driver'] === 'file') {
+        const path = String(options['filename']);
+        await this.#engine.createImage(path, { format: 'raw', length: size, force: true, ...space });
+        return;
+      }
+      const file = options['file'];
+      if (typeof file !== 'string') throw new QmpError("'file' must be the name of a node");
+      const node = this.graph.lookUp(file);
+      if (node.parents.size > 0) throw new QmpError(`Node '${node.name}' is in use`);
+      await this.#engine.run({
+        kind: 'format',
+        node: node.descriptor,
+        length: size,
+        options: {
+          format: 'qcow2',
+          ...space,
+          version: options['version'] === 'v2' ? 2 : 3,
+          clusterSize: optionalNumber(options['cluster-size']),
+          refcountBits: optionalNumber(options['refcount-bits']),
+          lazyRefcounts: options['lazy-refcounts'] === true,
+          extendedL2: options['extended-l2'] === true,
+          compressionType: options['compression-type'] === 'zstd' ? 'zstd' : 'zlib',
+          backingFile: optionalText(options['backing-file']),
+          backingFormat: optionalText(options['backing-fmt']) as CreateImageOptions['backingFormat'],
+        },
+      });
+    });
+  }
+
+  /** QMP `block_resize` */
+  async #resize(given: ArgumentsOf<'block_resize'>): Promise<void> {
+    const { size, device, 'node-name': nodeName } = given;
+    const name = nodeName ?? device;
+    if (name === undefined) throw new QmpError("Parameter 'device' is missing");
+    const node = this.graph.lookUp(name);
+    if (size < 0) throw new QmpError("Parameter 'size' expects a >0 size");
+    const busy = [...node.users.values()].some((use) => use !== 'export');
+    if (busy) throw new QmpError(`Device '${device ?? '(null)'}' is in use`);
+    throw new QmpError(
+      `Node '${node.name}' cannot be resized while it is open; close it and use 'stillframe resize'`,
+    );
+  }
+
+  async #freeze(given: ArgumentsOf<'x-freeze'>): Promise<void> {
+    const { server } = this.exports;
+    if (server === undefined) throw new QmpError('NBD server not running');
+    const disk = await this.graph.disk(this.graph.lookUp(given.device));
+    const name = given.export;
+    const frozen = await disk.freeze({
+      scratch: given.scratch,
+      onCbwError: given['on-cbw-error'],
+      cbwTimeoutMs: (given['cbw-timeout'] ?? 0) * 1000,
+    });
+    try {
+      await server.addExport({ disk: frozen, name });
+    } catch (error) {
+      await frozen.close();
+      throw error;
+    }
+    this.#frozen.set(name, frozen);
+  }
+
+  async #thaw({ export: name }: ArgumentsOf<'x-thaw'>): Promise<void> {
+    const frozen = this.#frozen.get(name);
+    if (frozen === undefined) throw new QmpError(`no instant is exported as '${name}'`);
+    this.#frozen.delete(name);
+    await frozen.close();
+    this.#tell({ event: 'BLOCK_EXPORT_DELETED', data: { id: name } });
+  }
+}
+
+/** An error of making or opening the target of `drive-backup`, in QEMU's words. */
+function targetError(error: unknown, item: TransactionItem): unknown {
+  if (item.type !== 'backup' || !(error instanceof StillframeError)) return error;
+  const { target, existing, targetNode } = item.options;
+  const words = strerror(error);
+  if (words === undefined || targetNode !== undefined || !error.message.includes(basename(target)))
+    return error;
+  return new QmpError(`Could not ${existing === true ? 'open' : 'create'} '${target}': ${words}`);
+}
+
+function optionalNumber(value: unknown): number | undefined {
+  return value === undefined ? undefined : Number(value);
+}
+
+function optionalText(value: unknown): string | undefined {
+  return value === undefined ? undefined : String(value);
+}
+
+const BACKUP_CLUSTER = 65536;
+
+/** Limits that QEMU has as well; they are looked at, and how work is shared out is ours. */
+function checkPerformance(perf: ArgumentsOf<'blockdev-backup'>['x-perf']): void {
+  const { 'max-workers': workers = 64, 'max-chunk': chunk = 0, 'min-cluster-size': cluster } = perf ?? {};
+  if (workers < 1 || workers > 2 ** 31 - 1) {
+    throw new QmpError('max-workers must be between 1 and 2147483647');
+  }
+  if (chunk < 0) throw new QmpError('max-chunk must be zero (which means no limit) or positive');
+  if (chunk !== 0 && chunk < BACKUP_CLUSTER) {
+    throw new QmpError(`Required max-chunk (${chunk}) is less than backup cluster size (${BACKUP_CLUSTER})`);
+  }
+  if (cluster !== undefined && (cluster === 0 || !Number.isInteger(Math.log2(cluster)))) {
+    throw new QmpError('Cannot create block-copy-state: min-cluster-size needs to be a power of 2');
+  }
+}

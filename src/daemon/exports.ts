@@ -1,0 +1,231 @@
+import type { Engine, NbdServer } from '../index.js';
+import type { ListenAddress } from '../nbd/server/address.js';
+import { openErrorText, QmpError } from '../qmp/errors.js';
+import type { QmpEvent } from '../qmp/monitor.js';
+import { isObject, type JsonObject } from '../qmp/types.js';
+import type { Graph, GraphNode } from './graph.js';
+import type { DaemonObject, Objects } from './objects.js';
+
+interface Export {
+  readonly id: string;
+  readonly name: string;
+  readonly node: GraphNode;
+}
+
+const DEFAULT_CONNECTIONS = 100;
+const MAX_CONNECTIONS = 10_000;
+
+/** The NBD server of a daemon and what it exports (QMP `nbd-server-*`, `block-export-*`). */
+export class Exports {
+  readonly #engine: Engine;
+  readonly #graph: Graph;
+  readonly #objects: Objects;
+  readonly #tell: (event: QmpEvent) => void;
+  readonly #exports = new Map<string, Export>();
+  #server: { readonly server: NbdServer; readonly tls: DaemonObject | undefined } | undefined;
+
+  constructor(engine: Engine, graph: Graph, objects: Objects, tell: (event: QmpEvent) => void) {
+    this.#engine = engine;
+    this.#graph = graph;
+    this.#objects = objects;
+    this.#tell = tell;
+  }
+
+  /** Takes a server that somebody else has started, and what it exports, as the daemon's. */
+  adopt(server: NbdServer, exported: readonly { readonly name: string; readonly node: GraphNode }[]): void {
+    this.#server = { server, tls: undefined };
+    for (const { name, node } of exported) {
+      this.#exports.set(name, { id: name, name, node });
+      node.users.set(this.#key(name), 'export');
+    }
+  }
+
+  get server(): NbdServer | undefined {
+    return this.#server?.server;
+  }
+
+  /** @param options address, with its members beside its type, and what the server is to be like */
+  async start(address: JsonObject, options: JsonObject): Promise<void> {
+    if (this.#server !== undefined) throw new QmpError('NBD server already running');
+    const creds = options['tls-creds'];
+    const tls = typeof creds === 'string' ? this.#objects.tlsOf(creds) : undefined;
+    const object = typeof creds === 'string' ? this.#objects.get(creds) : undefined;
+    const wanted = Number(options['max-connections'] ?? DEFAULT_CONNECTIONS);
+    const listen = listenAddress(address);
+    try {
+      const server = await this.#engine.serveNbd({
+        listen: [listen],
+        exports: [],
+        tls,
+        maxConnections: wanted === 0 ? MAX_CONNECTIONS : Math.min(wanted, MAX_CONNECTIONS),
+      });
+      if (object !== undefined) object.users++;
+      this.#server = { server, tls: object };
+    } catch (error) {
+      throw new QmpError(openErrorText(error, 'the NBD socket'));
+    }
+  }
+
+  async stop(): Promise<void> {
+    if (this.#server === undefined) throw new QmpError('NBD server not running');
+    for (const id of [...this.#exports.keys()]) await this.remove(id);
+    await this.#close();
+  }
+
+  async #close(): Promise<void> {
+    const { server, tls } = this.#server ?? {};
+    this.#server = undefined;
+    await server?.close();
+    if (tls !== undefined) tls.users--;
+  }
+
+  /** QMP `block-export-add` */
+  async add(options: JsonObject): Promise<void> {
+    const id = String(options['id']);
+    if (!/^[A-Za-z][A-Za-z0-9\-._]*$/.test(id)) throw new QmpError('Invalid block export id');
+    if (this.#exports.has(id)) throw new QmpError(`Block export id '${id}' is already in use`);
+    const nodeName = String(options['node-name']);
+    const node = this.#graph.get(nodeName);
+    if (node === undefined) throw new QmpError(`Cannot find device='' nor node-name='${nodeName}'`);
+    await this.#add(id, node, options);
+  }
+
+  /** QMP `nbd-server-add` */
+  async addDevice(options: JsonObject): Promise<void> {
+    const device = String(options['device']);
+    const name = String(options['name'] ?? device);
+    const node = this.#graph.lookUp(device);
+    const { bitmap, writable = false, description } = options;
+    if (this.#exports.has(name)) throw new QmpError(`Block export id '${name}' is already in use`);
+    await this.#add(name, node, {
+      name,
+      description,
+      // As QEMU has it: of what is read-only the export is as well.
+      writable: writable === true && !node.descriptor.readOnly,
+      bitmaps: bitmap === undefined ? undefined : [bitmap],
+    });
+  }
+
+  async #add(id: string, node: GraphNode, options: JsonObject): Promise<void> {
+    const server = this.#server?.server;
+    if (server === undefined) throw new QmpError('NBD server not running');
+    const writable = options['writable'] === true;
+    const { 'allocation-depth': depth, description } = options;
+    const name = String(options['name'] ?? node.name);
+    if (name.length > 4096) throw new QmpError(`export name '${name.slice(0, 80)}…' too long`);
+    if (server.exportNames.includes(name)) {
+      throw new QmpError(`NBD server already has export named '${name}'`);
+    }
+    if (writable && node.descriptor.readOnly) {
+      throw new QmpError(`Block node is read-only`);
+    }
+    this.checkWritable(node, writable);
+    const bitmaps = Array.isArray(options['bitmaps']) ? options['bitmaps'] : [];
+    const found = await Promise.all(bitmaps.map((wanted) => this.#bitmap(node, wanted, writable)));
+    const disk = await this.#graph.disk(node);
+    await server.addExport({
+      disk,
+      name,
+      readOnly: !writable,
+      description: typeof description === 'string' ? description : undefined,
+      bitmaps: found,
+      holdBitmaps: true,
+      allocationDepth: depth === true,
+    });
+    this.#exports.set(id, { id, name, node });
+    node.users.set(this.#key(id), 'export');
+  }
+
+  /** Objects that stand for exports among a node's users. */
+  readonly #keys = new Map<string, object>();
+
+  #key(id: string): object {
+    const key = this.#keys.get(id) ?? {};
+    this.#keys.set(id, key);
+    return key;
+  }
+
+  /** Nobody writes past the node that lies on it. */
+  checkWritable(node: GraphNode, writable: boolean): void {
+    if (!writable) return;
+    for (const parent of node.parents) {
+      const role = parent.children.find((child) => child.node === node)?.role ?? 'file';
+      if (parent.descriptor.readOnly && role === 'backing') continue;
+      throw new QmpError(
+        `Conflicts with use by ${parent.name} as '${role}', which does not allow 'write' on ${node.name}`,
+      );
+    }
+  }
+
+  /** The name of a bitmap of the node that is to be exported. */
+  async #bitmap(node: GraphNode, wanted: unknown, writable: boolean): Promise<string> {
+    const name = isObject(wanted) ? String(wanted['name']) : String(wanted);
+    if (isObject(wanted) && this.#graph.lookUp(String(wanted['node'])) !== node) {
+      throw new QmpError(`Bitmap '${name}' is not one of the node '${node.name}' that is exported`);
+    }
+    const disk = await this.#graph.disk(node);
+    const bitmap = (await disk.bitmaps()).find((one) => one.name === name);
+    if (bitmap === undefined) throw new QmpError(`Bitmap '${name}' is not found`);
+    if (!writable && !node.descriptor.readOnly && bitmap.recording) {
+      throw new QmpError(`Enabled bitmap '${name}' incompatible with readonly export`);
+    }
+    return name;
+  }
+
+  /** QMP `block-export-del`. @param safe only where nobody uses it */
+  async remove(id: string, safe = false): Promise<void> {
+    const found = this.#exports.get(id);
+    if (found === undefined) throw new QmpError(`Export '${id}' is not found`);
+    if (safe && (this.#server?.server.connections ?? 0) > 0) {
+      throw new QmpError(`export '${id}' still in use`);
+    }
+    this.#exports.delete(id);
+    await this.#server?.server.removeExport(found.name);
+    found.node.users.delete(this.#key(id));
+    this.#keys.delete(id);
+    this.#tell({ event: 'BLOCK_EXPORT_DELETED', data: { id } });
+  }
+
+  /** Ids of exports by their names. */
+  has(id: string): boolean {
+    return this.#exports.has(id);
+  }
+
+  /** `query-block-exports` */
+  list(): object[] {
+    return [...this.#exports.values()]
+      .reverse()
+      .map(({ id, node }) => ({ 'node-name': node.name, 'shutting-down': false, type: 'nbd', id }));
+  }
+
+  async close(): Promise<void> {
+    this.#exports.clear();
+    await this.#close();
+  }
+}
+
+/** An address of a command as servers take it. */
+export function listenAddress(address: JsonObject): ListenAddress {
+  switch (address['type']) {
+    case 'unix': {
+      const path = String(address['path']);
+      return { type: 'unix', path: address['abstract'] === true ? `\0${path}` : path };
+    }
+    case 'inet': {
+      const port = Number(address['port']);
+      if (!Number.isInteger(port) || port < 0 || port > 65535) {
+        throw new QmpError(`'${String(address['port'])}' is no port`);
+      }
+      const host = String(address['host']);
+      return { type: 'tcp', host: host === '' ? '0.0.0.0' : host, port };
+    }
+    case 'fd': {
+      const fd = Number(address['str']);
+      if (!Number.isInteger(fd) || fd < 0)
+        throw new QmpError(`File descriptor named '${String(address['str'])}' has not been found`);
+      return { type: 'fd', fd };
+    }
+    default:
+      throw new QmpError(`socket addresses of type '${String(address['type'])}' are not supported`);
+  }
+}

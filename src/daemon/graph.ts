@@ -1,0 +1,551 @@
+import { constants as osConstants } from 'node:os';
+import { resolve } from 'node:path';
+import type { BlkdebugRule, IoType } from '../block/filters/blkdebug.js';
+import { combineNames, IMAGE_FORMATS, type ImageFormat } from '../block/graph.js';
+import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
+import type { NodeDescriptor } from '../block/node.js';
+import type { DiskHandle } from '../engine/disk.js';
+import type { Engine } from '../engine/engine.js';
+import type { FrozenDisk } from '../engine/frozen-disk.js';
+import { openErrorText, QmpError } from '../qmp/errors.js';
+import { isObject, type JsonObject } from '../qmp/types.js';
+import type { DaemonObject, Objects } from './objects.js';
+
+/** A node of a daemon's graph. */
+export interface GraphNode {
+  /** Nodes that nobody gave a name have one that begins with `#`. */
+  readonly name: string;
+  readonly driver: string;
+  readonly options: JsonObject;
+  readonly descriptor: NodeDescriptor;
+  readonly children: readonly Child[];
+  /** Nodes that lie on it. */
+  readonly parents: Set<GraphNode>;
+  /** It was made by its name, and goes by it; the others go with their parents. */
+  readonly owned: boolean;
+  /** Name of the device that it is, if any. */
+  device: string | undefined;
+  /** Who else relies on it: exports and jobs, with what it is to them. */
+  readonly users: Map<object, 'export' | 'source' | 'target'>;
+  /** Nodes are listed by it. */
+  readonly sequence: number;
+  /** Of a `copy-before-write` node: the instant it holds. */
+  readonly frozen?: FrozenDisk | undefined;
+  readonly group?: DaemonObject | undefined;
+  disk?: Promise<DiskHandle> | undefined;
+  /** Somebody else has opened it and will close it. */
+  readonly adopted?: true;
+}
+
+export interface Child {
+  readonly role: 'file' | 'backing' | 'data-file' | 'image' | 'target';
+  readonly node: GraphNode;
+}
+
+/** What a node passes on to those that are made for it. */
+interface Inherited {
+  readonly readOnly: boolean;
+  readonly forceShare: boolean;
+  readonly discard: unknown;
+}
+
+/** What opening a node gives. */
+type Opened = Pick<GraphNode, 'descriptor' | 'frozen' | 'group'> & Partial<Pick<GraphNode, 'sequence'>>;
+
+/** The file name by which people know a node: that of the file at its bottom, as it was given. */
+export function filenameOf(node: GraphNode): string {
+  const { filename } = node.options;
+  if (typeof filename === 'string') return filename;
+  const [child] = node.children;
+  return child === undefined ? node.descriptor.path : filenameOf(child.node);
+}
+
+const NODE_NAME = /^[A-Za-z][A-Za-z0-9\-._]{0,30}$/;
+const SECTOR = 512;
+
+/** The nodes of a daemon by their names. */
+export class Graph {
+  readonly #engine: Engine;
+  readonly #objects: Objects;
+  readonly #nodes = new Map<string, GraphNode>();
+  readonly #folders: readonly string[] | undefined;
+  #nextImplicit = 0;
+  #nextSequence = 0;
+
+  /** @param folders from which image headers may open files; default: each image's own */
+  constructor(engine: Engine, objects: Objects, folders: readonly string[] | undefined) {
+    this.#engine = engine;
+    this.#objects = objects;
+    this.#folders = folders;
+  }
+
+  /** All nodes, those that were made last first. */
+  all(): GraphNode[] {
+    return [...this.#nodes.values()].sort((one, other) => other.sequence - one.sequence);
+  }
+
+  get(name: string): GraphNode | undefined {
+    return this.#nodes.get(name);
+  }
+
+  /** A node by its own name or that of its device. */
+  find(name: string): GraphNode | undefined {
+    const device = name === '' ? undefined : this.all().find((node) => node.device === name);
+    return device ?? this.#nodes.get(name);
+  }
+
+  /** @throws QmpError where there is none */
+  lookUp(name: string): GraphNode {
+    const node = this.find(name);
+    if (node !== undefined) return node;
+    throw new QmpError(`Cannot find device='${name}' nor node-name='${name}'`);
+  }
+
+  /** The live disk on a node; made when it is first wanted. */
+  disk(node: GraphNode): Promise<DiskHandle> {
+    const { discard = 'ignore', 'detect-zeroes': detect = 'off' } = node.options;
+    node.disk ??= this.#engine.diskOn(node.descriptor, {
+      discard: discard === 'unmap' ? 'unmap' : 'ignore',
+      detectZeroes: detect === 'on' || detect === 'unmap' ? detect : undefined,
+    });
+    return node.disk;
+  }
+
+  /** Takes a disk that somebody else has opened, and will close, as a node. */
+  adopt(disk: DiskHandle, name: string, device: string): GraphNode {
+    const { node } = disk.descriptor;
+    const adopted: GraphNode = {
+      name,
+      driver: node.driver,
+      options: { driver: node.driver, 'node-name': name },
+      descriptor: node,
+      children: [],
+      parents: new Set(),
+      owned: false,
+      device,
+      users: new Map(),
+      disk: Promise.resolve(disk),
+      sequence: this.#nextSequence++,
+      adopted: true,
+    };
+    this.#nodes.set(name, adopted);
+    return adopted;
+  }
+
+  /**
+   * QMP `blockdev-add`.
+   *
+   * @param options as the schema has them
+   */
+  async add(options: JsonObject): Promise<GraphNode> {
+    if (options['node-name'] === undefined) {
+      throw new QmpError("'node-name' must be specified for the root node");
+    }
+    return await this.#make(options, undefined);
+  }
+
+  /**
+   * A drive as QEMU's `-drive` has it: a device on an image.
+   *
+   * @param options of the node but for its driver, which is looked for in the first bytes where it is missing
+   */
+  async addDrive(options: JsonObject): Promise<GraphNode> {
+    const { driver, file } = options;
+    if (driver !== undefined || !isObject(file)) return await this.#make(options, undefined);
+    const probed = await this.#make(file, { readOnly: true, forceShare: true, discard: undefined });
+    let format: ImageFormat;
+    try {
+      ({ format } = await this.header(probed, undefined, { backing: false, dataFile: false }));
+    } finally {
+      await this.#close(probed);
+    }
+    return await this.#make({ ...options, driver: format }, undefined);
+  }
+
+  /** QMP `blockdev-del` */
+  async remove(name: string): Promise<void> {
+    const node = this.#nodes.get(name);
+    if (node === undefined) throw new QmpError(`Failed to find node with node-name='${name}'`);
+    const uses = [...node.users.values()];
+    if (uses.includes('export')) throw new QmpError(`Node ${name} is in use`);
+    const [job] = uses;
+    if (job !== undefined) {
+      throw new QmpError(`Node '${name}' is busy: block device is in use by block job: backup`);
+    }
+    if (!node.owned) throw new QmpError(`Node ${name} is not owned by the monitor`);
+    if (node.parents.size > 0) throw new QmpError(`Block device ${name} is in use`);
+    await this.#close(node);
+  }
+
+  /** Closes every node, those on top first. */
+  async close(): Promise<void> {
+    let failure: unknown;
+    for (;;) {
+      const node = this.all().find(({ parents }) => parents.size === 0);
+      if (node === undefined) break;
+      try {
+        await this.#close(node);
+      } catch (error) {
+        failure ??= error;
+      }
+    }
+    if (failure !== undefined) throw failure;
+  }
+
+  async #close(node: GraphNode): Promise<void> {
+    this.#nodes.delete(node.name);
+    if (node.adopted === true) return;
+    try {
+      await node.frozen?.close();
+      const disk = await node.disk;
+      await disk?.close();
+      await this.#engine.run<void>({ kind: 'close-layer', node: node.descriptor });
+    } finally {
+      if (node.group !== undefined) node.group.users--;
+      await this.#release(node, node.children);
+    }
+  }
+
+  /** The children of a node that is gone; those that were made for it go as well. */
+  async #release(parent: GraphNode | undefined, children: readonly Child[]): Promise<void> {
+    for (const { node } of children) {
+      if (parent !== undefined) node.parents.delete(parent);
+      const wanted = node.owned || node.parents.size > 0 || node.users.size > 0;
+      if (!wanted && this.#nodes.has(node.name)) await this.#close(node);
+    }
+  }
+
+  #nameOf(options: JsonObject): string {
+    const name = options['node-name'];
+    if (typeof name !== 'string') {
+      this.#nextImplicit++;
+      return `#block${String(this.#nextImplicit).padStart(3, '0')}`;
+    }
+    if (name.length > 31) throw new QmpError('Node name too long');
+    if (!NODE_NAME.test(name)) throw new QmpError(`Invalid node-name: '${name}'`);
+    if (this.#nodes.has(name)) throw new QmpError(`Duplicate nodes with node-name='${name}'`);
+    if (this.all().some(({ device }) => device === name)) {
+      throw new QmpError(`node-name=${name} is conflicting with a device id`);
+    }
+    return name;
+  }
+
+  /** A child by its name, or made for its parent. */
+  async #child(
+    role: Child['role'],
+    wanted: unknown,
+    inherited: Inherited,
+    made: Child[],
+  ): Promise<GraphNode> {
+    let node: GraphNode;
+    if (typeof wanted === 'string') {
+      node = this.lookUp(wanted);
+    } else {
+      if (!isObject(wanted)) throw new TypeError('the schema was not looked at');
+      node = await this.#make(wanted, inherited);
+    }
+    made.push({ role, node });
+    return node;
+  }
+
+  async #make(options: JsonObject, inherited: Inherited | undefined): Promise<GraphNode> {
+    const name = this.#nameOf(options);
+    const device = options['x-device'];
+    if (typeof device === 'string' && this.find(device) !== undefined) {
+      throw new QmpError(`Device with id '${device}' already exists`);
+    }
+    const children: Child[] = [];
+    try {
+      const opened = await this.#open(options, inherited, children);
+      const node: GraphNode = {
+        name,
+        driver: String(options['driver']),
+        options: { discard: inherited?.discard, ...options },
+        children,
+        parents: new Set(),
+        owned: options['node-name'] !== undefined && inherited === undefined,
+        device: typeof device === 'string' ? device : undefined,
+        users: new Map(),
+        sequence: this.#nextSequence++,
+        ...opened,
+      };
+      for (const child of children) child.node.parents.add(node);
+      this.#nodes.set(name, node);
+      return node;
+    } catch (error) {
+      await this.#release(undefined, children);
+      throw error;
+    }
+  }
+
+  async #layer(layer: Layer): Promise<Pick<GraphNode, 'descriptor'>> {
+    return { descriptor: await this.#engine.run<NodeDescriptor>({ kind: 'open-layer', layer }) };
+  }
+
+  /** Opens what the options say on nodes that it makes or finds. @param made takes these */
+  async #open(options: JsonObject, inherited: Inherited | undefined, made: Child[]): Promise<Opened> {
+    const driver = String(options['driver']);
+    const readOnly = (options['read-only'] ?? inherited?.readOnly ?? false) === true;
+    const forceShare = (options['force-share'] ?? inherited?.forceShare ?? false) === true;
+    const pass: Inherited = { readOnly, forceShare, discard: options['discard'] ?? inherited?.discard };
+    if (forceShare && !readOnly) {
+      throw new QmpError('force-share=on can only be used with read-only images');
+    }
+    const child = (role: Child['role'], key: string = role): Promise<GraphNode> =>
+      this.#child(role, options[key], pass, made);
+    switch (driver) {
+      case 'file':
+      case 'host_device':
+        return await this.#openFile(options, readOnly, forceShare);
+      case 'nbd':
+        return await this.#openNbd(options, readOnly);
+      case 'null-co':
+        return await this.#layer({
+          driver,
+          readOnly,
+          length: Math.ceil(Number(options['size'] ?? 2 ** 30) / SECTOR) * SECTOR,
+          readsZero: options['read-zeroes'] === true,
+          latencyMs: Number(options['latency-ns'] ?? 0) / 1e6,
+        });
+      case 'raw': {
+        const { descriptor: file } = await child('file');
+        const { offset, size } = options;
+        return await this.#layer({
+          driver,
+          file,
+          readOnly,
+          offset: offset === undefined ? undefined : Number(offset),
+          size: size === undefined ? undefined : Number(size),
+        });
+      }
+      case 'qcow2':
+        return await this.#openQcow2(options, pass, made);
+      case 'throttle': {
+        const group = this.#objects.takeGroup(String(options['throttle-group']));
+        try {
+          const below = await this.#live(await child('file'));
+          return { ...(await this.#layer({ driver, child: below, group: group.group })), group };
+        } catch (error) {
+          group.users--;
+          throw error;
+        }
+      }
+      case 'compress':
+        return await this.#layer({ driver, child: await this.#live(await child('file')) });
+      case 'preallocate':
+      case 'copy-on-read':
+        return { descriptor: await this.#live(await child('file')) };
+      case 'blkdebug': {
+        const { descriptor: below } = await child('image');
+        return await this.#layer({ driver, child: below, rules: rulesOf(options) });
+      }
+      case 'copy-before-write':
+        return await this.#openCopyBeforeWrite(options, await child('file'), await child('target'));
+      case 'snapshot-access': {
+        const below = await child('file');
+        if (below.frozen === undefined) {
+          throw new QmpError(`Node '${below.name}' holds no instant: it is no copy-before-write node`);
+        }
+        const { disk, descriptor } = below.frozen;
+        return await this.#layer({ driver, disk: disk.descriptor, frame: descriptor.frame });
+      }
+      case 'vmdk':
+      case 'vhdx':
+      case 'vpc':
+      case 'vdi': {
+        if (!readOnly) throw new QmpError(`Block format '${driver}' is only read: set read-only=on`);
+        return await this.#layer({ driver, file: (await child('file')).descriptor });
+      }
+      default:
+        throw new QmpError(`Unknown driver '${driver}'`);
+    }
+  }
+
+  async #openFile(
+    options: JsonObject,
+    readOnly: boolean,
+    forceShare: boolean,
+  ): Promise<Pick<GraphNode, 'descriptor'>> {
+    const filename = String(options['filename']);
+    const noLock = forceShare || options['locking'] === 'off';
+    const open = (asReadOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> =>
+      this.#layer({
+        driver: 'file',
+        path: filename.replace(/^file:/, ''),
+        readOnly: asReadOnly,
+        lock: noLock ? 'none' : asReadOnly ? 'read' : 'write',
+      });
+    try {
+      return await open(readOnly);
+    } catch (error) {
+      const mayFall = !readOnly && options['auto-read-only'] === true && isReadOnlyError(error);
+      if (mayFall) return await open(true);
+      throw new QmpError(openErrorText(error, filename));
+    }
+  }
+
+  async #openNbd(options: JsonObject, readOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> {
+    const name = nbdName(options, this.#objects);
+    return await this.#layer({ driver: 'nbd', name, readOnly });
+  }
+
+  async #openQcow2(options: JsonObject, pass: Inherited, made: Child[]): Promise<Opened> {
+    const file = await this.#child('file', options['file'], pass, made);
+    // Before its backing files, as QEMU lists them.
+    const sequence = this.#nextSequence++;
+    const { backing: wanted, 'data-file': wantedData } = options;
+    const header = await this.header(file, 'qcow2', {
+      backing: wanted === undefined,
+      dataFile: wantedData === undefined,
+    });
+    const data = wantedData ?? (header.dataFile && { driver: 'file', filename: header.dataFile });
+    const dataFile = data === undefined ? undefined : await this.#child('data-file', data, pass, made);
+    const below = { ...pass, readOnly: true };
+    let backing: GraphNode | undefined;
+    if (wanted === undefined) {
+      const named = header.backing;
+      if (named !== undefined) {
+        const name = combineNames(filenameOf(file), named.name);
+        backing = await this.#make(await this.#imageOptions(named.path, name, named.format), below);
+        made.push({ role: 'backing', node: backing });
+      }
+    } else if (wanted !== null) backing = await this.#child('backing', wanted, below, made);
+    const opened = await this.#layer({
+      driver: 'qcow2',
+      file: file.descriptor,
+      readOnly: pass.readOnly,
+      backing: backing && (backing.descriptor.readOnly ? backing.descriptor : await this.#live(backing)),
+      dataFile: dataFile?.descriptor,
+    });
+    return { ...opened, sequence };
+  }
+
+  async #openCopyBeforeWrite(
+    options: JsonObject,
+    file: GraphNode,
+    target: GraphNode,
+  ): Promise<Pick<GraphNode, 'descriptor' | 'frozen'>> {
+    const { bitmap } = options;
+    let name: string | undefined;
+    if (isObject(bitmap)) {
+      if (this.lookUp(String(bitmap['node'])) !== file) {
+        throw new QmpError(`the bitmap must be one of the node '${file.name}'`);
+      }
+      name = String(bitmap['name']);
+    }
+    const disk = await this.disk(file);
+    const frozen = await disk.hold({
+      targetNode: target.descriptor,
+      bitmap: name,
+      onCbwError: options['on-cbw-error'] === 'break-snapshot' ? 'break-snapshot' : 'break-guest-write',
+      cbwTimeoutMs: Number(options['cbw-timeout'] ?? 0) * 1000,
+    });
+    return { descriptor: await this.#live(file), frozen };
+  }
+
+  /** A node as another one's child that passes requests on: they go through what its jobs and bitmaps want to see. */
+  async #live(node: GraphNode): Promise<NodeDescriptor> {
+    const { descriptor } = await this.disk(node);
+    const { path, readOnly } = node.descriptor;
+    return { driver: 'live', path, readOnly, length: descriptor.length, disk: descriptor };
+  }
+
+  /** What the header of an image says. @param format looked for in the first bytes where it is missing */
+  header(
+    node: GraphNode,
+    format: ImageFormat | undefined,
+    follow: HeaderOptions['follow'],
+  ): Promise<LayerHeader> {
+    return this.#engine.run<LayerHeader>({
+      kind: 'header',
+      node: node.descriptor,
+      options: { format, folders: this.#folders, follow },
+    });
+  }
+
+  /** Options of an image by its file name, as headers and commands from before nodes had names have it. */
+  async #imageOptions(path: string, name: string, format: ImageFormat | undefined): Promise<JsonObject> {
+    const filename = resolve(name) === path ? name : path;
+    const file = isNbd(path) ? { driver: 'nbd', 'x-uri': path } : { driver: 'file', filename };
+    if (format !== undefined) return { driver: format, file };
+    const probed = await this.#make(file, { readOnly: true, forceShare: true, discard: undefined });
+    try {
+      const header = await this.header(probed, undefined, { backing: false, dataFile: false });
+      return { driver: header.format, file };
+    } finally {
+      await this.#close(probed);
+    }
+  }
+}
+
+export function isFormat(name: string): name is ImageFormat {
+  return IMAGE_FORMATS.some((format) => format === name);
+}
+
+function isNbd(path: string): boolean {
+  return /^nbds?(\+[a-z]+)?:/i.test(path);
+}
+
+function isReadOnlyError(error: unknown): boolean {
+  if (!(error instanceof Error) || !('code' in error)) return false;
+  return error.code === 'ERR_STILLFRAME_PERMISSION' || error.code === 'ERR_STILLFRAME_READ_ONLY';
+}
+
+/** The URI of an export, from the options of its node. */
+function nbdName(options: JsonObject, objects: Objects): string {
+  const uri = options['x-uri'];
+  if (typeof uri === 'string') return uri;
+  const { server, export: name = '', 'tls-creds': creds } = options;
+  if (!isObject(server)) throw new TypeError('the schema was not looked at');
+  const parameters = typeof creds === 'string' ? objects.clientTlsOf(creds) : new URLSearchParams();
+  const set = (key: string, value: unknown): void => {
+    if (value !== undefined) parameters.set(key, String(value));
+  };
+  set('x-reconnect-delay', options['reconnect-delay']);
+  set('x-open-timeout', options['open-timeout']);
+  set('x-dirty-bitmap', options['x-dirty-bitmap']);
+  set('tls-hostname', options['tls-hostname']);
+  const scheme = typeof creds === 'string' ? 'nbds' : 'nbd';
+  const path = encodeURIComponent(String(name));
+  if (server['type'] === 'unix') {
+    set('socket', server['path']);
+    return `${scheme}+unix:///${path}?${parameters}`;
+  }
+  if (server['type'] !== 'inet') {
+    throw new QmpError(
+      `an NBD server of type '${String(server['type'])}' is not supported; use inet or unix`,
+    );
+  }
+  const host = String(server['host']);
+  const place = host.includes(':') ? `[${host}]` : host;
+  const query = parameters.size === 0 ? '' : `?${parameters}`;
+  return `${scheme}://${place}:${String(server['port'])}/${path}${query}`;
+}
+
+const IOTYPES: readonly IoType[] = ['read', 'write', 'write-zeroes', 'discard', 'flush', 'block-status'];
+
+function rulesOf(options: JsonObject): BlkdebugRule[] {
+  const list = (key: string): JsonObject[] => {
+    const value = options[key];
+    return Array.isArray(value) ? value.filter(isObject) : [];
+  };
+  const stateOf = ({ state }: JsonObject): number | undefined =>
+    state === undefined ? undefined : Number(state);
+  const injections = list('inject-error').map((rule): BlkdebugRule => {
+    const sector = Number(rule['sector'] ?? -1);
+    return {
+      kind: 'inject-error',
+      event: String(rule['event']),
+      state: stateOf(rule),
+      iotype: IOTYPES.find((type) => type === rule['iotype']),
+      errno: Number(rule['errno'] ?? osConstants.errno.EIO),
+      offset: sector < 0 ? undefined : sector * SECTOR,
+      once: rule['once'] === true,
+    };
+  });
+  const changes = list('set-state').map((rule): BlkdebugRule => {
+    const newState = Number(rule['new_state']);
+    return { kind: 'set-state', event: String(rule['event']), state: stateOf(rule), newState };
+  });
+  return [...injections, ...changes];
+}

@@ -1,0 +1,130 @@
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { setLimits, THROTTLE_GROUP_BYTES, type ThrottleLimits } from '../block/filters/throttle.js';
+import type { Engine, TlsOptions } from '../index.js';
+import { QmpError } from '../qmp/errors.js';
+import { isObject, type JsonObject } from '../qmp/types.js';
+
+/** An object that nodes and servers refer to (QMP `object-add`). */
+export interface DaemonObject {
+  readonly id: string;
+  readonly type: string;
+  readonly options: JsonObject;
+  /** What a `throttle-group` has: pointer to its buckets. */
+  readonly group?: number;
+  /** How many nodes and servers use it. */
+  users: number;
+}
+
+const LIMITS = ['bps-total', 'bps-read', 'bps-write', 'iops-total', 'iops-read', 'iops-write'] as const;
+
+/** The objects of a daemon. */
+export class Objects {
+  readonly #engine: Engine;
+  readonly #objects = new Map<string, DaemonObject>();
+
+  constructor(engine: Engine) {
+    this.#engine = engine;
+  }
+
+  /** @param options as the schema has them */
+  add(options: JsonObject): void {
+    const { id, 'qom-type': type, ...rest } = options;
+    if (typeof id !== 'string' || typeof type !== 'string')
+      throw new TypeError('the schema was not looked at');
+    if (!/^[A-Za-z][A-Za-z0-9\-._]*$/.test(id)) throw new QmpError(`Invalid ID '${id}'`);
+    if (this.#objects.has(id)) {
+      throw new QmpError(`attempt to add duplicate property '${id}' to object (type 'container')`);
+    }
+    const common = { id, type, options: rest, users: 0 };
+    if (type !== 'throttle-group') {
+      if (type === 'secret') secretOf(rest);
+      this.#objects.set(id, common);
+      return;
+    }
+    const limits = limitsOf(rest);
+    const group = this.#engine.arena.alloc(THROTTLE_GROUP_BYTES, `throttle group '${id}'`);
+    setLimits(this.#engine, group, limits);
+    this.#objects.set(id, { ...common, group });
+  }
+
+  remove(id: string): void {
+    const object = this.#objects.get(id);
+    if (object === undefined) throw new QmpError(`object '${id}' not found`);
+    if (object.users > 0) throw new QmpError(`object '${id}' is in use, can not be deleted`);
+    this.#objects.delete(id);
+    if (object.group !== undefined) this.#engine.arena.free(object.group);
+  }
+
+  /** The group of a throttle node, which uses it from now on. */
+  takeGroup(id: string): DaemonObject & { readonly group: number } {
+    const object = this.#objects.get(id);
+    if (object?.group === undefined) throw new QmpError(`Throttle group '${id}' does not exist`);
+    object.users++;
+    return Object.assign(object, { group: object.group });
+  }
+
+  get(id: string): DaemonObject | undefined {
+    return this.#objects.get(id);
+  }
+
+  /** TLS of a server, from credentials. */
+  tlsOf(id: string): TlsOptions {
+    const object = this.#objects.get(id);
+    if (object === undefined) throw new QmpError(`No TLS credentials with id '${id}'`);
+    if (object.type !== 'tls-creds-x509' && object.type !== 'tls-creds-psk') {
+      throw new QmpError(`Object with id '${id}' is not TLS credentials`);
+    }
+    const { dir, endpoint, 'verify-peer': verifyPeer = true } = object.options;
+    if (endpoint !== 'server') throw new QmpError('Expecting TLS credentials with a server endpoint');
+    if (typeof dir !== 'string') throw new QmpError("Property 'dir' is needed");
+    return object.type === 'tls-creds-psk'
+      ? { pskFile: join(dir, 'keys.psk') }
+      : { certificates: dir, verifyPeer: verifyPeer === true };
+  }
+
+  /** Parameters of an NBD URI for a client's credentials. */
+  clientTlsOf(id: string): URLSearchParams {
+    const object = this.#objects.get(id);
+    if (object === undefined) throw new QmpError(`No TLS credentials with id '${id}'`);
+    const { dir, endpoint = 'client', username, 'verify-peer': verifyPeer } = object.options;
+    if (endpoint !== 'client') throw new QmpError('Expecting TLS credentials with a client endpoint');
+    const parameters = new URLSearchParams();
+    if (object.type === 'tls-creds-psk') {
+      parameters.set('tls-psk-file', join(String(dir), 'keys.psk'));
+      if (typeof username === 'string') parameters.set('tls-username', username);
+    } else {
+      if (typeof dir === 'string') parameters.set('tls-certificates', dir);
+      if (verifyPeer === false) parameters.set('tls-verify-peer', 'false');
+    }
+    return parameters;
+  }
+
+  close(): void {
+    for (const { group } of this.#objects.values()) if (group !== undefined) this.#engine.arena.free(group);
+    this.#objects.clear();
+  }
+}
+
+function limitsOf(options: JsonObject): ThrottleLimits {
+  const nested = isObject(options['limits']) ? options['limits'] : {};
+  const given = (name: string): number => Number(nested[name] ?? options[`x-${name}`] ?? 0);
+  for (const kind of ['bps', 'iops']) {
+    if (given(`${kind}-total`) > 0 && (given(`${kind}-read`) > 0 || given(`${kind}-write`) > 0)) {
+      throw new QmpError('bps/iops/max total values and read/write values cannot be used at the same time');
+    }
+  }
+  const negative = LIMITS.some((limit) => given(limit) < 0);
+  if (negative) throw new QmpError('bps/iops/max values must be within [0, 1000000000000000]');
+  return Object.fromEntries(LIMITS.map((limit) => [limit, given(limit)]));
+}
+
+/** @throws QmpError where there is none */
+function secretOf({ data, file }: JsonObject): string {
+  if ((data === undefined) === (file === undefined)) {
+    throw new QmpError(
+      data === undefined ? "Must provide 'file' or 'data'" : "'file' and 'data' are mutually exclusive",
+    );
+  }
+  return typeof file === 'string' ? readFileSync(file, 'utf8') : String(data);
+}

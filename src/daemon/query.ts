@@ -1,0 +1,140 @@
+import type { NodeInfo } from '../block/info.js';
+import type { Engine } from '../index.js';
+import type { JsonObject } from '../qmp/types.js';
+import { isObject } from '../qmp/types.js';
+import { filenameOf, type Graph, type GraphNode } from './graph.js';
+
+const NO_LIMITS = { bps: 0, bps_rd: 0, bps_wr: 0, iops: 0, iops_rd: 0, iops_wr: 0 };
+
+const NO_STATISTICS = {
+  unmap_operations: 0,
+  unmap_merged: 0,
+  flush_total_time_ns: 0,
+  wr_highest_offset: 0,
+  wr_total_time_ns: 0,
+  failed_wr_operations: 0,
+  failed_rd_operations: 0,
+  wr_merged: 0,
+  wr_bytes: 0,
+  timed_stats: [],
+  failed_unmap_operations: 0,
+  failed_flush_operations: 0,
+  account_invalid: false,
+  rd_total_time_ns: 0,
+  invalid_unmap_operations: 0,
+  flush_operations: 0,
+  wr_operations: 0,
+  unmap_bytes: 0,
+  rd_merged: 0,
+  rd_bytes: 0,
+  unmap_total_time_ns: 0,
+  invalid_flush_operations: 0,
+  account_failed: false,
+  rd_operations: 0,
+  invalid_wr_operations: 0,
+  invalid_rd_operations: 0,
+};
+
+function backingOf(node: GraphNode): GraphNode | undefined {
+  return node.children.find(({ role }) => role === 'backing')?.node;
+}
+
+/** What monitors can ask of a graph (QAPI `BlockDeviceInfo` and others). */
+export class Queries {
+  readonly #engine: Engine;
+  readonly #graph: Graph;
+
+  constructor(engine: Engine, graph: Graph) {
+    this.#engine = engine;
+    this.#graph = graph;
+  }
+
+  /** `query-named-block-nodes`. @param flat without the images of backing files in those on top */
+  async nodes(flat: boolean): Promise<object[]> {
+    return await Promise.all(this.#graph.all().map((node) => this.#node(node, flat)));
+  }
+
+  async #node(node: GraphNode, flat: boolean): Promise<object> {
+    const { cache, 'detect-zeroes': detectZeroes = 'off' } = node.options;
+    const bitmaps = await this.#bitmaps(node);
+    const backing = backingOf(node);
+    let depth = 0;
+    for (let below = backing; below !== undefined && !flat; below = backingOf(below)) depth++;
+    const flags: JsonObject = isObject(cache) ? cache : {};
+    return {
+      ...NO_LIMITS,
+      detect_zeroes: detectZeroes,
+      image: await this.#image(node, flat),
+      ro: node.descriptor.readOnly,
+      'node-name': node.name,
+      backing_file_depth: depth,
+      drv: node.driver,
+      write_threshold: 0,
+      ...(backing === undefined ? {} : { backing_file: filenameOf(backing) }),
+      ...(bitmaps.length === 0 ? {} : { 'dirty-bitmaps': bitmaps }),
+      encrypted: false,
+      cache: {
+        'no-flush': flags['no-flush'] === true,
+        direct: flags['direct'] === true,
+        writeback: true,
+      },
+      file: filenameOf(node),
+    };
+  }
+
+  /** `dirty-bitmaps` of a node, those that were added last first. */
+  async #bitmaps(node: GraphNode): Promise<object[]> {
+    // Only what a disk was made of has any, and images that keep some.
+    if (node.disk === undefined && node.driver !== 'qcow2') return [];
+    const disk = await this.#graph.disk(node);
+    const list = (await disk.bitmaps()).reverse();
+    return list.map(({ name, inconsistent, ...rest }) => ({
+      ...(name === '' ? {} : { name }),
+      ...rest,
+      ...(inconsistent ? { inconsistent } : {}),
+    }));
+  }
+
+  async #image(node: GraphNode, flat: boolean): Promise<object> {
+    const filename = filenameOf(node);
+    const info = await this.#engine.run<NodeInfo>({ kind: 'node-info', node: node.descriptor, filename });
+    const backing = flat ? undefined : backingOf(node);
+    const nested = backing === undefined ? {} : { 'backing-image': await this.#image(backing, flat) };
+    if (info.image !== undefined && node.driver === info.image.format) {
+      return { ...nested, 'dirty-flag': false, ...info.image };
+    }
+    return {
+      'virtual-size': Math.ceil(info.length / 512) * 512,
+      filename,
+      ...(info.clusterSize === undefined ? {} : { 'cluster-size': info.clusterSize }),
+      format: node.driver,
+      ...(info.allocated === undefined ? {} : { 'actual-size': info.allocated }),
+      'dirty-flag': false,
+    };
+  }
+
+  /** `query-block`: the nodes that are devices. */
+  async devices(): Promise<object[]> {
+    const devices = this.#graph.all().filter(({ device }) => device !== undefined);
+    return await Promise.all(
+      devices.map(async (node) => ({
+        device: node.device,
+        qdev: '',
+        type: 'unknown',
+        removable: false,
+        locked: false,
+        inserted: await this.#node(node, false),
+      })),
+    );
+  }
+
+  /** `query-blockstats` */
+  statistics(nodes: boolean): object[] {
+    const wanted = this.#graph.all().filter(({ device }) => nodes || device !== undefined);
+    return wanted.map((node) => ({
+      ...(nodes || node.device === undefined ? {} : { device: node.device }),
+      'node-name': node.name,
+      stats: NO_STATISTICS,
+    }));
+  }
+}

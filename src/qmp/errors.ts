@@ -1,0 +1,81 @@
+import { type StillframeError, toStillframeError } from '../errors.js';
+
+/** Classes of errors (QAPI `QapiErrorClass`). */
+export type ErrorClass = 'GenericError' | 'CommandNotFound' | 'DeviceNotActive' | 'DeviceNotFound';
+
+/** A command fails with this. */
+export class QmpError extends Error {
+  readonly class: ErrorClass;
+
+  constructor(message: string, errorClass: ErrorClass = 'GenericError') {
+    super(message);
+    this.class = errorClass;
+  }
+}
+
+/** What the C library says of errors. */
+const STRERROR: Readonly<Record<string, string>> = {
+  EACCES: 'Permission denied',
+  EAGAIN: 'Resource temporarily unavailable',
+  EBUSY: 'Device or resource busy',
+  ECANCELED: 'Operation canceled',
+  ECONNREFUSED: 'Connection refused',
+  ECONNRESET: 'Connection reset by peer',
+  EDQUOT: 'Disk quota exceeded',
+  EEXIST: 'File exists',
+  EFBIG: 'File too large',
+  EINVAL: 'Invalid argument',
+  EIO: 'Input/output error',
+  EISDIR: 'Is a directory',
+  ENOENT: 'No such file or directory',
+  ENOMEM: 'Cannot allocate memory',
+  ENOSPC: 'No space left on device',
+  ENOTSUP: 'Operation not supported',
+  EOPNOTSUPP: 'Operation not supported',
+  EPERM: 'Operation not permitted',
+  EPIPE: 'Broken pipe',
+  EROFS: 'Read-only file system',
+  ESHUTDOWN: 'Cannot send after transport endpoint shutdown',
+  ETIMEDOUT: 'Connection timed out',
+};
+
+/** The C library's words for the error behind `error`, where there is one. */
+export function strerror(error: StillframeError): string | undefined {
+  return error.errno === undefined ? undefined : STRERROR[error.errno];
+}
+
+/** What QEMU says of the failure of a job: the system's words, where it was the system. */
+export function jobErrorText(error: unknown): string {
+  if (error instanceof QmpError) return error.message;
+  const known = toStillframeError(error);
+  return strerror(known) ?? known.message;
+}
+
+/** Texts of ours that say more than QEMU's, which clients may know by heart. */
+const SHORTER: readonly RegExp[] = [
+  /^Granularity must be power of 2 and at least 512(?=, )/,
+  /^Source and target image have different sizes(?=: )/,
+  /^Source and target cannot be the same(?=[:;])/,
+  /^Bitmap '.*' is inconsistent and cannot be used(?=: )/s,
+  /^Bitmaps are of different sizes .* can't be merged/s,
+];
+
+/** What a client is told of an error of ours. */
+export function qmpText(error: unknown): string {
+  if (error instanceof QmpError) return error.message;
+  const { message } = toStillframeError(error);
+  for (const shorter of SHORTER) {
+    const [text] = shorter.exec(message) ?? [];
+    if (text !== undefined) return text;
+  }
+  return message;
+}
+
+/** An error of opening something, in QEMU's words where there are some. */
+export function openErrorText(error: unknown, filename: string): string {
+  const known = toStillframeError(error);
+  const lock = /^Failed to get (?:shared )?"[a-z ]+" lock/.exec(known.message);
+  if (lock !== null) return lock[0];
+  const words = strerror(known);
+  return words === undefined ? known.message : `Could not open '${filename}': ${words}`;
+}
