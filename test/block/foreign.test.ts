@@ -5,9 +5,9 @@ import { copyFileSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } fro
 import { deflateSync } from 'node:zlib';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { COMPARE_BUFFER_BYTES, comparePart } from '#src/block/compare.js';
-import { filesOf, type OpenImageOptions, openImage } from '#src/block/graph.js';
+import { filesOf, isImage, type OpenImageOptions, openImage } from '#src/block/graph.js';
 import { imageInfo } from '#src/block/info.js';
-import { STATUS_DATA, STATUS_ZERO } from '#src/block/node.js';
+import { type BlockNode, type ImageDescriptor, STATUS_DATA, STATUS_ZERO } from '#src/block/node.js';
 import { Team } from '#src/job/team.js';
 import { firstDifference, Random } from '../support/data.js';
 import { cowd, streamOptimized } from './foreign-images.js';
@@ -26,6 +26,11 @@ import {
   shownMap,
   withImage,
 } from './foreign-support.js';
+
+function imageOf({ descriptor }: BlockNode): ImageDescriptor {
+  if (!isImage(descriptor)) throw new Error('not an image');
+  return descriptor;
+}
 
 /** What each file of qemu-img's making is, and which `-f` it needs where its first bytes do not tell. */
 interface Made {
@@ -177,7 +182,7 @@ describe.skipIf(!peers)('images of qemu-img', () => {
     });
 
     it('is described alike', () => {
-      const own = withImage(name, (node) => imageInfo(runtime, node.descriptor, at(name)), how);
+      const own = withImage(name, (node) => imageInfo(runtime, imageOf(node), at(name)), how);
       expect(own).toEqual(JSON.parse(qemuImg('info', '--output=json', ...howTheirs, at(name))));
     });
 
@@ -337,9 +342,7 @@ describe('a COWD extent', () => {
     );
     const model = Buffer.concat([data.subarray(0, 700 * 512), data]);
     expectAsQemu('snapshot.vmdk', model);
-    const own = withImage('snapshot.vmdk', (node) =>
-      imageInfo(runtime, node.descriptor, at('snapshot.vmdk')),
-    );
+    const own = withImage('snapshot.vmdk', (node) => imageInfo(runtime, imageOf(node), at('snapshot.vmdk')));
     if (peers) expect(own).toEqual(JSON.parse(qemuImg('info', '--output=json', at('snapshot.vmdk'))));
     expect(own['format-specific']).toMatchObject({ data: { cid: 0x0badcafe, 'create-type': 'vmfsSparse' } });
   });
@@ -379,7 +382,7 @@ describe.skipIf(!peers)('chains', () => {
   it('of VMDKs', () => {
     qemuImg('convert', '-O', 'raw', 'top.vmdk', 'converted.raw');
     expectAsQemu('top.vmdk', readFileSync(at('converted.raw')));
-    const own = withImage('top.vmdk', (node) => imageInfo(runtime, node.descriptor, at('top.vmdk')));
+    const own = withImage('top.vmdk', (node) => imageInfo(runtime, imageOf(node), at('top.vmdk')));
     expect(own).toEqual(JSON.parse(qemuImg('info', '--output=json', at('top.vmdk'))));
   });
 

@@ -5,7 +5,7 @@ import {
   attachNode,
   closeNode,
   type ImageFormat,
-  isStorage,
+  isImage,
   type OpenImageOptions,
   openImage,
 } from '#src/block/graph.js';
@@ -14,7 +14,7 @@ import { mapNode } from '#src/block/map.js';
 import { MapBatch } from '#src/block/map-batch.js';
 import {
   type BlockNode,
-  type NodeDescriptor,
+  type ImageDescriptor,
   STATUS_COMPRESSED,
   STATUS_DATA,
   STATUS_ZERO,
@@ -297,7 +297,7 @@ export class Exercise {
   /** False where it cannot be opened. */
   #with(
     options: Omit<OpenImageOptions, 'format'>,
-    body: (node: BlockNode, descriptor: NodeDescriptor) => void,
+    body: (node: BlockNode, descriptor: ImageDescriptor) => void,
   ): boolean {
     const descriptor = this.#attempt(() =>
       openImage(this.#runtime, this.#path, { ...options, format: this.#format }),
@@ -401,7 +401,7 @@ export class Exercise {
         extent.hostOffset >= 0
       ) {
         const descriptor = extent.node?.descriptor;
-        if (descriptor === undefined || isStorage(descriptor)) throw new Defect('an extent of no image');
+        if (descriptor === undefined || !isImage(descriptor)) throw new Defect('an extent of no image');
         // What a log holds is not in its place in the file.
         if (descriptor.driver === 'vhdx' && this.#format === 'vhdx') return;
         const files =
