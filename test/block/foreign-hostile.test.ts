@@ -84,6 +84,7 @@ describe.skipIf(!peers)('headers and tables', () => {
     ['grain tables of nothing', CORRUPT, /L2 table size too big, or zero/, u32(44, 0)],
     ['large grain tables', CORRUPT, /L2 table size too big/, u32(44, 513)],
     ['no descriptor', UNSUPPORTED, /one extent of a drive/, u64(28, 0n)],
+    ['no grain directory', CORRUPT, /names no grain directory/, u64(56, 0n)],
     ['the grain directory beyond the end', CORRUPT, /ends beyond the end/, u64(56, 2n ** 40n)],
     ['the grain directory at the very end', CORRUPT, /ends beyond the end/, u64(56, 2n ** 64n - 2n)],
     ['a footer that is not there', CORRUPT, /footer/, u64(56, 2n ** 64n - 1n)],

@@ -65,4 +65,13 @@ export const regressions: readonly {
     what: 'an image that becomes shorter looks for its last cluster in use behind all that is counted',
     recipe: { base: 'over-raw-v2', mutations: [[{ length: 70368744177664 }]], actions: 70606127 },
   },
+  {
+    format: 'vmdk',
+    what: 'a header without a grain directory, which was read from the one that is kept in reserve',
+    recipe: {
+      base: 'sparse-zeroes',
+      mutations: [[{ at: 56, hex: '0000000000000000' }]],
+      actions: 1004000,
+    },
+  },
 ];

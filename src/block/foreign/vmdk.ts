@@ -66,7 +66,6 @@ export interface Grains {
 /** The letters at the start of a file. */
 const SPARSE_MAGIC = 'KDMV';
 const COWD_MAGIC = 'COWD';
-const FLAG_BACKUP_DIRECTORY = 1 << 1;
 const FLAG_ZERO_GRAINS = 1 << 2;
 const FLAG_MARKERS = 1 << 17;
 const DEFLATE = 1;
@@ -240,11 +239,11 @@ function openSparse(path: string, file: Source): SparseExtent {
   if (compression > DEFLATE) {
     throw unsupported(path, `its grains are compressed by method ${compression}`, 'deflate (1) is supported');
   }
-  const [primary, backup] = [u64(header, 56, true) * SECTOR, u64(header, 48, true) * SECTOR];
+  const directoryOffset = u64(header, 56, true) * SECTOR;
+  if (directoryOffset === 0) throw corrupt(path, 'its header names no grain directory');
   const grains = {
     grainBytes: grainSectors * SECTOR,
-    // VMware writes both; where the first is missing the second is meant to be used.
-    directoryOffset: primary === 0 && (flags & FLAG_BACKUP_DIRECTORY) !== 0 ? backup : primary,
+    directoryOffset,
     tableEntries,
     compressed: compression === DEFLATE,
     markers: (flags & FLAG_MARKERS) !== 0,
