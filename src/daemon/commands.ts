@@ -445,7 +445,8 @@ export class Daemon {
   async #freeze(given: ArgumentsOf<'x-freeze'>): Promise<void> {
     const { server } = this.exports;
     if (server === undefined) throw new QmpError('NBD server not running');
-    const disk = await this.graph.disk(this.graph.lookUp(given.device));
+    const node = this.graph.lookUp(given.device);
+    const disk = await this.graph.disk(node);
     const name = given.export;
     const frozen = await disk.freeze({
       scratch: given.scratch,
@@ -459,12 +460,14 @@ export class Daemon {
       throw error;
     }
     this.#frozen.set(name, frozen);
+    this.exports.addFrozen(name, node);
   }
 
   async #thaw({ export: name }: ArgumentsOf<'x-thaw'>): Promise<void> {
     const frozen = this.#frozen.get(name);
     if (frozen === undefined) throw new QmpError(`no instant is exported as '${name}'`);
     this.#frozen.delete(name);
+    this.exports.removeFrozen(name);
     await frozen.close();
     this.#tell({ event: 'BLOCK_EXPORT_DELETED', data: { id: name } });
   }

@@ -145,6 +145,18 @@ export class Exports {
     return key;
   }
 
+  /** An instant that somebody else exports. */
+  addFrozen(name: string, node: GraphNode): void {
+    this.#exports.set(name, { id: name, name, node });
+    node.users.set(this.#key(name), 'export');
+  }
+
+  removeFrozen(name: string): void {
+    const found = this.#exports.get(name);
+    this.#exports.delete(name);
+    found?.node.users.delete(this.#key(name));
+  }
+
   /** Nobody writes past the node that lies on it. */
   checkWritable(node: GraphNode, writable: boolean): void {
     if (!writable) return;
@@ -184,11 +196,6 @@ export class Exports {
     found.node.users.delete(this.#key(id));
     this.#keys.delete(id);
     this.#tell({ event: 'BLOCK_EXPORT_DELETED', data: { id } });
-  }
-
-  /** Ids of exports by their names. */
-  has(id: string): boolean {
-    return this.#exports.has(id);
   }
 
   /** `query-block-exports` */
