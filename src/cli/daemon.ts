@@ -271,9 +271,12 @@ export const daemon: Command = {
         leaveTerminal();
         return await ended;
       } finally {
-        await running.close();
-        await monitors.close();
-        if (pidfile !== undefined) rmSync(pidfile, { force: true });
+        try {
+          await running.close();
+        } finally {
+          await monitors.close();
+          if (pidfile !== undefined) rmSync(pidfile, { force: true });
+        }
       }
     } finally {
       await engine.close();

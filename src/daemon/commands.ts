@@ -133,12 +133,17 @@ export class Daemon {
   /** Ends everything: jobs, exports, nodes, objects. */
   async close(): Promise<void> {
     await this.jobs.close();
-    for (const frozen of this.#frozen.values()) await frozen.close();
-    await this.exports.close();
     try {
+      // What is no export may be a client of one: it takes its leave first.
       await this.graph.close();
     } finally {
-      this.objects.close();
+      for (const frozen of this.#frozen.values()) await frozen.close();
+      await this.exports.close();
+      try {
+        await this.graph.close();
+      } finally {
+        this.objects.close();
+      }
     }
   }
 

@@ -206,8 +206,9 @@ export class Exports {
   }
 
   async close(): Promise<void> {
-    this.#exports.clear();
     await this.#close();
+    for (const [id, { node }] of this.#exports) node.users.delete(this.#key(id));
+    this.#exports.clear();
   }
 }
 

@@ -177,11 +177,11 @@ export class Graph {
     await this.#close(node);
   }
 
-  /** Closes every node, those on top first. */
+  /** Closes every node that nobody else uses, those on top first. */
   async close(): Promise<void> {
     let failure: unknown;
     for (;;) {
-      const node = this.all().find(({ parents }) => parents.size === 0);
+      const node = this.all().find(({ parents, users }) => parents.size === 0 && users.size === 0);
       if (node === undefined) break;
       try {
         await this.#close(node);
