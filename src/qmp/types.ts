@@ -91,6 +91,9 @@ export function isEnumeration(kind: Kind): kind is readonly string[] {
   return Array.isArray(kind);
 }
 
+/** Longest path of a value within its object, in characters. */
+const MAX_PATH = 2048;
+
 /** What is wrong with a value; undefined where nothing is. Texts: QEMU's. @param path of the value, for the text */
 export function wrongValue(kind: Kind, value: unknown, path: string): string | undefined {
   const expected = (type: string): string => `Invalid parameter type for '${path}', expected: ${type}`;
@@ -119,6 +122,7 @@ export function wrongValue(kind: Kind, value: unknown, path: string): string | u
     if (typeof value !== 'string') return expected('string');
     return kind.includes(value) ? undefined : `Parameter '${leafOf(path)}' does not accept value '${value}'`;
   }
+  if (path.length > MAX_PATH) return `Parameter '${path.slice(0, 64)}…' is nested too deeply`;
   if ('lazy' in kind) return wrongValue(kind.lazy(), value, path);
   if ('list' in kind) {
     if (!Array.isArray(value)) return expected('array');

@@ -70,6 +70,11 @@ export class QmpClient {
     return this.messages.slice(count).map(({ timestamp: _, ...message }) => message);
   }
 
+  /** Forgets what it was told so far. */
+  forget(): void {
+    this.messages.splice(0);
+  }
+
   close(): void {
     this.#socket.destroy();
   }
