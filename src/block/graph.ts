@@ -45,6 +45,7 @@ import {
   type SnapshotSelector,
 } from './qcow2/index.js';
 import {
+  attachBelowWith,
   attachFile,
   closeFile,
   type FileNode,
@@ -456,6 +457,8 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockN
       );
   }
 }
+
+attachBelowWith(attachNode);
 
 /** Copy buffers of this thread, made when a guest's write first has to save something. */
 const buffers = new WeakMap<Runtime, CopyBuffer>();

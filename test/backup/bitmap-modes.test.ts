@@ -343,6 +343,7 @@ describe('a transaction', () => {
     Promise.allSettled(jobs.map((job) => job.result()));
 
   it('is one instant of several disks', async () => {
+    for (const one of [disk, other]) await one.write(0, new Uint8Array(512));
     // Both disks get the same numbers, one after the other: no instant has the second one ahead of the first.
     let stop = false;
     const writer = (async () => {

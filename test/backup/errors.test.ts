@@ -133,7 +133,7 @@ describe('a target without space', () => {
         skip,
       );
       expect(said).toEqual([
-        { first: { operation: 'write', action: 'stop' }, outcome: 'completed', same: 0 },
+        { first: { operation: 'write', action: 'stop', noSpace: true }, outcome: 'completed', same: 0 },
       ]);
     },
   );

@@ -117,13 +117,6 @@ describe.skipIf(!peers)('headers and tables', () => {
     ],
   ])('of VMDK, %s', check('bad.vmdk', 'vmdk', 'vmdk'));
 
-  it('of VMDK: the copy of the grain directory serves where the first is not there', () => {
-    const image = Buffer.from(images.vmdk);
-    u64(56, 0n)(image);
-    writeFileSync(at('bad.vmdk'), image);
-    withImage('bad.vmdk', (node) => expect(read(node, 0, 4096).every((byte) => byte === 1)).toBe(true));
-  });
-
   it.each<[string, string, RegExp, string]>([
     ['a type nobody lists', UNSUPPORTED, /Unsupported image type 'custom'/, 'createType="custom"'],
     ['no type', FORMAT, /nor a descriptor/, ''],

@@ -23,11 +23,13 @@ const FUTEX = 'src/kernels/futex.ts';
 const CONTROL = 'src/job/control.ts';
 const CACHE = 'src/block/qcow2/slice-cache.ts';
 const FILE = 'src/block/raw/file.ts';
+const BITMAPS = 'src/bitmap/bitmap-set.ts';
 const SNAPSHOT = 'src/block/filters/snapshot-access.ts';
 
 const threads = ['test/block/disk.test.ts'];
 const modes = ['test/backup/modes.test.ts'];
 const errors = ['test/backup/errors.test.ts'];
+const bitmaps = ['test/backup/bitmap-modes.test.ts'];
 const fleece = ['test/backup/fleece.test.ts', 'test/nbd/freeze.test.ts'];
 const rounds = ['test/backup/rounds.test.ts'];
 const power = ['test/block/qcow2-power-cut.test.ts'];
@@ -42,15 +44,16 @@ export const mutants: readonly Mutant[] = [
     name: 'write-first',
     what: 'the guest writes before the old data is copied',
     file: DISK,
-    find: 'for (const frame of this.#activeFrames()) frame.beforeWrite(offset, length);\n      body();',
-    replace: 'body();\n      for (const frame of this.#activeFrames()) frame.beforeWrite(offset, length);',
+    find: 'for (const frame of this.#activeFrames()) frame.beforeWrite(offset, length);\n      try {\n        body();',
+    replace:
+      'body();\n      try {\n        for (const frame of this.#activeFrames()) frame.beforeWrite(offset, length);',
     tests: threads,
   },
   {
     name: 'discard-unseen',
     what: 'a discard passes copy-before-write by',
     file: DISK,
-    find: "this.#mutate('discard', offset, length, () => this.node.discard(offset, length));",
+    find: "this.mutate('discard', offset, length, () => this.node.discard(offset, length));",
     replace: 'this.node.discard(offset, length);',
     tests: threads,
   },
@@ -58,7 +61,7 @@ export const mutants: readonly Mutant[] = [
     name: 'zeroes-unseen',
     what: 'a write of zeroes passes copy-before-write by',
     file: DISK,
-    find: "this.#mutate('write zeroes', offset, length, () => this.node.writeZeroes(offset, length, mayUnmap));",
+    find: "this.mutate('write zeroes', offset, length, () => this.node.writeZeroes(offset, length, mayUnmap));",
     replace: 'this.node.writeZeroes(offset, length, mayUnmap);',
     tests: threads,
   },
@@ -66,9 +69,8 @@ export const mutants: readonly Mutant[] = [
     name: 'no-drain',
     what: 'the instant does not wait for requests in flight',
     file: DISK,
-    find: 'this.#requests.drained(() => {\n      const count = this.#frameCount();\n      if (count',
-    replace:
-      '((body: () => void) => body())(() => {\n      const count = this.#frameCount();\n      if (count',
+    find: 'return this.#requests.drained(() => {',
+    replace: 'return ((work: () => T) => work())(() => {',
     tests: threads,
   },
   {
@@ -671,5 +673,61 @@ export const mutants: readonly Mutant[] = [
     find: "if (found === 'nowhere') return { length, flags: 0, hostOffset: -1 };",
     replace: '',
     tests: fleece,
+  },
+  {
+    name: 'bitmap-of-the-rest',
+    what: 'an incremental backup copies what is clean',
+    file: FRAME,
+    find: "if (first > cluster) return { kind: 'skip', count: first - cluster };",
+    replace: "if (first === cluster) return { kind: 'skip', count: 1 };",
+    tests: bitmaps,
+  },
+  {
+    name: 'not-recorded',
+    what: 'a disk does not record what is written to it',
+    file: DISK,
+    find: 'this.#bitmaps.record(offset, length);',
+    replace: '',
+    tests: bitmaps,
+  },
+  {
+    name: 'successor-lost',
+    what: 'what was written during a failed backup is not dirty afterwards',
+    file: BITMAPS,
+    find: 'else bitmap.merge(successor);',
+    replace: '',
+    tests: bitmaps,
+  },
+  {
+    name: 'frozen-late',
+    what: 'what is written after the instant is taken off the bitmap with what was copied',
+    file: BITMAPS,
+    find: 'successor.enabled = bitmap.enabled;\n      bitmap.enabled = false;',
+    replace: 'successor.enabled = false;',
+    tests: bitmaps,
+  },
+  {
+    name: 'uncopied-forgotten',
+    what: "under 'always' what was not copied is not dirty afterwards",
+    file: JOB,
+    find: 'this.#frame.markUncopied(bitmap, lost)',
+    replace: 'undefined',
+    tests: bitmaps,
+  },
+  {
+    name: 'not-claimed',
+    what: 'a bitmap that a job changes in memory still counts in the file',
+    file: JOB,
+    find: 'claimDiskBitmap(runtime, disk.descriptor, bitmap);',
+    replace: '',
+    tests: bitmaps,
+  },
+  {
+    name: 'group-commits-early',
+    what: 'a job of a group commits before the others have come so far',
+    file: JOB,
+    find: 'control.waitUntil(() => control.released || control.cancelled);',
+    replace: ';',
+    tests: bitmaps,
   },
 ];

@@ -3,6 +3,8 @@
  * files for as long as wanted: `npm run soak -- --minutes N [--seed S] [--one-core] [--contention] [--stops]`. Stops
  * at the first mismatch with the seed that repeats it.
  *
+ * `--nbd` has four NBD clients write over each other instead, 32 requests under way each.
+ *
  * `--one-core` keeps all threads on one processor, `--contention` lets busy loops fight them for every processor,
  * `--stops` stops and continues the process at random moments.
  */
@@ -15,6 +17,7 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { createEngine } from '#src/index.js';
 import { Random } from '../support/data.js';
+import { runNbdRound } from '../support/nbd-rounds.js';
 import { runRound } from '../support/rounds.js';
 import { runScenarioRound } from './scenario-round.js';
 
@@ -27,6 +30,7 @@ const { values } = parseArgs({
     'one-core': { type: 'boolean', default: false },
     contention: { type: 'boolean', default: false },
     stops: { type: 'boolean', default: false },
+    nbd: { type: 'boolean', default: false },
   },
 });
 
@@ -64,6 +68,30 @@ async function soak(): Promise<void> {
     `${rounds} rounds and as many scenarios (${kinds}), seeds ${first} to ${first + rounds - 1}, no mismatch`,
   );
   console.table(Object.fromEntries(totals));
+}
+
+/** The same with four clients of an NBD server. */
+async function soakNbd(): Promise<void> {
+  const first = values.seed === undefined ? Date.now() % 1_000_000_000 : Number(values.seed);
+  const most = Number(values.rounds ?? Number.POSITIVE_INFINITY);
+  const deadline = performance.now() + Number(values.minutes) * 60_000;
+  const folder = mkdtempSync(join(values.folder, 'stillframe-soak-'));
+  const kinds = new Map<string, { rounds: number; requests: number }>();
+  const engine = await createEngine();
+  let rounds = 0;
+  try {
+    console.log(`first seed ${first}`);
+    for (; performance.now() < deadline && rounds < most; rounds++) {
+      const { kind, requests } = await runNbdRound(engine, folder, first + rounds);
+      const total = kinds.get(kind) ?? { rounds: 0, requests: 0 };
+      kinds.set(kind, { rounds: total.rounds + 1, requests: total.requests + requests });
+    }
+  } finally {
+    await engine.close();
+    rmSync(folder, { recursive: true, force: true });
+  }
+  console.log(`${rounds} rounds, seeds ${first} to ${first + rounds - 1}, no mismatch`);
+  console.table(Object.fromEntries(kinds));
 }
 
 const BURN = 'for (;;) Math.sqrt(Math.random());';
@@ -108,4 +136,5 @@ async function harassed(): Promise<void> {
   process.exitCode = status ?? 1;
 }
 
-await (values['one-core'] || values.contention || values.stops ? harassed() : soak());
+const alone = !(values['one-core'] || values.contention || values.stops);
+await (alone ? (values.nbd ? soakNbd() : soak()) : harassed());

@@ -18,14 +18,15 @@ import { withLock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { type LockMode, lockImage } from '../../os/image-lock.js';
 import { syscalls } from '../../os/index.js';
-import { attachNode } from '../graph.js';
 import { attachNbd, closeNbd } from '../nbd/index.js';
 import { NestedFile } from '../nested.js';
 import {
+  type BlockNode,
   type Extent,
   type FileDescriptor,
   type FileNode,
   type HostRange,
+  type NodeDescriptor,
   STATUS_ALLOCATED,
   STATUS_DATA,
   STATUS_ZERO,
@@ -153,12 +154,21 @@ function deviceLength(fd: number, path: string): number {
   return low;
 }
 
+/** The graph has this file as a part of itself: it says here how its nodes are attached, where one is below a file. */
+let attachBelow: (runtime: Runtime, descriptor: NodeDescriptor) => BlockNode = () => {
+  throw new Error('invariant: nothing is below a file without a graph');
+};
+
+export function attachBelowWith(attach: typeof attachBelow): void {
+  attachBelow = attach;
+}
+
 /** This thread's facade of what an image lies on. */
 export function attachFile(runtime: Runtime, descriptor: StorageDescriptor): FileNode {
   if (descriptor.driver === 'nbd') return attachNbd(runtime, descriptor);
   if (descriptor.driver === 'nested') {
     const { node, file } = descriptor;
-    return new NestedFile(runtime, descriptor, attachNode(runtime, node), file && attachFile(runtime, file));
+    return new NestedFile(runtime, descriptor, attachBelow(runtime, node), file && attachFile(runtime, file));
   }
   return new HostFile(runtime.arena, descriptor);
 }
