@@ -57,7 +57,7 @@ describe.skipIf(!hasPeer('openssl') || !hasPeer('nbdcopy'))('TLS', () => {
     ['keys', psk, () => uri(PSK, 'alice@')],
     ['certificates', x509, () => uri(X509)],
     ["certificates, the client's as well", () => x509(true), () => uri(X509)],
-  ])('serves nbdcopy, qemu-img and our client with %s', async (_, tls, name) => {
+  ])('serves nbdcopy, nbdinfo, qemu-img, qemu-io and our client with %s', async (_, tls, name) => {
     await serve(tls());
     expect(server?.uris[0]).toMatch(/^nbds\+unix:/);
     rmSync(at('copy'), { force: true });
@@ -89,6 +89,11 @@ describe.skipIf(!hasPeer('openssl') || !hasPeer('nbdcopy'))('TLS', () => {
       ] as const),
     );
     expectContent(at('converted'));
+    expect((await tool('nbdinfo', '--size', name())).trim()).toBe(String(content.length));
+    const read = await tool('qemu-io', '--object', secret, '--image-opts', options, '-c', 'read -v 0 16');
+    expect(read).toContain(
+      [...content.subarray(0, 4)].map((byte) => byte.toString(16).padStart(2, '0')).join(' '),
+    );
   });
 
   it('speaks of nothing in plain text', async () => {

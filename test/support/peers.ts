@@ -11,6 +11,7 @@ const packages: Readonly<Record<string, string>> = {
   nbdkit: 'nbdkit',
   'nbd-server': 'nbd-server',
   nbdcopy: 'libnbd-bin',
+  nbdfuse: 'libnbd-bin',
   nbdinfo: 'libnbd-bin',
   nbdsh: 'python3-libnbd',
   fio: 'fio',
