@@ -48,3 +48,5 @@ export { type ErrorCode, StillframeError } from './errors.js';
 export type { JobStatus } from './job/status.js';
 export type { ListenAddress } from './nbd/server/address.js';
 export type { TlsOptions } from './nbd/server/tls.js';
+export { QmpClient, type ServerEvent } from './qmp/client.js';
+export { backupRunning, type HotBackupOptions } from './qmp/hot-backup.js';

@@ -1,6 +1,7 @@
-import { type BackupResult, createEngine } from '../index.js';
+import { type BackupJob, type BackupResult, backupRunning, createEngine } from '../index.js';
 import {
   ALLOW_BACKING,
+  type Arguments,
   type Command,
   FORCE_SHARE,
   FORMATS,
@@ -44,14 +45,75 @@ function human({
   ].join('\n');
 }
 
+/** `backup --qmp` */
+async function backupOfRunning(args: Arguments, json: boolean): Promise<number> {
+  const [target, ...more] = args.positionals;
+  const [qmp, device] = [args.text('qmp'), args.text('device')];
+  if (qmp === undefined || device === undefined || target === undefined || more.length > 0) {
+    throw usageError('with --qmp SOCKET say which drive and where to: --device NAME TARGET');
+  }
+  const sync = args.choice('sync', MODES, 'full');
+  if (sync !== 'full') throw usageError(`of a running QEMU there are full backups, not --sync ${sync}`);
+  const style = args.flag('quiet') ? 'none' : args.choice('progress', PROGRESS_STYLES, 'auto');
+  const workers = args.text('workers');
+  const engine = await createEngine();
+  let job: BackupJob | undefined;
+  const signals = cancelOnSignal(() => job?.cancel());
+  let shown: Promise<void> | undefined;
+  try {
+    const result = await backupRunning(
+      engine,
+      {
+        ...{ qmp, device, target, scratch: args.text('scratch') },
+        format: args.choice('format', TARGET_FORMATS),
+        existing: args.flag('existing'),
+        force: args.flag('force'),
+        targetClusterSize: args.size('cluster-size'),
+        compress: args.text('compress') === '' || args.choice('compress', COMPRESSION),
+        speed: args.size('speed'),
+        workers: workers === undefined ? undefined : parseSize(workers, '--workers'),
+        onSourceError: args.choice('on-source-error', POLICIES, 'report'),
+        onTargetError: args.choice('on-target-error', POLICIES, 'report'),
+      },
+      (started) => {
+        job = started;
+        shown = showProgress(started.progress(), style);
+      },
+    );
+    await shown;
+    const { outcome: _, target: __, ...counts } = result;
+    if (json) console.log(JSON.stringify({ type: 'result', ...counts }));
+    else if (!args.flag('quiet')) console.log(human(result));
+    return 0;
+  } catch (error) {
+    if (!signals.interrupted()) throw error;
+    return tellInterrupted(json);
+  } finally {
+    signals.stop();
+    await engine.close();
+  }
+}
+
 export const backup: Command = {
   name: 'backup',
-  usage: 'SOURCE TARGET --sync full|top|none|incremental|bitmap [options]',
+  usage:
+    'SOURCE TARGET --sync full|top|none|incremental|bitmap [options]\n       stillframe backup --qmp SOCKET --device NAME TARGET [options]',
   summary:
     'Backs up an image. TARGET is TARGET.partial until everything is durable. Nobody can write to SOURCE through\n' +
     'this command, so with --sync none the target is complete at once: an empty image on top of SOURCE.',
-  positionals: [2, 2],
+  positionals: [1, 2],
   options: [
+    {
+      long: 'qmp',
+      value: 'SOCKET',
+      help: 'back up a drive of a running QEMU, with nothing but its QMP socket; its guest goes on',
+    },
+    { long: 'device', value: 'NAME', help: 'with --qmp: the drive, by its device or its node' },
+    {
+      long: 'scratch',
+      value: 'DIR',
+      help: 'with --qmp: folder for old data, which that QEMU can write to (that of the image)',
+    },
     { long: 'sync', value: 'MODE', help: 'full, top, none, incremental or bitmap' },
     {
       long: 'bitmap',
@@ -116,6 +178,8 @@ export const backup: Command = {
   run: async (args) => {
     const [source = '', target = ''] = args.positionals;
     const json = args.choice('output', OUTPUTS, 'human') === 'json';
+    if (args.text('qmp') !== undefined) return await backupOfRunning(args, json);
+    if (args.positionals.length < 2) throw usageError('say what to back up and where to: SOURCE TARGET');
     const sync = args.choice('sync', MODES);
     if (sync === undefined)
       throw usageError(`say which: --sync ${MODES.join(', --sync ')}; see 'stillframe backup --help'`);

@@ -1,0 +1,147 @@
+import { connect, type Socket } from 'node:net';
+import { StringDecoder } from 'node:string_decoder';
+import { StillframeError, systemError } from '../errors.js';
+import { InputReader } from './input.js';
+import { isObject, type JsonObject } from './types.js';
+
+/** An event of the server, without its time. */
+export interface ServerEvent {
+  readonly event: string;
+  readonly data: JsonObject;
+}
+
+interface Waiting {
+  readonly command: string;
+  readonly resolve: (value: unknown) => void;
+  readonly reject: (error: StillframeError) => void;
+}
+
+/** How long a server may take for its greeting, in milliseconds. */
+const GREETING_MS = 10_000;
+
+/** A connection to the QMP socket of a QEMU, or of a daemon of ours. Commands may be sent before others are answered. */
+export class QmpClient {
+  readonly #socket: Socket;
+  readonly #waiting: Waiting[] = [];
+  readonly #listeners = new Set<(event: ServerEvent) => void>();
+  #failure: StillframeError | undefined;
+  #greeted: (() => void) | undefined;
+
+  private constructor(socket: Socket) {
+    this.#socket = socket;
+    const decoder = new StringDecoder('utf8');
+    const reader = new InputReader();
+    socket.on('data', (data) => {
+      for (const input of reader.push(decoder.write(data))) {
+        if ('error' in input) this.#fail(protocolError(input.error));
+        else this.#take(input.value);
+      }
+    });
+    socket.on('error', (error) => this.#fail(systemError('the QMP connection broke', error)));
+    socket.on('close', () => this.#fail(connectionError('the QMP server has closed the connection')));
+  }
+
+  /**
+   * Connects and negotiates.
+   *
+   * @param path of a unix socket
+   * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_QMP (nobody listens, or speaks QMP)
+   */
+  static async connect(path: string): Promise<QmpClient> {
+    const socket = connect(path);
+    try {
+      await new Promise<void>((resolve, reject) => {
+        socket.once('connect', resolve);
+        socket.once('error', reject);
+      });
+    } catch (error) {
+      throw systemError(`cannot connect to the QMP socket '${path}'`, error);
+    }
+    const client = new QmpClient(socket);
+    try {
+      await client.#greeting(path);
+      await client.execute('qmp_capabilities');
+    } catch (error) {
+      client.close();
+      throw error;
+    }
+    return client;
+  }
+
+  async #greeting(path: string): Promise<void> {
+    let timer: NodeJS.Timeout | undefined;
+    await new Promise<void>((resolve, reject) => {
+      this.#greeted = resolve;
+      this.#waiting.push({ command: 'the greeting', resolve: () => undefined, reject });
+      timer = setTimeout(() => {
+        reject(
+          connectionError(
+            `'${path}' does not greet as QMP does within ${GREETING_MS / 1000} s; perhaps another client has it, or it is no QMP socket`,
+          ),
+        );
+      }, GREETING_MS);
+    }).finally(() => clearTimeout(timer));
+    this.#waiting.length = 0;
+  }
+
+  /**
+   * Carries a command out.
+   *
+   * @throws StillframeError ERR_STILLFRAME_QMP with what the server says
+   */
+  execute(command: string, given: JsonObject = {}): Promise<unknown> {
+    if (this.#failure !== undefined) return Promise.reject(this.#failure);
+    return new Promise((resolve, reject) => {
+      this.#waiting.push({ command, resolve, reject });
+      this.#socket.write(`${JSON.stringify({ execute: command, arguments: given })}\n`);
+    });
+  }
+
+  /** Calls `listener` for every event from now on. @returns what ends that */
+  onEvent(listener: (event: ServerEvent) => void): () => void {
+    this.#listeners.add(listener);
+    return () => this.#listeners.delete(listener);
+  }
+
+  close(): void {
+    this.#failure ??= connectionError('the QMP connection is closed');
+    this.#socket.destroy();
+  }
+
+  #take(message: unknown): void {
+    if (!isObject(message)) return this.#fail(protocolError('a message is no object'));
+    if (message['QMP'] !== undefined) {
+      this.#greeted?.();
+      return undefined;
+    }
+    const { event, data } = message;
+    if (typeof event === 'string') {
+      for (const listener of this.#listeners) listener({ event, data: isObject(data) ? data : {} });
+      return undefined;
+    }
+    const waiting = this.#waiting.shift();
+    if (waiting === undefined) return this.#fail(protocolError('an answer that nothing was asked for'));
+    const { error } = message;
+    if (error === undefined) waiting.resolve(message['return']);
+    else {
+      const text = isObject(error) ? String(error['desc']) : String(error);
+      waiting.reject(new StillframeError('ERR_STILLFRAME_QMP', `QMP command '${waiting.command}': ${text}`));
+    }
+    return undefined;
+  }
+
+  #fail(error: StillframeError): void {
+    if (this.#failure !== undefined) return;
+    this.#failure = error;
+    this.#socket.destroy();
+    for (const { reject } of this.#waiting.splice(0)) reject(error);
+  }
+}
+
+function protocolError(what: string): StillframeError {
+  return new StillframeError('ERR_STILLFRAME_QMP', `the server does not speak QMP: ${what}`);
+}
+
+function connectionError(what: string): StillframeError {
+  return new StillframeError('ERR_STILLFRAME_QMP', what);
+}
