@@ -109,25 +109,29 @@ export class QmpClient {
   }
 
   #take(message: unknown): void {
-    if (!isObject(message)) return this.#fail(protocolError('a message is no object'));
-    if (message['QMP'] !== undefined) {
-      this.#greeted?.();
-      return undefined;
+    if (!isObject(message)) {
+      this.#fail(protocolError('a message is no object'));
+      return;
     }
     const { event, data } = message;
-    if (typeof event === 'string') {
+    if (message['QMP'] !== undefined) this.#greeted?.();
+    else if (typeof event === 'string') {
       for (const listener of this.#listeners) listener({ event, data: isObject(data) ? data : {} });
-      return undefined;
-    }
+    } else this.#answer(message);
+  }
+
+  #answer({ error, return: value }: JsonObject): void {
     const waiting = this.#waiting.shift();
-    if (waiting === undefined) return this.#fail(protocolError('an answer that nothing was asked for'));
-    const { error } = message;
-    if (error === undefined) waiting.resolve(message['return']);
-    else {
-      const text = isObject(error) ? String(error['desc']) : String(error);
-      waiting.reject(new StillframeError('ERR_STILLFRAME_QMP', `QMP command '${waiting.command}': ${text}`));
+    if (waiting === undefined) {
+      this.#fail(protocolError('an answer that nothing was asked for'));
+      return;
     }
-    return undefined;
+    if (error === undefined) {
+      waiting.resolve(value);
+      return;
+    }
+    const text = isObject(error) ? String(error['desc']) : String(error);
+    waiting.reject(new StillframeError('ERR_STILLFRAME_QMP', `QMP command '${waiting.command}': ${text}`));
   }
 
   #fail(error: StillframeError): void {
