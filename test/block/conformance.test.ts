@@ -6,7 +6,10 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { type CreateImageOptions, createImage } from '#src/block/create.js';
-import { attachNode, closeNode, openImage } from '#src/block/graph.js';
+import { DISK_CONTROL_BYTES } from '#src/block/disk.js';
+import { setLimits, THROTTLE_GROUP_BYTES } from '#src/block/filters/throttle.js';
+import { attachNode, closeLayer, closeNode, openImage } from '#src/block/graph.js';
+import { openNodeLayer } from '#src/block/layers.js';
 import {
   type BlockNode,
   type NodeDescriptor,
@@ -36,6 +39,10 @@ interface Driver {
   /** Bytes of the backing image; none without. */
   readonly backing?: number;
   readonly backingFormat?: 'raw' | 'qcow2';
+  /** Nodes on the file (made by `image`), one on the other, the last one on top. */
+  readonly stack?: readonly ((below: NodeDescriptor, readOnly: boolean) => NodeDescriptor)[];
+  /** Bytes of the file where they are not those of the drive. */
+  readonly fileLength?: number;
   /** Serves the image over NBD: the node is the export's. */
   readonly server?: { readonly peer: 'qemu-nbd' | 'nbdkit'; readonly start: (path: string) => Server };
 }
@@ -48,6 +55,28 @@ const kit = (args: readonly string[], ...parameters: string[]): NonNullable<Driv
   peer: 'nbdkit',
   start: (path) => nbdkit([...args, 'file', path, ...parameters]),
 });
+
+type Above = NonNullable<Driver['stack']>[number];
+
+const raw =
+  (part: { readonly offset?: number; readonly size?: number } = {}): Above =>
+  (file, readOnly) =>
+    openNodeLayer(runtime, { driver: 'raw', file, readOnly, ...part });
+const qcow2: Above = (file, readOnly) =>
+  openNodeLayer(runtime, { driver: 'qcow2', file, readOnly, backing: undefined, dataFile: undefined });
+const blkdebug: Above = (child) => openNodeLayer(runtime, { driver: 'blkdebug', child, rules: [] });
+const compress: Above = (child) => openNodeLayer(runtime, { driver: 'compress', child });
+/** The group and the control block are there from the beginning, so that they are no leak. */
+const group = arena.alloc(THROTTLE_GROUP_BYTES, 'throttle group');
+setLimits(runtime, group, { 'iops-total': 1_000_000 });
+const throttle: Above = (child) => openNodeLayer(runtime, { driver: 'throttle', child, group });
+const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
+const live: Above = (node, readOnly) => {
+  const { path } = node;
+  const { length } = attachNode(runtime, node);
+  const disk = { id: 1, control, node, length, readOnly, discard: 'unmap' } as const;
+  return { driver: 'live', path, readOnly, length, disk };
+};
 
 const drivers: readonly Driver[] = [
   { name: 'file', length: 1_000_000 },
@@ -143,9 +172,30 @@ const drivers: readonly Driver[] = [
     image: { format: 'qcow2', clusterSize: 4096 },
     server: kit(['--filter=blocksize-policy'], 'blocksize-minimum=4096', 'blocksize-error-policy=error'),
   },
+  { name: 'a live disk below another node', length: 1_000_448, stack: [raw(), live] },
+  {
+    name: 'a live qcow2 below another node',
+    length: 3 << 20,
+    image: { format: 'qcow2' },
+    stack: [qcow2, live],
+  },
+  { name: 'throttle over qcow2', length: 3 << 20, image: { format: 'qcow2' }, stack: [qcow2, throttle] },
+  { name: 'qcow2 over blkdebug', length: 3 << 20, image: { format: 'qcow2' }, stack: [blkdebug, qcow2] },
+  { name: 'raw over throttle over blkdebug', length: 1_000_448, stack: [blkdebug, throttle, raw()] },
+  { name: 'compress over qcow2', length: 3 << 20, image: { format: 'qcow2' }, stack: [qcow2, compress] },
+  {
+    name: 'a part of a raw file',
+    length: 1_000_448,
+    fileLength: 2 << 20,
+    stack: [raw({ offset: 4608, size: 1_000_448 })],
+  },
 ];
 /** What a qcow2 image can take at most: an export does not grow. */
 const CONTAINER_BYTES = 16 << 20;
+
+function fail(): never {
+  throw new Error('invariant: there is a node');
+}
 
 describe.each(drivers)('$name', (driver) => {
   const path = join(folder, 'image');
@@ -154,7 +204,22 @@ describe.each(drivers)('$name', (driver) => {
   let node: BlockNode;
   let model: Buffer;
 
+  let close = (): void => undefined;
+
   function open(readOnly: boolean): void {
+    if (driver.stack !== undefined) {
+      const nodes: NodeDescriptor[] = [
+        openFile(runtime, path, { readOnly, lock: readOnly ? 'read' : 'write' }),
+      ];
+      for (const above of driver.stack) nodes.unshift(above(nodes[0] ?? fail(), readOnly));
+      close = () => {
+        for (const one of nodes) closeLayer(runtime, one);
+      };
+      descriptor = nodes[0] ?? fail();
+      node = attachNode(runtime, descriptor);
+      return;
+    }
+    close = () => closeNode(runtime, descriptor);
     descriptor =
       driver.image === undefined
         ? openFile(runtime, path, { readOnly, lock: readOnly ? 'read' : 'write' })
@@ -203,7 +268,7 @@ describe.each(drivers)('$name', (driver) => {
       }
     }
     if (driver.image === undefined) {
-      writeFileSync(path, new Uint8Array(driver.length));
+      writeFileSync(path, new Uint8Array(driver.fileLength ?? driver.length));
     } else {
       createImage(runtime, path, {
         ...driver.image,
@@ -221,7 +286,7 @@ describe.each(drivers)('$name', (driver) => {
     return () => server?.stop();
   });
   afterEach(() => {
-    closeNode(runtime, descriptor);
+    close();
     expect(arena.usedBytes, 'memory given back').toBe(usedBefore);
   });
 
@@ -259,13 +324,13 @@ describe.each(drivers)('$name', (driver) => {
       } else if (kind < 0.98) {
         node.flush();
       } else {
-        closeNode(runtime, descriptor);
+        close();
         open(false);
       }
     }
     expectModel();
     if (driver.image?.format === 'qcow2' && hasPeer('qemu-img')) {
-      closeNode(runtime, descriptor);
+      close();
       server?.stop();
       run('qemu-img', ['check', '-q', path]);
       writeFileSync(join(folder, 'model'), model);
@@ -347,7 +412,7 @@ describe.each(drivers)('$name', (driver) => {
   });
 
   it('refuses changes when it is read-only', () => {
-    closeNode(runtime, descriptor);
+    close();
     open(true);
     expect(node.readOnly).toBe(true);
     const refused = expect.objectContaining({ code: 'ERR_STILLFRAME_READ_ONLY' });
@@ -363,7 +428,7 @@ describe.each(drivers)('$name', (driver) => {
     write(driver.length - 3000, new Random(2).bytes(3000));
     node.writeZeroes(50_000, 20_000, true);
     model.fill(0, 50_000, 70_000);
-    closeNode(runtime, descriptor);
+    close();
     open(true);
     expectModel();
   });
