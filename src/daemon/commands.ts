@@ -13,6 +13,7 @@ import { Exports } from './exports.js';
 import { Graph, type GraphNode } from './graph.js';
 import { type JobOptions, Jobs } from './jobs.js';
 import { Objects } from './objects.js';
+import { monitorCommand } from './qemu-io.js';
 import { Queries } from './query.js';
 
 /** What a transaction's actions are made of before they are carried out. */
@@ -125,6 +126,8 @@ export class Daemon {
         jobs.blockJob(id);
         jobs.dismiss(id);
       },
+      'human-monitor-command': (given) =>
+        monitorCommand(graph, given['command-line'], (text) => process.stdout.write(text)),
       'x-freeze': (given) => this.#freeze(given),
       'x-thaw': (given) => this.#thaw(given),
     };

@@ -163,6 +163,7 @@ export const COMMANDS = {
   'block-job-set-speed': { ...device, speed: required('int') },
   'block-job-finalize': id,
   'block-job-dismiss': id,
+  'human-monitor-command': { 'command-line': required('str'), 'cpu-index': optional('int') },
   'x-freeze': {
     ...device,
     export: required('str'),

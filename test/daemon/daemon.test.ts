@@ -20,6 +20,8 @@ const uri = (name: string): string => `nbd+unix:///${name}?socket=${at('nbd')}`;
 let daemon: ChildProcess | undefined;
 let ended: Promise<number | null>;
 let client: QmpClient;
+/** What the daemon has written to its stdout. */
+let said = '';
 
 beforeEach(() => {
   folder = mkdtempSync(join(tmpdir(), 'stillframe-daemon-'));
@@ -39,9 +41,13 @@ const MONITOR = ['--chardev', 'socket,id=c,path=qmp,server=on,wait=off', '--moni
 async function start(...options: readonly string[]): Promise<void> {
   daemon = spawn(process.execPath, [CLI, 'daemon', ...options, ...MONITOR], {
     cwd: folder,
-    stdio: 'inherit',
+    stdio: ['ignore', 'pipe', 'inherit'],
   });
   const child = daemon;
+  said = '';
+  child.stdout?.on('data', (data) => {
+    said += String(data);
+  });
   ended = new Promise((resolve) => child.once('exit', resolve));
   client = await QmpClient.connect(at('qmp'));
   await client.execute('qmp_capabilities');
@@ -239,6 +245,52 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io') || !hasPeer('nbdcopy
       write(6, 0, MiB);
       await concluded('job');
       expectImage(at('remote'), 'qcow2', content);
+    });
+
+    it('can be poked from the monitor', async () => {
+      await startWithDrive('raw');
+      const poke = (command: string): Promise<unknown> =>
+        client.execute('human-monitor-command', { 'command-line': `qemu-io drv0 "${command}"` });
+      await client.execute('block-dirty-bitmap-add', { node: 'drv0', name: 'b' });
+      expect(await poke('write -P 0x11 1M 64k')).toBe('');
+      await poke('write -z 2M 65536');
+      await poke('read -P 17 1M 64k');
+      await poke('read -P 18 1M 64k');
+      await poke('aio_write -P 300 0 1');
+      await poke('write 8M 1');
+      await poke('nonsense 0 1');
+      await client.execute('human-monitor-command', { 'command-line': 'qemu-io -d drive0 flush' });
+      const nowhere = { 'command-line': 'qemu-io nowhere flush' };
+      expect(await client.execute('human-monitor-command', nowhere)).toMatch(
+        /^Error: Cannot find device='nowhere'/,
+      );
+      expect(await client.execute('human-monitor-command', { 'command-line': 'info' })).toMatch(
+        /unknown command/,
+      );
+      expect(
+        said
+          .replaceAll(/\(.*\)/g, '(…)')
+          .replaceAll(/00:00:[\d.]+/g, '00')
+          .split('\n'),
+      ).toEqual([
+        'wrote 65536/65536 bytes at offset 1048576',
+        '64 KiB, 1 ops; 00 (…)',
+        'wrote 65536/65536 bytes at offset 2097152',
+        '64 KiB, 1 ops; 00 (…)',
+        'read 65536/65536 bytes at offset 1048576',
+        '64 KiB, 1 ops; 00 (…)',
+        'Pattern verification failed at offset 1048576, 65536 bytes',
+        'read 65536/65536 bytes at offset 1048576',
+        '64 KiB, 1 ops; 00 (…)',
+        'invalid pattern byte',
+        expect.stringMatching(/^write failed: cannot write 1 bytes at 8388608/),
+        'command "nonsense" not found',
+        '',
+      ]);
+      const nodes = (await client.execute('query-named-block-nodes')) as { 'node-name': string }[];
+      expect(nodes.find((node) => node['node-name'] === 'drv0')).toMatchObject({
+        'dirty-bitmaps': [{ name: 'b', count: 2 * 65536 }],
+      });
     });
 
     it('keeps its bitmap for an export that shows it', async () => {
