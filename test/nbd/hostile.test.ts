@@ -267,33 +267,37 @@ describe('who asks for everything and takes nothing', () => {
 });
 
 describe('who talks nonsense', () => {
-  it(`in ${MUTATIONS} sessions that were damaged at random`, async () => {
-    await serve();
-    const witness = await client({ options: [] });
-    const used = engine.arena.usedBytes;
-    for (let seed = 1; seed <= MUTATIONS; seed++) {
-      const random = new Random(seed);
-      const bytes = Buffer.from(wholeSession(random.chance(0.5)));
-      const changes = random.between(1, 6);
-      for (let change = 0; change < changes; change++) {
-        // No write of it may reach the drive: what is written is there already, so only its place must not change.
-        const at = random.between(0, bytes.length - 1);
-        bytes[at] = random.pick([0, 1, 0xff, random.between(0, 255)]);
+  it(
+    `in ${MUTATIONS} sessions that were damaged at random`,
+    async () => {
+      await serve();
+      const witness = await client({ options: [] });
+      const used = engine.arena.usedBytes;
+      for (let seed = 1; seed <= MUTATIONS; seed++) {
+        const random = new Random(seed);
+        const bytes = Buffer.from(wholeSession(random.chance(0.5)));
+        const changes = random.between(1, 6);
+        for (let change = 0; change < changes; change++) {
+          // No write of it may reach the drive: what is written is there already, so only its place must not change.
+          const at = random.between(0, bytes.length - 1);
+          bytes[at] = random.pick([0, 1, 0xff, random.between(0, 255)]);
+        }
+        const cut = random.chance(0.3) ? random.between(0, bytes.length) : bytes.length;
+        const odd = new RawClient(socket);
+        odd.send(bytes.subarray(0, cut));
+        odd.end();
+        if (random.chance(0.2)) odd.destroy();
+        else await odd.closed();
+        odd.destroy();
+        if (seed % 50 === 0) {
+          witness.request(0, seed, 4 << 20, 4096);
+          expect((await witness.answer(4096)).error).toBe(0);
+        }
       }
-      const cut = random.chance(0.3) ? random.between(0, bytes.length) : bytes.length;
-      const odd = new RawClient(socket);
-      odd.send(bytes.subarray(0, cut));
-      odd.end();
-      if (random.chance(0.2)) odd.destroy();
-      else await odd.closed();
-      odd.destroy();
-      if (seed % 50 === 0) {
-        witness.request(0, seed, 4 << 20, 4096);
-        expect((await witness.answer(4096)).error).toBe(0);
-      }
-    }
-    await until(() => server.connections === 1);
-    await expectService();
-    expect(engine.arena.usedBytes - used).toBeLessThan(64 << 20);
-  });
+      await until(() => server.connections === 1);
+      await expectService();
+      expect(engine.arena.usedBytes - used).toBeLessThan(64 << 20);
+    },
+    30_000 + MUTATIONS * 100,
+  );
 });
