@@ -41,13 +41,14 @@ export class Monitor {
   readonly #queue: Input[] = [];
   #working = false;
   #negotiated = false;
+  #outOfBand = false;
 
   /** @param send takes one line, with its end */
   constructor(handlers: Handlers, version: string, send: (line: string) => void) {
     this.#handlers = handlers;
     this.#version = version;
     this.#send = send;
-    this.#say({ QMP: { version: versionOf(version), capabilities: [] } });
+    this.#say({ QMP: { version: versionOf(version), capabilities: ['oob'] } });
   }
 
   /** Takes what the client has sent. Resolves when it may send more. */
@@ -99,9 +100,14 @@ export class Monitor {
     if ('error' in input) throw new QmpError(input.error);
     const { value } = input;
     if (!isObject(value)) throw new QmpError('QMP input must be a JSON object');
-    const unexpected = Object.keys(value).find((member) => !MEMBERS.includes(member));
+    const members = this.#outOfBand ? [...MEMBERS, 'exec-oob'] : MEMBERS;
+    const unexpected = Object.keys(value).find((member) => !members.includes(member));
     if (unexpected !== undefined) throw new QmpError(`QMP input member '${unexpected}' is unexpected`);
-    const { execute: name, arguments: given = {} } = value;
+    const { execute, 'exec-oob': outOfBand, arguments: given = {} } = value;
+    if (execute !== undefined && outOfBand !== undefined) {
+      throw new QmpError("QMP input member 'execute' clashes with 'exec-oob'");
+    }
+    const name = execute ?? outOfBand;
     if (name === undefined) throw new QmpError("QMP input lacks member 'execute'");
     if (typeof name !== 'string') throw new QmpError("QMP input member 'execute' must be a string");
     if (!isObject(given)) throw new QmpError("QMP input member 'arguments' must be an object");
@@ -109,6 +115,8 @@ export class Monitor {
       throw new QmpError("Expecting capabilities negotiation with 'qmp_capabilities'", 'CommandNotFound');
     }
     if (!isCommand(name)) throw new QmpError(`The command ${name} has not been found`, 'CommandNotFound');
+    // No command may overtake others.
+    if (outOfBand !== undefined) throw new QmpError(`The command ${name} does not support OOB`);
     if (name === 'qmp_capabilities') return this.#negotiate(given);
     const wrong = wrongArguments(name, given);
     if (wrong !== undefined) throw new QmpError(wrong);
@@ -121,15 +129,13 @@ export class Monitor {
   }
 
   #negotiate(given: Readonly<Record<string, unknown>>): void {
-    const { enable = [] } = given;
-    const unexpected = Object.keys(given).find((argument) => argument !== 'enable');
-    if (unexpected !== undefined) throw new QmpError(`Parameter '${unexpected}' is unexpected`);
-    if (!Array.isArray(enable)) throw new QmpError("Invalid parameter type for 'enable', expected: array");
     if (this.#negotiated) {
       throw new QmpError('Capabilities negotiation is already complete, command ignored', 'CommandNotFound');
     }
-    const [capability] = enable;
-    if (capability !== undefined) throw new QmpError(`Capability '${String(capability)}' is not available`);
+    const wrong = wrongArguments('qmp_capabilities', given);
+    if (wrong !== undefined) throw new QmpError(wrong);
+    const { enable } = given;
+    this.#outOfBand = Array.isArray(enable) && enable.includes('oob');
     this.#negotiated = true;
   }
 }

@@ -144,8 +144,9 @@ export function wrongValue(kind: Kind, value: unknown, path: string): string | u
   return wrongMembers({ ...kind.members, ...kind.variants[String(value[kind.union])] }, value, path);
 }
 
-/** QEMU says of words only the last part of where they are. */
+/** QEMU says of words only the last part of where they are, which items of lists have none of. */
 function leafOf(path: string): string {
+  if (path.endsWith(']')) return 'null';
   return path.slice(path.lastIndexOf('.') + 1);
 }
 

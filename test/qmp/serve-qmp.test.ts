@@ -68,7 +68,7 @@ describe('serve --qmp', () => {
   it('is for its owner, greets, and wants capabilities to be negotiated first', async () => {
     const one = await serve();
     expect(statSync(at('ours')).mode & 0o777).toBe(0o600);
-    expect(one.messages[0]).toMatchObject({ QMP: { capabilities: [] } });
+    expect(one.messages[0]).toMatchObject({ QMP: { capabilities: ['oob'] } });
     expect(await one.send('{"execute":"query-jobs","id":4}')).toEqual({
       id: 4,
       error: { class: 'CommandNotFound', desc: "Expecting capabilities negotiation with 'qmp_capabilities'" },
@@ -152,8 +152,15 @@ describe('serve --qmp', () => {
 
 const SESSION = [
   '{"execute":"query-jobs"}',
+  '{"execute":"qmp_capabilities","arguments":{"enable":["nope"]}}',
+  '{"execute":"qmp_capabilities","arguments":{"enable":5}}',
+  '{"exec-oob":"query-jobs"}',
+  '{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}',
   '{"execute":"qmp_capabilities"}',
   '{"execute":"nope","id":{"a":1}}',
+  '{"exec-oob":"nope","id":1}',
+  '{"exec-oob":"query-jobs","id":2}',
+  '{"exec-oob":"query-jobs","execute":"query-jobs"}',
   '{"execute":"query-jobs","foo":1}',
   '{"execute":"job-pause","arguments":{"id":"zz"}}',
   '{"execute":"job-pause","arguments":{}}',
