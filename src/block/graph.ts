@@ -8,7 +8,7 @@ import { Disk, type DiskDescriptor } from './disk.js';
 import { BlkdebugNode } from './filters/blkdebug.js';
 import { CompressNode } from './filters/compress.js';
 import { CopyBuffer } from './filters/copy-before-write.js';
-import { LiveNode } from './filters/live.js';
+import { LiveNode, OverLiveNode } from './filters/live.js';
 import { SnapshotAccess } from './filters/snapshot-access.js';
 import { ThrottleNode } from './filters/throttle.js';
 import {
@@ -447,7 +447,10 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockN
       return attachRaw(runtime, descriptor, attachFile(runtime, descriptor.file));
     case 'qcow2': {
       const backing = descriptor.backing && attachNode(runtime, descriptor.backing);
-      return attachQcow2(runtime, descriptor, attachFile(runtime, descriptor.file), backing);
+      const node = attachQcow2(runtime, descriptor, attachFile(runtime, descriptor.file), backing);
+      return descriptor.backing?.driver === 'live'
+        ? new OverLiveNode(node, liveDisk(runtime, descriptor.backing.disk))
+        : node;
     }
     default:
       return attachForeign(

@@ -404,7 +404,8 @@ describe('a transaction', () => {
       grouped: true,
     });
     const [first, second] = jobs;
-    while (first?.status !== 'waiting') await new Promise((resolve) => setTimeout(resolve, 2));
+    while (first?.status === 'created' || first?.status === 'running')
+      await new Promise((resolve) => setTimeout(resolve, 2));
     second?.cancel();
     const results = await settle(jobs);
     expect(results.map(({ status }) => status)).toEqual(['rejected', 'rejected']);

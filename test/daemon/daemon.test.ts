@@ -169,6 +169,44 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io') || !hasPeer('nbdcopy
       write(9, 0, MiB);
     });
 
+    it('is read as it was from an overlay that its old data is saved to', async () => {
+      await startWithDrive('qcow2');
+      run('qemu-img', ['create', '-q', '-f', 'qcow2', at('overlay'), String(LENGTH)]);
+      await client.execute('blockdev-add', { ...image('overlay'), backing: 'drv0' });
+      await client.execute('blockdev-backup', {
+        device: 'drive0',
+        target: 'overlay',
+        sync: 'none',
+        'job-id': 'job',
+      });
+      await client.execute('block-export-add', {
+        type: 'nbd',
+        id: 'still',
+        'node-name': 'overlay',
+        name: 'still',
+      });
+      let stop = false;
+      const writing = (async () => {
+        for (let round = 0; !stop; round++) {
+          const steps = Array.from({ length: 50 }, (_, step) => [
+            '-c',
+            `write -P ${round + 1} ${((step * 7 + round) % 127) * 65536 + 512} 64k`,
+          ]);
+          await tool('qemu-io', '-f', 'raw', ...steps.flat(), uri('drive'));
+        }
+      })();
+      for (let pass = 0; pass < 4; pass++) {
+        await tool('nbdcopy', uri('still'), at('copy'));
+        expect(firstDifference(readFileSync(at('copy')), content)).toBe(-1);
+      }
+      stop = true;
+      await writing;
+      await client.execute('block-export-del', { id: 'still', mode: 'hard' });
+      await client.execute('job-cancel', { id: 'job' });
+      await concluded('job');
+      await client.execute('blockdev-del', { 'node-name': 'overlay' });
+    });
+
     it('saves only what a bitmap names, where that is wanted', async () => {
       await startWithDrive('qcow2');
       await client.execute('block-dirty-bitmap-add', { node: 'drv0', name: 'b' });

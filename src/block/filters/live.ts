@@ -1,5 +1,5 @@
 import type { Disk } from '../disk.js';
-import type { LiveDescriptor } from '../node.js';
+import type { BlockNode, LiveDescriptor } from '../node.js';
 import { FilterNode } from './filter.js';
 
 /** A live disk as another node's child: what is written passes its copy-before-write and is recorded. */
@@ -35,5 +35,27 @@ export class LiveNode extends FilterNode {
 
   override flush(): void {
     this.#disk.flush();
+  }
+}
+
+/**
+ * An image on top of a live disk, which may be where that disk's old data is saved (QEMU: `sync: none` onto an overlay).
+ * Nobody changes the disk between the look at what the image has and the reading of what it has not.
+ */
+export class OverLiveNode extends FilterNode {
+  readonly writeCompressed: NonNullable<BlockNode['writeCompressed']>;
+  readonly #below: Disk;
+
+  constructor(node: BlockNode, below: Disk) {
+    super(node.descriptor, node);
+    this.#below = below;
+    this.writeCompressed = (offset, pointer, length) => {
+      if (node.writeCompressed === undefined) throw new TypeError('the image cannot be compressed');
+      node.writeCompressed(offset, pointer, length);
+    };
+  }
+
+  override read(offset: number, pointer: number, length: number): void {
+    this.#below.undisturbed(offset, length, () => super.read(offset, pointer, length));
   }
 }
