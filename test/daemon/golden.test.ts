@@ -13,8 +13,13 @@ afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 const MiB = 1 << 20;
 
-/** A command with its arguments, or milliseconds to wait, or what a shell does. */
-type Step = readonly [command: string, given?: Message] | number | (() => void);
+/** A command with its arguments, or a job that is to have one of these statuses before anything else happens. */
+type Step =
+  | readonly [command: string, given?: Message]
+  | { readonly job: string; readonly is: readonly string[] };
+
+/** `null`: there is no such job. */
+const until = (job: string, ...is: readonly string[]): Step => ({ job, is });
 
 interface Played {
   readonly answers: readonly unknown[];
@@ -46,8 +51,7 @@ async function play(
   const client = await QmpClient.connect(join(place, 'q.sock'));
   const answers: unknown[] = [];
   for (const step of [['qmp_capabilities'] as const, ...session, ['quit'] as const]) {
-    if (typeof step === 'number') await new Promise((resolve) => setTimeout(resolve, step));
-    else if (typeof step === 'function') step();
+    if ('job' in step) await settle(client, step.job, step.is);
     else {
       const [execute, given = {}] = step;
       const answer = await client.send(JSON.stringify({ execute, arguments: given }));
@@ -64,6 +68,17 @@ async function play(
   }
   client.close();
   return { answers, events };
+}
+
+/** Resolves when a job has one of these statuses, and events of it had time to come. */
+async function settle(client: QmpClient, job: string, statuses: readonly string[]): Promise<void> {
+  for (;;) {
+    const jobs = (await client.execute('query-jobs')) as readonly Message[];
+    const found = jobs.find(({ id }) => id === job);
+    if (statuses.includes(String(found?.['status'] ?? null))) break;
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  await new Promise((resolve) => setTimeout(resolve, 30));
 }
 
 /** Names that nobody chose, what a file system makes of a file, and flags that we set later, are no matter. */
@@ -140,7 +155,7 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
               'auto-dismiss': false,
             },
           ],
-          300,
+          until('j', 'pending'),
           ['query-jobs'],
           ['query-block-jobs'],
           ['blockdev-del', { 'node-name': 't' }],
@@ -158,7 +173,7 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
           ['blockdev-backup', { device: 'd', target: 't', sync: 'full', 'job-id': 'j2' }],
           ['blockdev-backup', { device: 't', target: 'd', sync: 'full', 'job-id': 'j2' }],
           ['job-finalize', job],
-          100,
+          until('j', 'concluded'),
           ['query-jobs'],
           ['query-block-jobs'],
           ['job-cancel', job],
@@ -199,7 +214,7 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
       const d = (name: string): Message => ({ node: 'd', name });
       const backup = (given: Message): Step[] => [
         ['blockdev-backup', { device: 'd', target: 't', 'job-id': 'j', ...given }],
-        150,
+        until('j', 'null', 'pending'),
       ];
       const nodes: Step = ['query-named-block-nodes', { flat: true }];
       await same(
@@ -277,7 +292,7 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
             { device: 'd', target: 't2', sync: 'incremental', bitmap: 'pb', 'job-id': 'j9' },
           ],
           ['job-cancel', { id: 'j' }],
-          200,
+          until('j', 'null'),
           nodes,
           ...backup({ sync: 'incremental', bitmap: 'pb' }),
           nodes,
@@ -290,8 +305,14 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
     it('with transactions and jobs that make images', async () => {
       const transaction = (actions: readonly Message[], properties?: Message): Step[] => [
         ['transaction', { actions, ...(properties === undefined ? {} : { properties }) }],
-        300,
+        ...actions.flatMap(({ data }): readonly Step[] => {
+          const id = (data as Message)['job-id'];
+          return id === undefined ? [] : [until(String(id), 'null', 'pending', ...statusOf(String(id)))];
+        }),
       ];
+      // Those that wait for others, and those that never end by themselves.
+      const statusOf = (id: string): readonly string[] =>
+        id === 'a5' ? ['waiting'] : id === 'b5' ? ['running'] : [];
       const grouped = { 'completion-mode': 'grouped' };
       const backup = (device: string, target: string, id: string, more: Message = {}): Message => ({
         type: 'blockdev-backup',
@@ -304,7 +325,7 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
       const nodes: Step = ['query-named-block-nodes', { flat: true }];
       const create = (options: Message): Step[] => [
         ['blockdev-create', { 'job-id': 'c', options }],
-        200,
+        until('c', 'concluded'),
         ['query-jobs'],
         ['job-dismiss', { id: 'c' }],
       ];
@@ -336,7 +357,8 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
             grouped,
           ),
           ['job-finalize', { id: 'b3' }],
-          300,
+          until('a3', 'null'),
+          until('b3', 'null'),
           ['query-jobs'],
           ...transaction([backup('d', 't', 'a4'), backup('r', 'zz', 'b4')]),
           ...transaction(
@@ -346,10 +368,10 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
             ],
             grouped,
           ),
-          200,
           ['query-jobs'],
           ['job-cancel', { id: 'b5' }],
-          300,
+          until('a5', 'concluded'),
+          until('b5', 'concluded'),
           ['query-jobs'],
           ['query-block-jobs'],
           ['job-dismiss', { id: 'a5' }],
@@ -359,7 +381,7 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
           ...create({ driver: 'qcow2', file: 'nf', size: MiB }),
           ...create({ driver: 'qcow2', file: 'zz', size: MiB }),
           ['drive-backup', { device: 'd', target: 'db.qcow2', sync: 'full', 'job-id': 'x1' }],
-          300,
+          until('x1', 'null'),
           ['drive-backup', { device: 'd', target: '/nonexistent/db', sync: 'full', 'job-id': 'x2' }],
           ['drive-backup', { device: 'd', target: 'no', sync: 'full', mode: 'existing', 'job-id': 'x2' }],
           ['drive-backup', { device: 'd', target: 'db2', sync: 'full', format: 'bogus', 'job-id': 'x2' }],
@@ -387,12 +409,16 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
               {
                 ...{ device: 'r', target: `bd-${id}`, sync: 'full', 'job-id': id, 'auto-dismiss': false },
                 'on-target-error': policy,
+                // Nobody else has another try at what has failed.
+                'x-perf': { 'max-workers': 1 },
               },
             ],
-            400,
+            until(id, stops ? 'paused' : 'concluded'),
             ['query-jobs'],
             ['query-block-jobs'],
-            ...(stops ? ([['job-resume', { id }], 300, ['query-jobs']] as const) : []),
+            ...(stops
+              ? ([['job-resume', { id }], until(id, 'concluded'), ['query-jobs']] satisfies readonly Step[])
+              : []),
             ['job-dismiss', { id }],
           ];
         }),
