@@ -4,6 +4,7 @@
  *     npm run fuzz -- FORMAT --minutes N [--seed S] [--executions N] [--compare N]
  *     npm run fuzz -- qcow2 --seed S [--drop 0,2]      one execution, with what is done
  *     npm run fuzz -- qcow2 --regressions              what once failed
+ *     npm run fuzz -- nbd --executions N [--seed S]    damaged sessions of clients of the NBD server
  *
  * FORMAT is qcow2, vmdk, vhdx, vpc or vdi. One qcow2 image in five is repaired as well. Every N-th image (`--compare`, default 200, 0 none) is read by QEMU as well, and what both can read must be the same.
  * No execution may end in anything but errors with a code, take more than 5 s or 256 MiB, open a file that the image
@@ -273,9 +274,39 @@ function replay(): boolean {
   }
 }
 
+/** Damaged sessions instead of images. The library is loaded for them alone: the other fuzzers guard what is opened. */
+async function nbdSessions(): Promise<void> {
+  const { createEngine } = await import('#src/index.js');
+  const { damagedSession, playDamagedSessions } = await import('./nbd-sessions.js');
+  const first = numberOf('seed', Date.now() % 1_000_000_000);
+  const count = numberOf('executions', values.seed === undefined ? 10_000 : 1);
+  if (count === 1) console.log(JSON.stringify({ ...damagedSession(first), bytes: undefined }));
+  const folder = mkdtempSync(join(tmpdir(), 'stillframe-fuzz-'));
+  const engine = await createEngine();
+  const started = performance.now();
+  console.log(`first seed ${first}`);
+  try {
+    const onProgress = (done: number): void => console.log(`${done} sessions`);
+    const report = await playDamagedSessions(engine, folder, { first, count, onProgress });
+    const seconds = (performance.now() - started) / 1000;
+    const mib = (bytes: number): string => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
+    console.log(
+      `${report.sessions} sessions in ${seconds.toFixed(0)} s, ${report.served} came as far as reading, ${mib(report.answerBytes)} of answers; at most ` +
+        `${mib(report.mostArenaBytes)} of the arena and ${report.mostThreads} threads; the process grew by ` +
+        `${mib(report.rssGrowthBytes)} after the first tenth; ${report.exchanges} exchanges of the witness, ` +
+        `the slowest ${report.slowestMs.toFixed(0)} ms; no failure`,
+    );
+  } finally {
+    await engine.close();
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
+
 if (!isMainThread) {
   const data: Work = workerData;
   work(data);
+} else if (positionals[0] === 'nbd') {
+  await nbdSessions();
 } else if (values.part !== undefined) {
   await watch(values.part);
 } else {

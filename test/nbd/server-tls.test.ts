@@ -96,6 +96,26 @@ describe.skipIf(!hasPeer('openssl') || !hasPeer('nbdcopy'))('TLS', () => {
     );
   });
 
+  it.skipIf(!hasPeer('fio'))('serves fio, which finds what it has written', async () => {
+    writeFileSync(at('scratch'), Buffer.alloc(content.length));
+    const scratch = await engine.openDisk(at('scratch'), { format: 'raw' });
+    try {
+      const exports = [{ disk: scratch }];
+      server = await engine.serveNbd({ listen: `unix:${socket}`, exports, tls: x509() });
+      // It lets a URI name no file: no key, and nothing that the server's certificate could be held against.
+      await tool(
+        ...(['fio', '--name=verify', '--ioengine=nbd'] as const),
+        `--uri=nbds+unix:///?socket=${socket}&tls-verify-peer=false`,
+        ...['--rw=randrw', '--bsrange=512-64k', '--bs_unaligned', '--iodepth=32', `--size=${content.length}`],
+        ...['--verify=crc32c', '--verify_fatal=1', '--verify_state_save=0', '--randseed=7', '--minimal'],
+      );
+    } finally {
+      await server?.close();
+      await scratch.close();
+    }
+    expect(readFileSync(at('scratch')).every((byte) => byte === 0)).toBe(false);
+  });
+
   it('speaks of nothing in plain text', async () => {
     await serve(psk());
     const client = new RawClient(socket);
