@@ -1,9 +1,9 @@
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import { createEngine } from '#src/index.js';
-import { runNbdRound } from '../support/nbd-rounds.js';
+import { History, LENGTH, runNbdRound } from '../support/nbd-rounds.js';
 
 const ROUNDS = 20;
 
@@ -25,3 +25,46 @@ it(`${ROUNDS} backups under four clients that write over each other, 32 requests
     rmSync(folder, { recursive: true });
   }
 }, 60_000);
+
+describe('the judge of those backups', () => {
+  // Two requests for different places, the second one sent when the first one had been answered; the instant may be
+  // before, between and behind them.
+  const first = {
+    offset: 0,
+    end: 4096,
+    stamp: Buffer.from([1, 2, 3, 5]),
+    mayStay: false,
+    sent: 2,
+    answered: 3,
+  };
+  const second = {
+    ...first,
+    offset: 8192,
+    end: 12288,
+    stamp: Buffer.from([7, 8, 9, 11]),
+    sent: 4,
+    answered: 5,
+  };
+  const flaw = (...seen: readonly (typeof first)[]): number => {
+    const history = new History();
+    history.changes.push(first, second);
+    const initial = new Uint8Array(LENGTH);
+    const bytes = new Uint8Array(LENGTH);
+    for (const { offset, end, stamp } of seen) {
+      for (let at = offset; at < end; at++) bytes[at] = stamp[at % 4] ?? 0;
+    }
+    return history.flaw(bytes, initial, 1, 6);
+  };
+
+  it('takes every moment for an instant', () => {
+    expect([flaw(), flaw(first), flaw(first, second)]).toEqual([-1, -1, -1]);
+  });
+
+  it('takes no two moments for one', () => {
+    expect(flaw(second)).toBe(first.offset);
+  });
+
+  it('knows what nobody has written', () => {
+    expect(flaw({ ...second, stamp: Buffer.from([7, 8, 9, 12]) })).toBe(second.offset + 3);
+  });
+});

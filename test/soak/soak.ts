@@ -3,6 +3,8 @@
  * files for as long as wanted: `npm run soak -- --minutes N [--seed S] [--one-core] [--contention] [--stops]`. Stops
  * at the first mismatch with the seed that repeats it.
  *
+ * `--rounds N` ends it after so many instead.
+ *
  * `--nbd` has four NBD clients write over each other instead, 32 requests under way each.
  *
  * `--one-core` keeps all threads on one processor, `--contention` lets busy loops fight them for every processor,
@@ -23,7 +25,7 @@ import { runScenarioRound } from './scenario-round.js';
 
 const { values } = parseArgs({
   options: {
-    minutes: { type: 'string', default: '1' },
+    minutes: { type: 'string' },
     seed: { type: 'string' },
     rounds: { type: 'string' },
     folder: { type: 'string', default: tmpdir() },
@@ -34,10 +36,13 @@ const { values } = parseArgs({
   },
 });
 
+/** A minute, if nothing is said; as long as it takes where rounds are counted. */
+const minutes = Number(values.minutes ?? (values.rounds === undefined ? 1 : Number.POSITIVE_INFINITY));
+
 async function soak(): Promise<void> {
   const first = values.seed === undefined ? Date.now() % 1_000_000_000 : Number(values.seed);
   const most = Number(values.rounds ?? Number.POSITIVE_INFINITY);
-  const deadline = performance.now() + Number(values.minutes) * 60_000;
+  const deadline = performance.now() + minutes * 60_000;
   const folder = mkdtempSync(join(values.folder, 'stillframe-soak-'));
   const totals = new Map<string, { rounds: number; cancelled: number; requests: number; cbw: number }>();
   const scenarios = new Map<string, number>();
@@ -74,7 +79,7 @@ async function soak(): Promise<void> {
 async function soakNbd(): Promise<void> {
   const first = values.seed === undefined ? Date.now() % 1_000_000_000 : Number(values.seed);
   const most = Number(values.rounds ?? Number.POSITIVE_INFINITY);
-  const deadline = performance.now() + Number(values.minutes) * 60_000;
+  const deadline = performance.now() + minutes * 60_000;
   const folder = mkdtempSync(join(values.folder, 'stillframe-soak-'));
   const kinds = new Map<string, { rounds: number; requests: number }>();
   const engine = await createEngine();

@@ -5,7 +5,7 @@ import type { BackupJob, Disk, Engine, NbdServer } from '#src/index.js';
 import { Random } from './data.js';
 import { RawClient } from './nbd-client.js';
 
-const LENGTH = 512 * 1024;
+export const LENGTH = 512 * 1024;
 const CLIENTS = 4;
 const DEPTH = 32;
 const READ = 0;
@@ -13,8 +13,11 @@ const WRITE = 1;
 const TRIM = 4;
 const ZEROES = 6;
 
+/** Bytes that are surely whose stamp they hold. */
+const CERTAIN = 16;
+
 /** A request that changes the drive, with the moments between which it has happened. */
-interface Change {
+export interface Change {
   readonly offset: number;
   readonly end: number;
   /** What it writes, the byte of an offset at offset modulo 4; undefined: zeroes. */
@@ -25,8 +28,10 @@ interface Change {
   answered: number;
 }
 
+type Segment = [start: number, stop: number, covering: Change[]];
+
 /** Everything that clients ask for, and what may be seen at a moment. */
-class History {
+export class History {
   readonly changes: Change[] = [];
   #clock = 0;
 
@@ -41,29 +46,69 @@ class History {
    * @param to moment when it had been
    */
   flaw(bytes: Uint8Array, initial: Uint8Array, from: number, to: number): number {
-    const edges = new Set([0, LENGTH]);
-    const seen = this.changes.filter(({ sent }) => sent < to);
-    for (const { offset, end } of seen) edges.add(offset).add(end);
-    const sorted = [...edges].sort((one, other) => one - other);
-    for (let index = 0; index + 1 < sorted.length; index++) {
-      const [start = 0, stop = 0] = sorted.slice(index, index + 2);
-      const covering = seen.filter(({ offset, end }) => offset <= start && stop <= end);
-      // What surely came before another one that surely came before the instant cannot be seen any more.
-      const last = Math.max(
-        0,
-        ...covering.filter(({ answered, mayStay }) => answered < from && !mayStay).map(({ sent }) => sent),
-      );
-      const visible = covering.filter(({ answered }) => answered >= last);
-      for (let at = start; at < stop; at++) {
-        const byte = bytes[at];
-        const explained =
-          (last === 0 && byte === initial[at]) ||
-          visible.some(({ stamp }) => (stamp === undefined ? 0 : stamp[at % 4]) === byte);
-        if (!explained) return at;
-      }
-    }
-    return -1;
+    const segments = this.#segments(to);
+    const flaw = flawIn(segments, bytes, initial, from);
+    if (flaw >= 0) return flaw;
+    // It is one moment for the whole drive: what was answered before something was sent that is seen is seen, too.
+    return flawIn(segments, bytes, initial, Math.max(from, latestSeen(segments, bytes, initial)));
   }
+
+  /** Ranges between the edges of all changes sent before a moment, with those that cover them. */
+  #segments(to: number): Segment[] {
+    const seen = this.changes.filter(({ sent }) => sent < to);
+    const edges = new Set([0, LENGTH, ...seen.flatMap(({ offset, end }) => [offset, end])]);
+    const sorted = [...edges].sort((one, other) => one - other);
+    const places = new Map(sorted.map((edge, index) => [edge, index]));
+    const segments = sorted.slice(1).map((stop, index): Segment => [sorted[index] ?? 0, stop, []]);
+    for (const change of seen) {
+      const last = places.get(change.end) ?? 0;
+      for (let index = places.get(change.offset) ?? 0; index < last; index++)
+        segments[index]?.[2].push(change);
+    }
+    return segments;
+  }
+}
+
+/** When the last change was sent that alone can have made some bytes what they are; 0: there is none. */
+function latestSeen(segments: readonly Segment[], bytes: Uint8Array, initial: Uint8Array): number {
+  let latest = 0;
+  for (const [start, stop, covering] of segments) {
+    // A few bytes may be anybody's.
+    if (stop - start < CERTAIN) continue;
+    const seen = covering.filter((change) => change.sent > latest && shows(bytes, start, stop, change));
+    const [only] = seen;
+    const others = covering.some((change) => change !== only && shows(bytes, start, stop, change));
+    const untouched = Buffer.compare(bytes.subarray(start, stop), initial.subarray(start, stop)) === 0;
+    if (only !== undefined && !others && !untouched) latest = only.sent;
+  }
+  return latest;
+}
+
+/** The first byte that nothing explains: -1 where there is none. */
+function flawIn(segments: readonly Segment[], bytes: Uint8Array, initial: Uint8Array, from: number): number {
+  for (const [start, stop, covering] of segments) {
+    // What surely came before another one that surely came before the instant cannot be seen any more.
+    const last = Math.max(
+      0,
+      ...covering.filter(({ answered, mayStay }) => answered < from && !mayStay).map(({ sent }) => sent),
+    );
+    const visible = covering.filter(({ answered }) => answered >= last);
+    for (let at = start; at < stop; at++) {
+      const byte = bytes[at];
+      const explained =
+        (last === 0 && byte === initial[at]) ||
+        visible.some(({ stamp }) => (stamp === undefined ? 0 : stamp[at % 4]) === byte);
+      if (!explained) return at;
+    }
+  }
+  return -1;
+}
+
+function shows(bytes: Uint8Array, start: number, stop: number, { stamp }: Change): boolean {
+  for (let at = start; at < stop; at++) {
+    if (bytes[at] !== (stamp === undefined ? 0 : stamp[at % 4])) return false;
+  }
+  return true;
 }
 
 /** One client: it keeps {@link DEPTH} requests under way until it is told to stop. */
