@@ -1,5 +1,5 @@
 /** NBD clients whose sessions are damaged at random, beside one with good manners who must not notice. */
-import { readdirSync, readlinkSync, rmSync, writeFileSync } from 'node:fs';
+import { readdirSync, readlinkSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { connect } from 'node:net';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -285,8 +285,11 @@ export async function playDamagedSessions(
     }
     if (engine.arena.usedBytes - before > LEFT_BYTES)
       throw new Error(`${engine.arena.usedBytes - before} bytes are left of clients that went away`);
-    // The drive has been served to the end, and is as long as it was.
-    if ((await drive.read(0, LENGTH)).length !== LENGTH) throw new Error('the drive is shorter');
+    await drive.read(0, LENGTH);
+    for (const name of ['drive', 'witness'] as const) {
+      const { size } = statSync(at(name));
+      if (size !== LENGTH) throw new Error(`the file of the ${name} has ${size} bytes, not ${LENGTH}`);
+    }
     const rssGrowthBytes = process.memoryUsage().rss - settled;
     if (rssGrowthBytes > GROWTH_BYTES) throw new Error(`the process has grown by ${rssGrowthBytes} bytes`);
     const { exchanges, slowestMs } = witness;
