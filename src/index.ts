@@ -4,7 +4,7 @@
  * @packageDocumentation
  */
 
-export type { BitmapMode, OnError } from './backup/backup-job.js';
+export type { BitmapMode } from './backup/backup-job.js';
 export type { FreezeOptions } from './backup/freeze.js';
 export type { CompressionType, SyncMode } from './backup/target.js';
 export type { ImageCheck, Repaired } from './block/check.js';
@@ -21,6 +21,12 @@ export type { Measure, MeasureOptions } from './block/measure.js';
 export type { Preallocation, RepairMode, SnapshotSelector } from './block/qcow2/index.js';
 export type { RebaseOptions } from './block/rebase.js';
 export type { ResizeOptions } from './block/resize.js';
+export type {
+  BackupCounts,
+  BackupHandle as BackupJob,
+  BackupProgress,
+  BackupResult,
+} from './engine/backup.js';
 export type { BackupOptions, DiskBitmapEdit, DiskHandle as Disk } from './engine/disk.js';
 export {
   type CheckOptions,
@@ -36,15 +42,10 @@ export {
   type TransactionItem,
 } from './engine/engine.js';
 export type { FrozenDisk } from './engine/frozen-disk.js';
-export type {
-  BackupCounts,
-  BackupEvents,
-  BackupHandle as BackupJob,
-  BackupProgress,
-  BackupResult,
-} from './engine/job.js';
+export type { JobEvents, JobProgress } from './engine/job.js';
 export type { NbdExport, NbdServer, NbdServerOptions } from './engine/nbd-server.js';
 export { type ErrorCode, StillframeError } from './errors.js';
+export type { OnError } from './job/job.js';
 export type { JobStatus } from './job/status.js';
 export type { ListenAddress } from './nbd/server/address.js';
 export type { TlsOptions } from './nbd/server/tls.js';

@@ -6,15 +6,14 @@ import {
   brokenFrameError,
   CopyError,
   Frame,
-  type FrameCounters,
   type FrameDescriptor,
   freeFrame,
   type OnCbwError,
 } from '../block/filters/copy-before-write.js';
 import { attachNode } from '../block/graph.js';
-import { type PlainError, StillframeError, toStillframeError } from '../errors.js';
+import { StillframeError, toStillframeError } from '../errors.js';
 import type { JobControl, JobError } from '../job/control.js';
-import type { JobStatus } from '../job/status.js';
+import { type CommonJobOptions, helpJob, Job, type JobOutcome, jobError, RETRY_MS } from '../job/job.js';
 import type { Runtime } from '../kernels/runtime.js';
 import { allocateFrame, closeScratch, type FrameMemory, type HolderOptions, makeHolder } from './freeze.js';
 import {
@@ -30,48 +29,20 @@ import {
   type TargetOptions,
 } from './target.js';
 
-/** What to do about an I/O error of the background copy. QAPI `BlockdevOnError`. */
-export type OnError = 'report' | 'ignore' | 'enospc' | 'stop' | 'auto';
-
 /** Arguments of a backup job, as plain data. */
-export interface BackupJobOptions extends TargetOptions {
-  readonly onSourceError: OnError;
-  readonly onTargetError: OnError;
+export interface BackupJobOptions extends TargetOptions, CommonJobOptions {
   readonly onCbwError: OnCbwError;
   readonly cbwTimeoutMs?: number | undefined;
   /** Guests save old data to a scratch file, in the folder of this name or that of the image. */
   readonly fleece?: boolean | string | undefined;
-  readonly autoFinalize: boolean;
   /** Name of the disk's dirty bitmap that says what is copied, or (sync modes `full` and `top`) is made to say it. */
   readonly bitmap?: string | undefined;
   readonly bitmapMode?: BitmapMode | undefined;
-  /** It is one of several that succeed or fail together: it waits for the others before its commit point. */
-  readonly grouped?: boolean | undefined;
 }
 
 /** When a backup takes what it has copied off its dirty bitmap (QAPI `BitmapSyncMode`). */
 export const BITMAP_MODES = ['on-success', 'never', 'always'] as const;
 export type BitmapMode = (typeof BITMAP_MODES)[number];
-
-/** How a job ended. `cancelled` is the normal end of sync mode `none`. */
-export type JobOutcome = 'completed' | 'cancelled' | 'failed';
-
-/** What the job's thread tells the host thread, in order. */
-export type JobMessage =
-  | { readonly type: 'status'; readonly status: JobStatus }
-  | {
-      readonly type: 'error';
-      readonly operation: 'read' | 'write';
-      readonly action: 'report' | 'ignore' | 'stop';
-      readonly noSpace: boolean;
-    }
-  | { readonly type: 'pending' }
-  | {
-      readonly type: 'ended';
-      readonly outcome: JobOutcome;
-      readonly counters: FrameCounters;
-      readonly error: PlainError | undefined;
-    };
 
 /** A backup whose instant is taken, as plain data: any thread may carry it out, or give it up. */
 export interface BegunBackup {
@@ -83,9 +54,6 @@ export interface BegunBackup {
   /** Arena pointer of the dirty bitmap that the job relies on. */
   readonly bitmap: number | undefined;
 }
-
-/** How long an ignored error keeps the copy from trying again, in milliseconds. */
-const RETRY_MS = 100;
 
 /**
  * Takes the instant of a disk and makes everything ready to copy it. Everything that can be refused is refused here, and
@@ -246,14 +214,11 @@ function scratchHolder(
 }
 
 /**
- * A backup job, from its first status to its last, on the calling thread; other threads may help with
- * {@link helpCopying}. Semantics: QMP `drive-backup` and `blockdev-backup`. It does not throw.
+ * A backup job; other threads may help with {@link helpCopying}. Semantics: QMP `drive-backup` and `blockdev-backup`.
  */
-export class BackupJob {
+export class BackupJob extends Job {
   readonly #runtime: Runtime;
   readonly #disk: Disk;
-  readonly #control: JobControl;
-  readonly #port: MessagePort;
   readonly #options: BackupJobOptions;
   readonly #sync: SyncMode;
   readonly #target: Target;
@@ -267,10 +232,9 @@ export class BackupJob {
     port: MessagePort,
     begun: BegunBackup,
   ) {
+    super(control, port, begun.options);
     this.#runtime = runtime;
     this.#disk = disk;
-    this.#control = control;
-    this.#port = port;
     this.#options = begun.options;
     this.#sync = begun.sync;
     this.#target = begun.target;
@@ -278,44 +242,21 @@ export class BackupJob {
     this.#bitmap = begun.bitmap === undefined ? undefined : new DirtyBitmap(runtime, begun.bitmap);
   }
 
+  /** From its first status to its last, on the calling thread. It does not throw. */
   static run(runtime: Runtime, disk: Disk, control: JobControl, port: MessagePort, begun: BegunBackup): void {
-    new BackupJob(runtime, disk, control, port, begun).#run();
+    new BackupJob(runtime, disk, control, port, begun).run();
   }
 
-  #run(): void {
-    let failure: StillframeError | undefined;
-    let outcome: JobOutcome;
-    try {
-      this.#transition('running');
-      outcome = this.#copy();
-      if (outcome === 'completed') outcome = this.#finalize();
-    } catch (error) {
-      failure = toStillframeError(error);
-      outcome = 'failed';
-      if (failure.code === 'ERR_STILLFRAME_JOB_CANCELLED' && this.#control.cancelled) {
-        failure = undefined;
-        outcome = 'cancelled';
-      }
-    }
-    failure = this.#end(outcome, failure);
-    this.#transition('concluded');
-    this.#post({
-      type: 'ended',
-      outcome: failure === undefined ? outcome : 'failed',
-      counters: this.#frame.counters,
-      error: failure?.toPlain(),
-    });
-  }
-
-  /** The background copy with its error policy. Returns once everything planned is in the target. */
-  #copy(): 'completed' | 'cancelled' {
-    const control = this.#control;
+  /** The background copy. Returns once everything planned is in the target. */
+  protected override work(): 'completed' | 'cancelled' {
+    const { control } = this;
+    const broken = (): boolean => this.#frame.broken;
     if (this.#sync === 'none') {
       for (;;) {
         control.waitUntil(() => control.cancelled || control.paused || this.#frame.broken);
         if (control.cancelled) return 'cancelled';
         if (this.#frame.broken) throw brokenFrameError('the backup has failed');
-        this.#pause();
+        this.pause(broken);
       }
     }
     const scans = this.#sync === 'top' || isBitmapSync(this.#sync);
@@ -324,88 +265,48 @@ export class BackupJob {
       if (control.cancelled) return 'cancelled';
       if (this.#frame.broken) throw brokenFrameError('the backup has failed');
       if (control.paused) {
-        this.#pause();
+        this.pause(broken);
         continue;
       }
       if (scanned !== undefined) scanned = this.#scan(scanned);
-      else if (this.#frame.remaining > 0) this.#pass();
+      else if (this.#frame.remaining > 0) this.#copy();
       else return 'completed';
-      const error = control.takeError();
-      if (error !== undefined) this.#applyPolicy(error);
+      this.settleError();
     }
   }
 
   #scan(from: number): number | undefined {
     let next: number | undefined = from;
     try {
-      while (next !== undefined && !this.#control.cancelled && !this.#control.paused) {
+      while (next !== undefined && !this.control.cancelled && !this.control.paused) {
         next = this.#frame.scanNext(next);
       }
     } catch (error) {
-      this.#control.fail(jobError(error));
+      this.control.fail(copyError(error));
     }
     return next;
   }
 
-  /** One pass of all threads over the plan; returns when none of them is copying. */
-  #pass(): void {
-    const control = this.#control;
-    const pass = control.pass + 1;
-    control.pass = pass;
-    control.participate(pass, () => copyUntilInterrupted(this.#frame, control));
-    if (!control.interrupted) {
+  /** One pass over the plan. */
+  #copy(): void {
+    this.pass(
+      () => copyUntilInterrupted(this.#frame, this.control),
       // Nothing is left to claim; guests and other threads may still hold clusters, and a failed one comes back.
-      this.#frame.waitForOthers(RETRY_MS);
-    }
-    control.pass = pass + 1;
-    control.waitUntil(() => control.activeThreads === 0);
+      () => this.#frame.waitForOthers(RETRY_MS),
+    );
   }
 
-  #applyPolicy(error: JobError): void {
-    const { onSourceError, onTargetError } = this.#options;
-    const policy = error.operation === 'read' ? onSourceError : onTargetError;
-    const noSpace = error.error.code === 'ERR_STILLFRAME_NO_SPACE';
-    const action = policy === 'enospc' || policy === 'auto' ? (noSpace ? 'stop' : 'report') : policy;
-    this.#post({ type: 'error', operation: error.operation, action, noSpace });
-    if (action === 'report') throw StillframeError.fromPlain(error.error);
-    if (action === 'stop') this.#control.paused = true;
-    else this.#sleep(RETRY_MS);
-  }
-
-  #pause(): void {
-    const control = this.#control;
-    this.#transition('paused');
-    control.waitUntil(() => control.cancelled || !control.paused || this.#frame.broken);
-    this.#transition('running');
-  }
-
-  #sleep(timeoutMs: number): void {
-    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, timeoutMs);
-  }
-
-  /** From the last copied cluster to the commit point, copy-before-write still active. */
-  #finalize(): JobOutcome {
-    const control = this.#control;
-    // Most of the data becomes durable here, so that the commit point is short.
+  /** Most of the data becomes durable here; copy-before-write is still active. */
+  protected override prepare(): void {
     this.#frame.target.flush();
-    this.#transition('waiting');
-    // The others of its transaction may not be so far.
-    if (this.#options.grouped === true) control.waitUntil(() => control.released || control.cancelled);
-    if (control.cancelled) return 'cancelled';
-    this.#transition('pending');
-    if (!this.#options.autoFinalize) {
-      this.#post({ type: 'pending' });
-      control.waitUntil(() => control.finalizeRequested || control.cancelled);
-    }
-    return control.cancelled ? 'cancelled' : 'completed';
   }
 
-  /** Takes the frame off the disk and commits or removes the target. Returns the error of the job, if any. */
-  #end(outcome: JobOutcome, failure: StillframeError | undefined): StillframeError | undefined {
+  /** Takes the frame off the disk and commits or removes the target. */
+  protected override end(
+    outcome: JobOutcome,
+    failure: StillframeError | undefined,
+  ): StillframeError | undefined {
     const keep = outcome === 'completed' || (outcome === 'cancelled' && this.#sync === 'none');
-    if (outcome !== 'completed') this.#transition('aborting');
-    this.#control.pass = -1;
-    this.#control.waitUntil(() => this.#control.activeThreads === 0);
     const { id, holder } = this.#frame.descriptor;
     this.#disk.removeFrame(id);
     // No guest is in the frame any more: from here on nothing can break it.
@@ -420,7 +321,6 @@ export class BackupJob {
     } else {
       abandonTarget(this.#runtime, this.#target);
     }
-    if (failure !== undefined && outcome === 'completed') this.#transition('aborting');
     this.#settleBitmap(outcome === 'completed' && failure === undefined);
     return failure;
   }
@@ -439,21 +339,10 @@ export class BackupJob {
     }
     set.unfreeze(bitmap, success && bitmapMode !== 'never' ? 'abdicate' : 'reclaim');
   }
-
-  #transition(status: JobStatus): void {
-    this.#control.transition(status);
-    this.#post({ type: 'status', status });
-  }
-
-  #post(message: JobMessage): void {
-    this.#port.postMessage(message);
-  }
 }
 
-function jobError(error: unknown): JobError {
-  const operation = error instanceof CopyError ? error.operation : 'read';
-  const cause = error instanceof CopyError ? error.cause : error;
-  return { operation, error: toStillframeError(cause).toPlain() };
+function copyError(error: unknown): JobError {
+  return error instanceof CopyError ? jobError(error.operation, error.cause) : jobError('read', error);
 }
 
 function copyUntilInterrupted(frame: Frame, control: JobControl): void {
@@ -468,20 +357,12 @@ function copyUntilInterrupted(frame: Frame, control: JobControl): void {
       from = run.end;
     }
   } catch (error) {
-    control.fail(jobError(error));
+    control.fail(copyError(error));
   }
 }
 
 /** Copies along with a job's own thread until the job ends. */
 export function helpCopying(disk: Disk, descriptor: FrameDescriptor, control: JobControl): void {
   const frame = disk.attachFrame(descriptor);
-  let done = 0;
-  for (;;) {
-    control.waitUntil(() => control.pass < 0 || (control.pass % 2 === 1 && control.pass !== done));
-    const pass = control.pass;
-    if (pass < 0) return;
-    if (pass % 2 !== 1) continue;
-    done = pass;
-    control.participate(pass, () => copyUntilInterrupted(frame, control));
-  }
+  helpJob(control, () => copyUntilInterrupted(frame, control));
 }

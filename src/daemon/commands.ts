@@ -3,7 +3,7 @@ import type { CreateImageOptions } from '../block/create.js';
 import type { BackupOptions, DiskHandle } from '../engine/disk.js';
 import type { Engine, TransactionItem } from '../engine/engine.js';
 import type { FrozenDisk } from '../engine/frozen-disk.js';
-import type { BackupHandle } from '../engine/job.js';
+import type { JobHandle } from '../engine/job.js';
 import { StillframeError } from '../errors.js';
 import { QmpError, strerror } from '../qmp/errors.js';
 import type { Handlers, QmpEvent } from '../qmp/monitor.js';
@@ -113,13 +113,13 @@ export class Daemon {
       'job-pause': ({ id }) => this.#pause(jobs.job(id, 'pause')),
       'job-resume': ({ id }) => this.#resume(jobs.job(id, 'resume')),
       'job-cancel': ({ id }) => this.#cancel(jobs.job(id, 'cancel')),
-      'job-complete': ({ id }) => jobs.complete(jobs.job(id, 'complete')),
+      'job-complete': ({ id }) => jobs.job(id, 'complete').complete(),
       'job-finalize': ({ id }) => this.#finalize(jobs.job(id, 'finalize')),
       'job-dismiss': ({ id }) => jobs.dismiss(id),
       'block-job-pause': ({ device }) => this.#pause(jobs.blockJob(device)),
       'block-job-resume': ({ device }) => this.#resume(jobs.blockJob(device)),
       'block-job-cancel': ({ device, force = false }) => this.#cancel(jobs.blockJob(device), force),
-      'block-job-complete': ({ device }) => jobs.complete(jobs.blockJob(device)),
+      'block-job-complete': ({ device }) => jobs.blockJob(device).complete(),
       'block-job-set-speed': ({ device, speed }) => jobs.setSpeed(device, speed),
       'block-job-finalize': ({ id }) => this.#finalize(jobs.blockJob(id)),
       'block-job-dismiss': ({ id }) => {
@@ -299,7 +299,7 @@ export class Daemon {
   /** Carries out what was prepared, all of it or nothing. */
   async #start(prepared: readonly Prepared[], grouped: boolean): Promise<void> {
     const wanted = prepared.flatMap(({ job }) => job ?? []);
-    let handles: BackupHandle[];
+    let handles: JobHandle[];
     try {
       const ids = new Set<string>();
       for (const { id } of wanted) {
@@ -380,23 +380,27 @@ export class Daemon {
     }
   }
 
-  async #pause(job: BackupHandle): Promise<void> {
-    await this.jobs.settle(job, () => job.pause(), 'paused');
+  async #pause(job: JobHandle): Promise<void> {
+    await this.jobs.settle(job, () => job.pause(), job.status === 'ready' ? 'standby' : 'paused');
   }
 
-  async #resume(job: BackupHandle): Promise<void> {
-    await this.jobs.settle(job, () => job.resume(), 'running');
+  async #resume(job: JobHandle): Promise<void> {
+    await this.jobs.settle(job, () => job.resume(), job.status === 'standby' ? 'ready' : 'running');
   }
 
-  async #finalize(job: BackupHandle): Promise<void> {
+  async #finalize(job: JobHandle): Promise<void> {
     await this.jobs.settle(job, () => job.finalize(), this.jobs.lastStatus(job));
   }
 
-  async #cancel(job: BackupHandle, force = true): Promise<void> {
-    if (job.status === 'paused' && !force) {
+  async #cancel(job: JobHandle, force = true): Promise<void> {
+    if (job.paused && !force) {
       throw new QmpError(`The block job for device '${job.id}' is currently paused`);
     }
-    await this.jobs.settle(job, () => job.cancel(), this.jobs.lastStatus(job));
+    const cancel = (): void => (force ? job.cancel() : job.cancelSoftly());
+    // Any other one that runs answers before it ends.
+    const atOnce = job.type === 'backup' || job.status === 'pending' || job.status === 'waiting';
+    if (atOnce) await this.jobs.settle(job, cancel, this.jobs.lastStatus(job));
+    else cancel();
   }
 
   /** QMP `blockdev-create` */

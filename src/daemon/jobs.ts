@@ -1,14 +1,15 @@
-import type { BackupHandle } from '../engine/job.js';
+import type { JobHandle, JobType } from '../engine/job.js';
 import { StillframeError } from '../errors.js';
 import type { JobStatus } from '../job/status.js';
 import { checkVerb } from '../job/status.js';
 import { jobErrorText, QmpError } from '../qmp/errors.js';
 import type { QmpEvent } from '../qmp/monitor.js';
+import type { JsonObject } from '../qmp/types.js';
 
 /** How long an answer waits for what a job makes of a command, in milliseconds. */
 const SETTLE_MS = 250;
 
-/** How a backup was made that its own handle does not tell. */
+/** How a job was made that its own handle does not tell. */
 export interface JobOptions {
   readonly autoFinalize: boolean;
   readonly autoDismiss: boolean;
@@ -30,7 +31,7 @@ class CreateJob {
 
 interface Entry {
   readonly id: string;
-  readonly handle: BackupHandle | undefined;
+  readonly handle: JobHandle | undefined;
   readonly create: CreateJob | undefined;
   readonly options: JobOptions;
   speed: number;
@@ -56,10 +57,8 @@ export class Jobs {
     if (this.#entries.has(id)) throw new QmpError(`Job ID '${id}' already in use`);
   }
 
-  /** Takes backups on whose instant was taken at once. Resolves when monitors were told that they run. */
-  async add(
-    started: readonly { readonly handle: BackupHandle; readonly options: JobOptions }[],
-  ): Promise<void> {
+  /** Takes jobs on that were started at once. Resolves when monitors were told that they run. */
+  async add(started: readonly { readonly handle: JobHandle; readonly options: JobOptions }[]): Promise<void> {
     const entries = started.map(({ handle, options }): Entry => {
       const { id } = handle;
       const { speed } = options;
@@ -76,12 +75,13 @@ export class Jobs {
     });
     for (const entry of entries) this.#follow(entry, told);
     await Promise.all(running);
-    // Jobs start while the drives are drained: they run, are paused, and run.
+    // Backups start while the drives are drained: they run, are paused, and run.
+    const drained = started.flatMap(({ handle: { id, type } }) => (type === 'backup' ? id : []));
     for (const { id } of entries) {
       this.#status(id, 'running');
-      this.#status(id, 'paused');
+      if (drained.includes(id)) this.#status(id, 'paused');
     }
-    for (const { id } of entries) this.#status(id, 'running');
+    for (const id of drained) this.#status(id, 'running');
     open();
   }
 
@@ -89,6 +89,7 @@ export class Jobs {
   #follow(entry: Entry, told: Promise<void>): void {
     const { handle, id } = entry;
     if (handle === undefined) return;
+    const { type } = handle;
     let early: QmpEvent[] | undefined = [];
     const tell = (event: QmpEvent): void => {
       if (early === undefined) this.#say(event);
@@ -105,7 +106,8 @@ export class Jobs {
       if (status !== 'concluded' && status !== 'null') tell(statusEvent(id, status));
       if (status === 'running') entry.ioStatus = 'ok';
     });
-    handle.on('pending', () => tell({ event: 'BLOCK_JOB_PENDING', data: { type: 'backup', id } }));
+    handle.on('ready', () => tell({ event: 'BLOCK_JOB_READY', data: progressOf(entry, handle) }));
+    handle.on('pending', () => tell({ event: 'BLOCK_JOB_PENDING', data: { type, id } }));
     handle.on('io-error', ({ operation, action, noSpace }) => {
       if (action === 'stop') entry.ioStatus = noSpace ? 'nospace' : 'failed';
       tell({ event: 'BLOCK_JOB_ERROR', data: { device: id, operation, action } });
@@ -114,7 +116,7 @@ export class Jobs {
     this.#ending.add(ending);
   }
 
-  async #conclude(entry: Entry, handle: BackupHandle, told: Promise<void>): Promise<void> {
+  async #conclude(entry: Entry, handle: JobHandle, told: Promise<void>): Promise<void> {
     const { id } = entry;
     let cancelled = false;
     try {
@@ -125,8 +127,7 @@ export class Jobs {
     }
     await told;
     await entry.options.onEnd?.();
-    const { offset, length } = handle.snapshot();
-    const end = { device: id, len: length, offset, speed: entry.speed, type: 'backup' };
+    const end = progressOf(entry, handle);
     if (cancelled) this.#tell({ event: 'BLOCK_JOB_CANCELLED', data: end });
     else {
       const error = entry.error === undefined ? {} : { error: entry.error };
@@ -196,7 +197,7 @@ export class Jobs {
    * Gives a job a command, and waits until monitors were told of one of these statuses, so that the events of a job that
    * has nothing else to do come before the answer, as with QEMU. It does not wait for long.
    */
-  async settle(job: BackupHandle, command: () => void, ...statuses: readonly JobStatus[]): Promise<void> {
+  async settle(job: JobHandle, command: () => void, ...statuses: readonly JobStatus[]): Promise<void> {
     command();
     // What becomes of one of a group becomes of all.
     const left = new Set((isEnd(statuses) ? job.group : [job]).map(({ id }) => id));
@@ -217,12 +218,12 @@ export class Jobs {
   }
 
   /** The last status that monitors are told of a job. */
-  lastStatus({ id }: BackupHandle): JobStatus {
+  lastStatus({ id }: JobHandle): JobStatus {
     return this.#entries.get(id)?.options.autoDismiss === false ? 'concluded' : 'null';
   }
 
   /** A job by its name, for `job-*`. */
-  job(id: string, verb: Parameters<typeof checkVerb>[2]): BackupHandle {
+  job(id: string, verb: Parameters<typeof checkVerb>[2]): JobHandle {
     const { handle, create } = this.#entry(id, () => new QmpError('Job not found'));
     if (handle !== undefined) return handle;
     checkVerb(id, create?.status ?? 'null', verb);
@@ -230,17 +231,11 @@ export class Jobs {
   }
 
   /** A job by its name, for `block-job-*`. */
-  blockJob(device: string): BackupHandle {
+  blockJob(device: string): JobHandle {
     const missing = (): QmpError => new QmpError(`Block job '${device}' not found`, 'DeviceNotActive');
     const { handle } = this.#entry(device, missing);
     if (handle === undefined) throw missing();
     return handle;
-  }
-
-  /** None of our jobs has anything to complete. */
-  complete(job: BackupHandle): never {
-    checkVerb(job.id, job.status, 'complete');
-    throw new QmpError(`The active block job '${job.id}' cannot be completed`);
   }
 
   setSpeed(device: string, bytesPerSecond: number): void {
@@ -292,7 +287,7 @@ export class Jobs {
         'current-progress': create !== undefined && isOver ? 1 : offset,
         status,
         'total-progress': create !== undefined ? 1 : length,
-        type: create === undefined ? 'backup' : 'create',
+        type: (handle?.type ?? 'create') satisfies JobType,
         id,
         ...(error === undefined ? {} : { error }),
       };
@@ -313,14 +308,20 @@ export class Jobs {
         len: length,
         offset,
         status,
-        paused: status === 'paused',
+        paused: status === 'paused' || status === 'standby',
         speed,
-        ready: false,
-        type: 'backup',
+        ready: status === 'ready' || status === 'standby',
+        type: handle.type,
         ...(error === undefined ? {} : { error }),
       };
     });
   }
+}
+
+/** How far a job is, as events have it. */
+function progressOf({ id, speed }: Entry, handle: JobHandle): JsonObject {
+  const { offset, length } = handle.snapshot();
+  return { device: id, len: length, offset, speed, type: handle.type };
 }
 
 /** Whether a job is over then. */
@@ -333,6 +334,6 @@ function statusEvent(id: string, status: JobStatus): QmpEvent {
 }
 
 /** Resolves with the first status that a job has of its own. */
-function firstStatus(handle: BackupHandle): Promise<void> {
+function firstStatus(handle: JobHandle): Promise<void> {
   return new Promise((resolve) => handle.once('status', () => resolve()));
 }

@@ -1,13 +1,15 @@
-import type { BitmapMode, OnError } from '../backup/backup-job.js';
+import type { BitmapMode } from '../backup/backup-job.js';
 import type { FreezeOptions, FrozenDescriptor, HoldOptions } from '../backup/freeze.js';
 import type { TargetOptions } from '../backup/target.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapStatus, DiskBitmapAction } from '../block/disk-bitmaps.js';
 import type { OnCbwError } from '../block/filters/copy-before-write.js';
 import { closedError, StillframeError } from '../errors.js';
+import type { OnError } from '../job/job.js';
+import { type BackupHandle, startBackups } from './backup.js';
 import type { Engine } from './engine.js';
 import { FrozenDisk } from './frozen-disk.js';
-import { type BackupHandle, startBackups } from './job.js';
+import type { JobHandle } from './job.js';
 import type { NbdServer } from './nbd-server.js';
 import type { GuestRequest } from './tasks.js';
 
@@ -80,7 +82,7 @@ export class DiskHandle {
   readonly servers = new Set<NbdServer>();
   readonly #engine: Engine;
   readonly #onClose: () => void;
-  readonly #jobs = new Set<BackupHandle>();
+  readonly #jobs = new Set<JobHandle>();
   readonly #frozen = new Set<FrozenDisk>();
   readonly #pending = new Set<Promise<unknown>>();
   #slots: { base: number; free: number[]; waiting: ((slot: number) => void)[] } | undefined;
@@ -169,7 +171,7 @@ export class DiskHandle {
   }
 
   /** @internal A job of this disk ends with it. */
-  async own(job: BackupHandle): Promise<void> {
+  async own(job: JobHandle): Promise<void> {
     this.#jobs.add(job);
     const forget = (): boolean => this.#jobs.delete(job);
     job.ended.then(forget, forget);

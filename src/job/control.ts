@@ -18,9 +18,13 @@ const ERROR_SET = 28;
 const ERROR_LENGTH = 32;
 const RATE_LOCK = 36;
 const RELEASE = 40;
+const COMPLETE = 44;
 const SPEED = 48;
 const NEXT_ALLOWED_MS = 56;
-const ERROR = 64;
+const ANSWER = 64;
+const ERROR = 72;
+const CANCEL_SOFT = 1;
+const CANCEL_FORCED = 2;
 /** Bytes of a job's control block. */
 export const JOB_CONTROL_BYTES = 4096;
 
@@ -63,12 +67,34 @@ export class JobControl {
     this.wake();
   }
 
+  /** It shall end without having done its work. */
   get cancelled(): boolean {
+    return this.#load(CANCEL) === CANCEL_FORCED;
+  }
+
+  /** It shall end: {@link cancelled}, or as a job that is ready may end, with its work as it is. */
+  get cancelRequested(): boolean {
     return this.#load(CANCEL) !== 0;
   }
 
   cancel(): void {
-    this.#store(CANCEL, 1);
+    this.#store(CANCEL, CANCEL_FORCED);
+    this.wake();
+  }
+
+  /** Ends a job that is ready with its work as it is. */
+  cancelSoftly(): void {
+    Atomics.compareExchange(this.#arena.i32, (this.pointer + CANCEL) >> 2, 0, CANCEL_SOFT);
+    this.wake();
+  }
+
+  get completeRequested(): boolean {
+    return this.#load(COMPLETE) !== 0;
+  }
+
+  /** Ends a job that is ready with all that it is to come to. */
+  complete(): void {
+    this.#store(COMPLETE, 1);
     this.wake();
   }
 
@@ -78,6 +104,18 @@ export class JobControl {
 
   finalize(): void {
     this.#store(FINALIZE, 1);
+    this.wake();
+  }
+
+  /** The host has done its part of the commit point. */
+  get answered(): boolean {
+    return this.#load(ANSWER) !== 0;
+  }
+
+  /** Called by the host. @param error why it could not do its part */
+  answer(error?: PlainError): void {
+    if (error !== undefined) this.fail({ operation: 'write', error });
+    this.#store(ANSWER, 1);
     this.wake();
   }
 

@@ -5,13 +5,14 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { MessageChannel } from 'node:worker_threads';
 import { afterAll, afterEach, expect, it } from 'vitest';
-import { BackupJob, beginBackup, type JobMessage } from '#src/backup/backup-job.js';
+import { BackupJob, beginBackup } from '#src/backup/backup-job.js';
 import { abandonTarget, openTarget } from '#src/backup/target.js';
 import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
 import { CopyBuffer } from '#src/block/filters/copy-before-write.js';
 import { closeNode, filesOf, openImage } from '#src/block/graph.js';
 import type { StorageDescriptor } from '#src/block/node.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
+import type { JobMessage } from '#src/job/job.js';
 import { createRuntime } from '#src/kernels/runtime.js';
 import { Random } from '../support/data.js';
 

@@ -18,6 +18,7 @@ const REBASE = 'src/block/rebase.ts';
 const METADATA = 'src/block/qcow2/metadata.ts';
 const TARGET = 'src/backup/target.ts';
 const JOB = 'src/backup/backup-job.ts';
+const ANY_JOB = 'src/job/job.ts';
 const TRACKER = 'src/block/tracked-requests.ts';
 const FUTEX = 'src/kernels/futex.ts';
 const CONTROL = 'src/job/control.ts';
@@ -206,9 +207,9 @@ export const mutants: readonly Mutant[] = [
   {
     name: 'error-forgotten',
     what: 'a job that failed ends without its error',
-    file: JOB,
-    find: 'failure = this.#end(outcome, failure);',
-    replace: 'failure = this.#end(outcome, undefined);',
+    file: ANY_JOB,
+    find: 'failure = this.end(outcome, failure);',
+    replace: 'failure = this.end(outcome, undefined);',
     tests: errors,
   },
   {
@@ -725,7 +726,7 @@ export const mutants: readonly Mutant[] = [
   {
     name: 'group-commits-early',
     what: 'a job of a group commits before the others have come so far',
-    file: JOB,
+    file: ANY_JOB,
     find: 'control.waitUntil(() => control.released || control.cancelled);',
     replace: ';',
     tests: bitmaps,

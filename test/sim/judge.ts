@@ -1,9 +1,10 @@
 /** What is wrong with a run that is over. */
-import { BackupJob, beginBackup, type JobMessage } from '#src/backup/backup-job.js';
+import { BackupJob, beginBackup } from '#src/backup/backup-job.js';
 import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
 import { type FrameDescriptor, freeFrame } from '#src/block/filters/copy-before-write.js';
 import { closeNode, openImage } from '#src/block/graph.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
+import type { JobMessage } from '#src/job/job.js';
 import { arena, buffer, copyBuffer, files, oracle, runtime, type Setup, TARGETS, world } from './context.js';
 import type { JobRecord } from './job-record.js';
 import { INVARIANTS } from './oracle.js';

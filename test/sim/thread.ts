@@ -6,11 +6,12 @@
 // Before all others: production modules take hold of what they find when they are loaded.
 import './atomics.js';
 
-import { BackupJob, beginBackup, helpCopying, type JobMessage } from '#src/backup/backup-job.js';
+import { BackupJob, beginBackup, helpCopying } from '#src/backup/backup-job.js';
 import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
 import { Frame, type FrameDescriptor } from '#src/block/filters/copy-before-write.js';
 import { StillframeError, toStillframeError } from '#src/errors.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
+import type { JobMessage } from '#src/job/job.js';
 import { checkVerb, type JobVerb } from '#src/job/status.js';
 import { ARENA_BASE } from '#src/kernels/arena.js';
 import { advance, load, store, waitWhile } from '#src/kernels/futex.js';
