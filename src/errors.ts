@@ -19,6 +19,7 @@ export type ErrorCode =
   | 'ERR_STILLFRAME_CLOSED'
   | 'ERR_STILLFRAME_CORRUPT_IMAGE'
   | 'ERR_STILLFRAME_FORMAT'
+  | 'ERR_STILLFRAME_GUEST_AGENT'
   | 'ERR_STILLFRAME_INTERNAL'
   | 'ERR_STILLFRAME_INVALID_ARGUMENT'
   | 'ERR_STILLFRAME_IO'
@@ -33,6 +34,7 @@ export type ErrorCode =
   | 'ERR_STILLFRAME_OUT_OF_RANGE'
   | 'ERR_STILLFRAME_PERMISSION'
   | 'ERR_STILLFRAME_QMP'
+  | 'ERR_STILLFRAME_QMP_CONNECTION'
   | 'ERR_STILLFRAME_READ_ONLY'
   | 'ERR_STILLFRAME_SAME_NODE'
   | 'ERR_STILLFRAME_SIZE_MISMATCH'
@@ -53,12 +55,19 @@ const brand = Symbol.for('stillframe.error');
 export class StillframeError extends Error {
   readonly code: ErrorCode;
   readonly errno: string | undefined;
+  /** Class of the error where a QMP server or a guest agent has said it, for example `DeviceNotFound`. */
+  readonly qmpClass: string | undefined;
 
-  constructor(code: ErrorCode, message: string, options?: { cause?: unknown; errno?: string | undefined }) {
+  constructor(
+    code: ErrorCode,
+    message: string,
+    options?: { cause?: unknown; errno?: string | undefined; qmpClass?: string | undefined },
+  ) {
     super(message, options?.cause === undefined ? undefined : { cause: options.cause });
     this.name = 'StillframeError';
     this.code = code;
     this.errno = options?.errno;
+    this.qmpClass = options?.qmpClass;
     Object.defineProperty(this, brand, { value: true });
   }
 

@@ -49,6 +49,13 @@ export function defaultGranularity(clusterSize: number | undefined): number {
   return Math.min(65536, Math.max(4096, clusterSize ?? 65536));
 }
 
+/** Granularity from 64 KiB on with which a bitmap of a drive of that length can be had. */
+export function smallestGranularity(length: number): number {
+  let granularity = 65536;
+  while (bitsOf(length, granularity) > MAX_BITS) granularity *= 2;
+  return granularity;
+}
+
 /** Bits of a bitmap. */
 export function bitsOf(length: number, granularity: number): number {
   return Math.ceil(length / granularity);

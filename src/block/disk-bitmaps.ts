@@ -1,10 +1,11 @@
 import { createHash } from 'node:crypto';
 import { BitmapSet } from '../bitmap/bitmap-set.js';
-import { checkBitmap, DirtyBitmap, defaultGranularity } from '../bitmap/dirty-bitmap.js';
+import { checkBitmap, DirtyBitmap, defaultGranularity, smallestGranularity } from '../bitmap/dirty-bitmap.js';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 import { DISK_BITMAPS, type DiskDescriptor } from './disk.js';
 import { attachNode } from './graph.js';
+import { attachNbd } from './nbd/index.js';
 import { bitmapsOf, claimBitmap, listBitmaps, loadBitmap, noBitmapsInVersion2 } from './qcow2/index.js';
 import { attachFile } from './raw/file.js';
 
@@ -61,15 +62,53 @@ export function bitmapsOfDisk(runtime: Runtime, { control, node }: DiskDescripto
     : new BitmapSet(runtime, control + DISK_BITMAPS);
 }
 
-/** Puts the bitmaps of a read-only image into the disk's own set, and no wrong ones of a damaged image. */
+/** Metadata contexts of an export that are dirty bitmaps, and the flag of what is dirty in them. */
+const BITMAP_CONTEXT = 'qemu:dirty-bitmap:';
+const CONTEXT_DIRTY = 1;
+
+/**
+ * Puts the bitmaps of a read-only image into the disk's own set, and no wrong ones of a damaged image; and those of an
+ * NBD export that were asked for (`x-dirty-bitmap`), as they are now.
+ */
 export function openDiskBitmaps(runtime: Runtime, disk: DiskDescriptor): void {
   const { node } = disk;
+  // QEMU's nodes do not have those of a server.
+  if (disk.borrowed !== true) openExportBitmaps(runtime, disk);
   if (node.driver !== 'qcow2' || !node.readOnly || node.ofSnapshot) return;
   try {
     listBitmaps(runtime, attachFile(runtime, node.file), bitmapsOfDisk(runtime, disk));
   } catch (error) {
     // The drive itself can be read all the same.
     if (!(error instanceof StillframeError) || error.code === 'ERR_STILLFRAME_ARENA_EXHAUSTED') throw error;
+  }
+}
+
+function openExportBitmaps(runtime: Runtime, disk: DiskDescriptor): void {
+  const { node, length } = disk;
+  if (node.driver !== 'raw' || node.file.driver !== 'nbd' || node.offset) return;
+  const { file } = node;
+  const bitmaps = bitmapsOfDisk(runtime, disk);
+  try {
+    for (const [index, context] of file.target.contexts.entries()) {
+      // The first one that the server tells of is the status of allocation.
+      if (!context.startsWith(BITMAP_CONTEXT) || file.contexts[index + 1] !== true) continue;
+      const bitmap = bitmaps.add({
+        name: context.slice(BITMAP_CONTEXT.length),
+        granularity: smallestGranularity(length),
+        length,
+        enabled: false,
+        persistent: false,
+      });
+      bitmap.makeBits();
+      let offset = 0;
+      attachNbd(runtime, file).contextExtents(context, 0, Math.min(length, file.length), (extent) => {
+        if ((extent.flags & CONTEXT_DIRTY) !== 0) bitmap.set(offset, extent.length);
+        offset += extent.length;
+      });
+    }
+  } catch (error) {
+    bitmaps.free();
+    throw error;
   }
 }
 

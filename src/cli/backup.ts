@@ -1,12 +1,15 @@
-import { type BackupJob, type BackupResult, backupRunning, createEngine } from '../index.js';
+import { createEngine } from '../index.js';
+import { describeResult } from './backup-result.js';
+import { backupOfRunning, RUNNING_OPTIONS } from './backup-running.js';
 import {
   ALLOW_BACKING,
-  type Arguments,
+  COMPRESSION,
   type Command,
   FORCE_SHARE,
   FORMATS,
   OUTPUT,
   OUTPUTS,
+  POLICIES,
   parseSize,
   parseSnapshot,
   SNAPSHOT,
@@ -15,105 +18,21 @@ import {
 } from './command.js';
 import { PROGRESS_STYLES, showProgress } from './progress.js';
 import { cancelOnSignal, tellInterrupted } from './signals.js';
-import { formatBytes } from './units.js';
 
 const MODES = ['full', 'top', 'none', 'incremental', 'bitmap'] as const;
 const BITMAP_MODES = ['on-success', 'never', 'always'] as const;
-const COMPRESSION = ['zlib', 'zstd'] as const;
-const POLICIES = ['report', 'ignore', 'enospc', 'stop', 'auto'] as const;
-
-function human({
-  target,
-  sync,
-  virtualSize,
-  clusterSize,
-  clusters,
-  bytes,
-  durationMs,
-  checksum,
-}: BackupResult): string {
-  const seconds = durationMs / 1000;
-  const rate = durationMs > 0 ? ` (${formatBytes(bytes.read / seconds)}/s)` : '';
-  return [
-    `target:    ${target}`,
-    `sync:      ${sync}`,
-    `size:      ${formatBytes(virtualSize)} (${virtualSize} bytes)`,
-    `clusters:  ${clusters.planned} of ${clusters.total} planned, ${clusters.copied} copied, ${clusters.zero} zero, ` +
-      `${clusters.cbw} by copy-before-write (${formatBytes(clusterSize)} each)`,
-    `data:      ${formatBytes(bytes.read)} read, ${formatBytes(bytes.written)} written in ${seconds.toFixed(2)} s${rate}`,
-    `checksum:  ${checksum.algorithm} ${checksum.root}`,
-  ].join('\n');
-}
-
-/** `backup --qmp` */
-async function backupOfRunning(args: Arguments, json: boolean): Promise<number> {
-  const [target, ...more] = args.positionals;
-  const [qmp, device] = [args.text('qmp'), args.text('device')];
-  if (qmp === undefined || device === undefined || target === undefined || more.length > 0) {
-    throw usageError('with --qmp SOCKET say which drive and where to: --device NAME TARGET');
-  }
-  const sync = args.choice('sync', MODES, 'full');
-  if (sync !== 'full') throw usageError(`of a running QEMU there are full backups, not --sync ${sync}`);
-  const style = args.flag('quiet') ? 'none' : args.choice('progress', PROGRESS_STYLES, 'auto');
-  const workers = args.text('workers');
-  const engine = await createEngine();
-  let job: BackupJob | undefined;
-  const signals = cancelOnSignal(() => job?.cancel());
-  let shown: Promise<void> | undefined;
-  try {
-    const result = await backupRunning(
-      engine,
-      {
-        ...{ qmp, device, target, scratch: args.text('scratch') },
-        format: args.choice('format', TARGET_FORMATS),
-        existing: args.flag('existing'),
-        force: args.flag('force'),
-        targetClusterSize: args.size('cluster-size'),
-        compress: args.text('compress') === '' || args.choice('compress', COMPRESSION),
-        speed: args.size('speed'),
-        workers: workers === undefined ? undefined : parseSize(workers, '--workers'),
-        onSourceError: args.choice('on-source-error', POLICIES, 'report'),
-        onTargetError: args.choice('on-target-error', POLICIES, 'report'),
-      },
-      (started) => {
-        job = started;
-        shown = showProgress(started.progress(), style);
-      },
-    );
-    await shown;
-    const { outcome: _, target: __, ...counts } = result;
-    if (json) console.log(JSON.stringify({ type: 'result', ...counts }));
-    else if (!args.flag('quiet')) console.log(human(result));
-    return 0;
-  } catch (error) {
-    if (!signals.interrupted()) throw error;
-    return tellInterrupted(json);
-  } finally {
-    signals.stop();
-    await engine.close();
-  }
-}
 
 export const backup: Command = {
   name: 'backup',
   usage:
-    'SOURCE TARGET --sync full|top|none|incremental|bitmap [options]\n       stillframe backup --qmp SOCKET --device NAME TARGET [options]',
+    'SOURCE TARGET --sync full|top|none|incremental|bitmap [options]\n' +
+    '       stillframe backup --qmp SOCKET --device NAME=TARGET... [--sync full|incremental|bitmap] [options]',
   summary:
     'Backs up an image. TARGET is TARGET.partial until everything is durable. Nobody can write to SOURCE through\n' +
     'this command, so with --sync none the target is complete at once: an empty image on top of SOURCE.',
-  positionals: [1, 2],
+  positionals: [0, 2],
   options: [
-    {
-      long: 'qmp',
-      value: 'SOCKET',
-      help: 'back up a drive of a running QEMU, with nothing but its QMP socket; its guest goes on',
-    },
-    { long: 'device', value: 'NAME', help: 'with --qmp: the drive, by its device or its node' },
-    {
-      long: 'scratch',
-      value: 'DIR',
-      help: 'with --qmp: folder for old data, which that QEMU can write to (that of the image)',
-    },
+    ...RUNNING_OPTIONS,
     { long: 'sync', value: 'MODE', help: 'full, top, none, incremental or bitmap' },
     {
       long: 'bitmap',
@@ -129,8 +48,9 @@ export const backup: Command = {
     {
       long: 'backing',
       short: 'b',
-      value: 'FILE',
-      help: 'with incremental and bitmap: the backup before, which a new qcow2 target lies on',
+      value: '[NAME=]FILE',
+      multiple: true,
+      help: 'with incremental and bitmap: the backup before, which a new qcow2 target lies on (of the drive NAME, where there are several)',
     },
     { long: 'format', value: 'FMT', help: "format of the target: raw or qcow2 (the source's)" },
     {
@@ -178,7 +98,10 @@ export const backup: Command = {
   run: async (args) => {
     const [source = '', target = ''] = args.positionals;
     const json = args.choice('output', OUTPUTS, 'human') === 'json';
-    if (args.text('qmp') !== undefined) return await backupOfRunning(args, json);
+    const qmp = args.text('qmp');
+    if (qmp !== undefined) return await backupOfRunning(qmp, args, json);
+    const [alone] = RUNNING_OPTIONS.filter(({ long }) => args.values[long] !== undefined);
+    if (alone !== undefined) throw usageError(`--${alone.long} goes with --qmp SOCKET`);
     if (args.positionals.length < 2) throw usageError('say what to back up and where to: SOURCE TARGET');
     const sync = args.choice('sync', MODES);
     if (sync === undefined)
@@ -191,7 +114,7 @@ export const backup: Command = {
       format: args.choice('format', TARGET_FORMATS),
       bitmap: args.text('bitmap'),
       bitmapMode: args.choice('bitmap-mode', BITMAP_MODES),
-      backing: args.text('backing'),
+      backing: args.texts('backing')?.at(-1),
       existing: args.flag('existing'),
       force: args.flag('force'),
       targetClusterSize: args.size('cluster-size'),
@@ -222,7 +145,7 @@ export const backup: Command = {
         await shown;
         const { outcome: _, target: __, ...counts } = result;
         if (json) console.log(JSON.stringify({ type: 'result', ...counts }));
-        else if (!args.flag('quiet')) console.log(human(result));
+        else if (!args.flag('quiet')) console.log(describeResult(result));
         return 0;
       } catch (error) {
         if (!signals.interrupted()) throw error;

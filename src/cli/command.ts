@@ -107,6 +107,10 @@ export const SNAPSHOT: Option = {
   value: 'NAME',
   help: 'read the image as it is in an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME',
 };
+/** Types of compression of qcow2. */
+export const COMPRESSION = ['zlib', 'zstd'] as const;
+/** What to do about an I/O error. */
+export const POLICIES = ['report', 'ignore', 'enospc', 'stop', 'auto'] as const;
 export const OUTPUTS = ['human', 'json'] as const;
 export const PROGRESS: Option = { long: 'progress', short: 'p', help: 'show progress on stderr' };
 export const QUIET: Option = { long: 'quiet', short: 'q', help: 'print nothing but errors' };

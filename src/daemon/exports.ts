@@ -1,3 +1,4 @@
+import type { DiskDescriptor } from '../block/disk.js';
 import type { Engine, NbdServer } from '../index.js';
 import type { ListenAddress } from '../nbd/server/address.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
@@ -12,6 +13,15 @@ interface Export {
   readonly node: GraphNode;
 }
 
+/** Drivers that pass requests on to what they lie on. */
+const FILTERS = new Set([
+  'blkdebug',
+  'compress',
+  'copy-before-write',
+  'copy-on-read',
+  'preallocate',
+  'throttle',
+]);
 const DEFAULT_CONNECTIONS = 100;
 const MAX_CONNECTIONS = 10_000;
 
@@ -169,19 +179,24 @@ export class Exports {
     }
   }
 
-  /** The name of a bitmap of the node that is to be exported. */
-  async #bitmap(node: GraphNode, wanted: unknown, writable: boolean): Promise<string> {
+  /** A bitmap of the node that is to be exported, or of one that its data comes from. */
+  async #bitmap(
+    node: GraphNode,
+    wanted: unknown,
+    writable: boolean,
+  ): Promise<{ readonly disk: DiskDescriptor; readonly name: string }> {
     const name = isObject(wanted) ? String(wanted['name']) : String(wanted);
-    if (isObject(wanted) && this.#graph.lookUp(String(wanted['node'])) !== node) {
-      throw new QmpError(`Bitmap '${name}' is not one of the node '${node.name}' that is exported`);
+    const owners = isObject(wanted) ? [this.#graph.lookUp(String(wanted['node']))] : chainOf(node);
+    for (const owner of owners) {
+      const disk = await this.#graph.disk(owner);
+      const bitmap = (await disk.bitmaps()).find((one) => one.name === name);
+      if (bitmap === undefined) continue;
+      if (!writable && !node.descriptor.readOnly && bitmap.recording) {
+        throw new QmpError(`Enabled bitmap '${name}' incompatible with readonly export`);
+      }
+      return { disk: disk.descriptor, name };
     }
-    const disk = await this.#graph.disk(node);
-    const bitmap = (await disk.bitmaps()).find((one) => one.name === name);
-    if (bitmap === undefined) throw new QmpError(`Bitmap '${name}' is not found`);
-    if (!writable && !node.descriptor.readOnly && bitmap.recording) {
-      throw new QmpError(`Enabled bitmap '${name}' incompatible with readonly export`);
-    }
-    return name;
+    throw new QmpError(`Bitmap '${name}' is not found`);
   }
 
   /** QMP `block-export-del`. @param safe only where nobody uses it */
@@ -210,6 +225,13 @@ export class Exports {
     for (const [id, { node }] of this.#exports) node.users.delete(this.#key(id));
     this.#exports.clear();
   }
+}
+
+/** A node, and what is below it as long as that is where its data comes from. */
+function chainOf(node: GraphNode): GraphNode[] {
+  const roles = FILTERS.has(node.driver) ? ['file', 'image'] : ['backing'];
+  const below = node.children.find(({ role }) => roles.includes(role));
+  return below === undefined ? [node] : [node, ...chainOf(below.node)];
 }
 
 /** An address of a command as servers take it. */

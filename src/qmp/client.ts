@@ -24,6 +24,7 @@ export class QmpClient {
   readonly #socket: Socket;
   readonly #waiting: Waiting[] = [];
   readonly #listeners = new Set<(event: ServerEvent) => void>();
+  readonly #onEnd = new Set<(reason: StillframeError) => void>();
   #failure: StillframeError | undefined;
   #greeted: (() => void) | undefined;
 
@@ -37,7 +38,7 @@ export class QmpClient {
         else this.#take(input.value);
       }
     });
-    socket.on('error', (error) => this.#fail(systemError('the QMP connection broke', error)));
+    socket.on('error', (error) => this.#fail(connectionError(`the QMP connection broke: ${error.message}`)));
     socket.on('close', () => this.#fail(connectionError('the QMP server has closed the connection')));
   }
 
@@ -45,7 +46,8 @@ export class QmpClient {
    * Connects and negotiates.
    *
    * @param path of a unix socket
-   * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_QMP (nobody listens, or speaks QMP)
+   * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_IO (nobody listens), …_QMP_CONNECTION (nobody
+   *   answers), …_QMP (it is no QMP)
    */
   static async connect(path: string): Promise<QmpClient> {
     const socket = connect(path);
@@ -87,7 +89,8 @@ export class QmpClient {
   /**
    * Carries a command out.
    *
-   * @throws StillframeError ERR_STILLFRAME_QMP with what the server says
+   * @throws StillframeError ERR_STILLFRAME_QMP with what the server says, and its class as `qmpClass`;
+   *   …_QMP_CONNECTION where it has gone away
    */
   execute(command: string, given: JsonObject = {}): Promise<unknown> {
     if (this.#failure !== undefined) return Promise.reject(this.#failure);
@@ -103,7 +106,15 @@ export class QmpClient {
     return () => this.#listeners.delete(listener);
   }
 
+  /** Calls `listener` when the server goes away, or has gone. @returns what ends that */
+  onEnd(listener: (reason: StillframeError) => void): () => void {
+    if (this.#failure !== undefined) listener(this.#failure);
+    this.#onEnd.add(listener);
+    return () => this.#onEnd.delete(listener);
+  }
+
   close(): void {
+    this.#onEnd.clear();
     this.#failure ??= connectionError('the QMP connection is closed');
     this.#socket.destroy();
   }
@@ -130,8 +141,12 @@ export class QmpClient {
       waiting.resolve(value);
       return;
     }
-    const text = isObject(error) ? String(error['desc']) : String(error);
-    waiting.reject(new StillframeError('ERR_STILLFRAME_QMP', `QMP command '${waiting.command}': ${text}`));
+    const [text, qmpClass] = isObject(error) ? [String(error['desc']), error['class']] : [String(error)];
+    waiting.reject(
+      new StillframeError('ERR_STILLFRAME_QMP', `QMP command '${waiting.command}': ${text}`, {
+        qmpClass: typeof qmpClass === 'string' ? qmpClass : undefined,
+      }),
+    );
   }
 
   #fail(error: StillframeError): void {
@@ -139,6 +154,7 @@ export class QmpClient {
     this.#failure = error;
     this.#socket.destroy();
     for (const { reject } of this.#waiting.splice(0)) reject(error);
+    for (const listener of this.#onEnd) listener(error);
   }
 }
 
@@ -147,5 +163,5 @@ function protocolError(what: string): StillframeError {
 }
 
 function connectionError(what: string): StillframeError {
-  return new StillframeError('ERR_STILLFRAME_QMP', what);
+  return new StillframeError('ERR_STILLFRAME_QMP_CONNECTION', what);
 }

@@ -223,6 +223,38 @@ describe.skipIf(!peers)('an export as the source', () => {
     }
   });
 
+  it('has the dirty bitmap that was asked for, and is copied by it', async () => {
+    run('qemu-img', ['create', '-q', '-f', 'qcow2', at('disk.qcow2'), String(LENGTH)]);
+    run('qemu-io', ['-c', 'write -P 1 0 4M', at('disk.qcow2')]);
+    run('qemu-img', ['convert', '-O', 'qcow2', at('disk.qcow2'), at('before.qcow2')]);
+    run('qemu-img', ['bitmap', '--add', '-g', '4096', at('disk.qcow2'), 'b 0']);
+    run('qemu-io', ['-c', 'write -P 2 1M 100k', '-c', 'write -z 3M 4k', at('disk.qcow2')]);
+    const server = started(qemuNbd(['-f', 'qcow2', '-r', '-B', 'b 0', at('disk.qcow2')]));
+    const uri = server.uri('', '&x-dirty-bitmap=b%200');
+    const disk = await engine.openDisk(uri, { format: 'raw', readOnly: true });
+    try {
+      const status = { granularity: 65536, recording: false, busy: false, persistent: false };
+      expect(await disk.bitmaps()).toEqual([
+        { name: 'b 0', count: 3 * 65536, inconsistent: false, ...status },
+      ]);
+    } finally {
+      await disk.close();
+    }
+    const { status, stderr } = stillframe([
+      ...['backup', uri, at('next.qcow2'), '--sync', 'bitmap', '--bitmap', 'b 0', '--bitmap-mode', 'never'],
+      ...['--format', 'qcow2', '--backing', at('before.qcow2')],
+    ]);
+    expect(status, stderr).toBe(0);
+    run('qemu-img', ['compare', '-q', '-U', at('disk.qcow2'), at('next.qcow2')]);
+    // One that the server does not have is none of the disk.
+    const other = await engine.openDisk(server.uri('', '&x-dirty-bitmap=b1'), {
+      format: 'raw',
+      readOnly: true,
+    });
+    expect(await other.bitmaps()).toEqual([]);
+    await other.close();
+  });
+
   it('says what is in its dirty bitmaps', () => {
     run('qemu-img', ['create', '-q', '-f', 'qcow2', at('disk.qcow2'), '8M']);
     run('qemu-img', ['bitmap', '--add', '-g', '65536', at('disk.qcow2'), 'b0']);

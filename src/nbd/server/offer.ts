@@ -18,10 +18,12 @@ export interface ExportOptions {
   /** Clients cannot write, whoever else can. Default: as the disk is open. */
   readonly readOnly?: boolean | undefined;
   /**
-   * Persistent dirty bitmaps that clients can read as the metadata contexts `qemu:dirty-bitmap:NAME`. Default: all that
-   * the image has and that are not damaged.
+   * Persistent dirty bitmaps that clients can read as the metadata contexts `qemu:dirty-bitmap:NAME`; they may be those of
+   * another disk of the same length, which this one lies on. Default: all that the image has and that are not damaged.
    */
-  readonly bitmaps?: readonly string[] | undefined;
+  readonly bitmaps?:
+    | readonly (string | { readonly disk: DiskDescriptor; readonly name: string })[]
+    | undefined;
   /** Nobody else may use or change these bitmaps meanwhile (QMP `block-export-add`). Default false. */
   readonly holdBitmaps?: boolean | undefined;
   /** Clients can read how deep in the backing chain data is, as `qemu:allocation-depth`. Default true. */
@@ -99,22 +101,31 @@ export function freeExport(runtime: Runtime, { contexts, holdsBitmaps }: ExportD
 function findBitmaps(
   runtime: Runtime,
   disk: DiskDescriptor,
-  names: readonly string[] | undefined,
+  wanted: ExportOptions['bitmaps'],
   hold: boolean,
 ): ReadonlyMap<string, number> {
   const listed =
-    names ??
+    wanted ??
     bitmapsOfDisk(runtime, disk)
       .all()
       .map(({ name }) => name)
       .filter((name) => name !== '');
   const found = new Map<string, DirtyBitmap>();
-  for (const name of listed.slice(0, MAX_BITMAPS)) {
+  const checks = hold ? (['busy', 'inconsistent'] as const) : (['inconsistent'] as const);
+  for (const one of listed.slice(0, MAX_BITMAPS)) {
+    const { disk: owner, name } = typeof one === 'string' ? { disk, name: one } : one;
     try {
-      found.set(name, findBitmap(runtime, disk, name, hold ? ['busy', 'inconsistent'] : ['inconsistent']));
+      const bitmap = findBitmap(runtime, owner, name, checks);
+      if (bitmap.length !== disk.length) {
+        throw new StillframeError(
+          'ERR_STILLFRAME_SIZE_MISMATCH',
+          `Bitmap '${name}' is of ${bitmap.length} bytes and the export of ${disk.length}; export it with its own disk`,
+        );
+      }
+      found.set(name, bitmap);
     } catch (error) {
       // Whoever asked for it by name wants to know.
-      if (names !== undefined) throw error;
+      if (wanted !== undefined) throw error;
     }
   }
   for (const bitmap of found.values()) {
