@@ -1,11 +1,12 @@
 import { BITMAP_SET_BYTES, BitmapSet } from '../bitmap/bitmap-set.js';
 import { StillframeError } from '../errors.js';
-import { load, store } from '../kernels/futex.js';
+import { advance, load, store, waitWhile } from '../kernels/futex.js';
 import type { Runtime } from '../kernels/runtime.js';
 import { type CopyBuffer, Frame, type FrameDescriptor } from './filters/copy-before-write.js';
 import { SnapshotAccess } from './filters/snapshot-access.js';
 import { attachNode } from './graph.js';
 import type { BlockNode, HostRange, NodeDescriptor } from './node.js';
+import { type ChainExtent, chainStatus } from './status.js';
 import { TRACKER_BYTES, TrackedRequests } from './tracked-requests.js';
 
 /**
@@ -16,12 +17,24 @@ import { TRACKER_BYTES, TrackedRequests } from './tracked-requests.js';
  *
  *     +0  frame count   int32
  *     +16 frames        8 × { id int32, descriptor pointer uint32, descriptor length uint32, - }
- *     then the set of the dirty bitmaps that the image does not keep itself
+ *     then the set of the dirty bitmaps that the image does not keep itself, then what the disk lies on:
+ *
+ *     +0  generation    int32   0: what the descriptor says; advanced when that changes
+ *     +4  changing      int32   1 keeps everybody from the node
+ *     +8  users         int32   who read or flush
+ *     +12 sequence      int32   advanced when a change ends, and when a user leaves while somebody wants to make one
+ *     +16 root          { pointer uint32, length uint32 } of what the descriptor is from the first change on
  */
-export interface DiskDescriptor {
+export interface DiskDescriptor extends DiskRoot {
   /** Never reused within an engine. */
   readonly id: number;
   readonly control: number;
+  /** The node is somebody else's, and stays open. */
+  readonly borrowed?: boolean | undefined;
+}
+
+/** What a disk lies on, and how it uses it; see {@link changeRoots}. */
+export interface DiskRoot {
   readonly node: NodeDescriptor;
   /** Virtual size in bytes. */
   readonly length: number;
@@ -30,8 +43,6 @@ export interface DiskDescriptor {
   readonly discard: 'unmap' | 'ignore';
   /** What a write of zeroes becomes: zeroes without data, with `unmap` without space (`detect-zeroes`). Default: data. */
   readonly detectZeroes?: 'on' | 'unmap' | undefined;
-  /** The node is somebody else's, and stays open. */
-  readonly borrowed?: boolean | undefined;
 }
 
 /** Frames one disk can have at once. */
@@ -41,78 +52,239 @@ const FIRST_FRAME = FRAMES + 16;
 const FRAME_ENTRY = 16;
 /** Where the disk's own dirty bitmaps are: see `disk-bitmaps.ts`. */
 export const DISK_BITMAPS = FIRST_FRAME + MAX_FRAMES * FRAME_ENTRY;
+const ROOT = DISK_BITMAPS + BITMAP_SET_BYTES;
+const GENERATION = ROOT;
+const CHANGING = ROOT + 4;
+const USERS = ROOT + 8;
+const SEQUENCE = ROOT + 12;
+const ROOT_POINTER = ROOT + 16;
+const ROOT_LENGTH = ROOT + 20;
 /** Bytes of a disk's control block. */
-export const DISK_CONTROL_BYTES = DISK_BITMAPS + BITMAP_SET_BYTES;
+export const DISK_CONTROL_BYTES = ROOT + 24;
+
+/** Whole clusters of what a disk lay on in a generation. */
+interface Clusters {
+  /** Bytes. */
+  readonly start: number;
+  readonly end: number;
+  readonly generation: number;
+}
 
 /** One thread's view of a disk. */
 export class Disk {
-  readonly descriptor: DiskDescriptor;
-  readonly node: BlockNode;
   readonly #runtime: Runtime;
+  readonly #control: number;
+  #descriptor: DiskDescriptor;
+  #generation = -1;
+  #node: BlockNode | undefined;
+  /** What this thread does with the node at the moment that keeps it from being changed. */
+  #using = 0;
   readonly #requests: TrackedRequests;
   readonly #frames = new Map<number, Frame>();
   readonly #bitmaps: BitmapSet;
   #held = false;
   readonly #buffer: () => CopyBuffer;
+  readonly #attach: typeof attachNode;
 
-  /** @param buffer gives the calling thread's copy buffer */
-  constructor(runtime: Runtime, descriptor: DiskDescriptor, buffer: () => CopyBuffer) {
-    this.descriptor = descriptor;
-    this.node = attachNode(runtime, descriptor.node);
+  /**
+   * @param buffer gives the calling thread's copy buffer
+   * @param attach makes the facade of what the disk lies on
+   */
+  constructor(
+    runtime: Runtime,
+    descriptor: DiskDescriptor,
+    buffer: () => CopyBuffer,
+    attach: typeof attachNode = attachNode,
+  ) {
+    this.#descriptor = descriptor;
+    this.#control = descriptor.control;
     this.#runtime = runtime;
+    this.#attach = attach;
     this.#requests = new TrackedRequests(runtime, descriptor.control);
     this.#bitmaps = new BitmapSet(runtime, descriptor.control + DISK_BITMAPS);
     this.#buffer = buffer;
   }
 
-  read(offset: number, pointer: number, length: number): void {
-    this.#check('read', offset, length);
-    this.node.read(offset, pointer, length);
+  /** The disk as it is now. */
+  get descriptor(): DiskDescriptor {
+    return this.use(() => this.#descriptor);
   }
 
-  /** As {@link BlockNode.hostRange}. */
+  /** The same, without keeping it so. */
+  #latest(): DiskDescriptor {
+    const generation = load(this.#runtime.arena, this.#control + GENERATION);
+    return generation > 0 && generation !== this.#generation ? this.descriptor : this.#descriptor;
+  }
+
+  /** What the disk lies on. It may be another one later, except while this thread {@link use}s or changes the disk. */
+  get node(): BlockNode {
+    return this.use((node) => node);
+  }
+
+  /** Runs `body` while what the disk lies on stays the same. Nothing in it may change the disk. */
+  use<T>(body: (node: BlockNode) => T): T {
+    if (this.#using > 0) return body(this.#current());
+    const { arena } = this.#runtime;
+    const users = (this.#control + USERS) >> 2;
+    for (;;) {
+      Atomics.add(arena.i32, users, 1);
+      if (load(arena, this.#control + CHANGING) === 0) break;
+      this.#leave();
+      const sequence = load(arena, this.#control + SEQUENCE);
+      if (load(arena, this.#control + CHANGING) !== 0) waitWhile(arena, this.#control + SEQUENCE, sequence);
+    }
+    try {
+      return this.#holding(() => body(this.#current()));
+    } finally {
+      this.#leave();
+    }
+  }
+
+  #leave(): void {
+    const { arena } = this.#runtime;
+    Atomics.sub(arena.i32, (this.#control + USERS) >> 2, 1);
+    if (load(arena, this.#control + CHANGING) !== 0) advance(arena, this.#control + SEQUENCE);
+  }
+
+  #holding<T>(body: () => T): T {
+    this.#using++;
+    try {
+      return body();
+    } finally {
+      this.#using--;
+    }
+  }
+
+  /** This thread's facade of what the disk lies on. Called while that cannot be changed. */
+  #current(): BlockNode {
+    const { arena } = this.#runtime;
+    const generation = load(arena, this.#control + GENERATION);
+    if (this.#node === undefined || generation !== this.#generation) {
+      if (generation > 0) {
+        const json = arena.copyOut(
+          load(arena, this.#control + ROOT_POINTER) >>> 0,
+          load(arena, this.#control + ROOT_LENGTH),
+        );
+        const root: DiskRoot = JSON.parse(new TextDecoder().decode(json));
+        const { id, control, borrowed } = this.#descriptor;
+        this.#descriptor = { id, control, borrowed, ...root };
+      }
+      this.#node = this.#attach(this.#runtime, this.#descriptor.node);
+      this.#generation = generation;
+      this.#frames.clear();
+    }
+    return this.#node;
+  }
+
+  /** Runs `body`, which may change what the disk lies on with {@link changeRoot}, while nobody uses it. */
+  exclusive<T>(body: () => T): T {
+    return this.drained(() => {
+      const { arena } = this.#runtime;
+      store(arena, this.#control + CHANGING, 1);
+      try {
+        for (;;) {
+          const sequence = load(arena, this.#control + SEQUENCE);
+          if (load(arena, this.#control + USERS) === 0) break;
+          waitWhile(arena, this.#control + SEQUENCE, sequence);
+        }
+        return this.#holding(body);
+      } finally {
+        store(arena, this.#control + CHANGING, 0);
+        advance(arena, this.#control + SEQUENCE);
+      }
+    });
+  }
+
+  /**
+   * From now on the disk lies on something else, in every thread. Called in {@link exclusive}; no frame relies on what it
+   * was.
+   *
+   * @throws StillframeError ERR_STILLFRAME_ARENA_EXHAUSTED
+   */
+  changeRoot(root: DiskRoot): DiskDescriptor {
+    const { arena } = this.#runtime;
+    const { node, length, readOnly, discard, detectZeroes } = root;
+    const json = new TextEncoder().encode(JSON.stringify({ node, length, readOnly, discard, detectZeroes }));
+    const pointer = arena.alloc(json.length, 'description of a disk');
+    arena.u8.set(json, pointer);
+    freeRoot(this.#runtime, this.#control);
+    store(arena, this.#control + ROOT_POINTER, pointer);
+    store(arena, this.#control + ROOT_LENGTH, json.length);
+    Atomics.add(arena.i32, (this.#control + GENERATION) >> 2, 1);
+    this.#current();
+    return this.#descriptor;
+  }
+
+  read(offset: number, pointer: number, length: number): void {
+    this.use((node) => {
+      this.#check('read', offset, length);
+      node.read(offset, pointer, length);
+    });
+  }
+
+  /** What the backing chain says of a range: see {@link chainStatus}. */
+  status(offset: number, length: number): ChainExtent {
+    return this.use((node) => chainStatus(node, offset, length));
+  }
+
+  /** As {@link BlockNode.hostRange}, for as long as this thread {@link use}s the disk. */
   hostRange(offset: number, length: number): HostRange | undefined {
-    return this.node.hostRange?.(offset, length);
+    return this.use((node) => node.hostRange?.(offset, length));
   }
 
   write(offset: number, pointer: number, length: number): void {
-    const { detectZeroes } = this.descriptor;
+    const { detectZeroes, discard } = this.#latest();
     if (detectZeroes !== undefined && length > 0 && this.#runtime.kernels.isZero(pointer, length)) {
-      this.writeZeroes(offset, length, detectZeroes === 'unmap' && this.descriptor.discard === 'unmap');
+      this.writeZeroes(offset, length, detectZeroes === 'unmap' && discard === 'unmap');
       return;
     }
-    this.mutate('write', offset, length, () => this.node.write(offset, pointer, length));
+    this.mutate('write', offset, length, (node) => node.write(offset, pointer, length));
   }
 
   writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
-    this.mutate('write zeroes', offset, length, () => this.node.writeZeroes(offset, length, mayUnmap));
+    this.mutate('write zeroes', offset, length, (node) => node.writeZeroes(offset, length, mayUnmap));
   }
 
   /** As {@link BlockNode.writeZeroesFast}; false as well where the driver does not know. */
   writeZeroesFast(offset: number, length: number, mayUnmap: boolean): boolean {
     let done = true;
-    this.mutate('write zeroes', offset, length, () => {
-      done = this.node.writeZeroesFast?.(offset, length, mayUnmap) ?? false;
+    this.mutate('write zeroes', offset, length, (node) => {
+      done = node.writeZeroesFast?.(offset, length, mayUnmap) ?? false;
     });
     return done;
   }
 
   discard(offset: number, length: number): void {
-    if (this.descriptor.discard === 'ignore') {
-      this.#check('discard', offset, length);
+    if (this.#latest().discard === 'ignore') {
+      this.use(() => this.#check('discard', offset, length));
       return;
     }
-    this.mutate('discard', offset, length, () => this.node.discard(offset, length));
+    this.mutate('discard', offset, length, (node) => node.discard(offset, length));
   }
 
   /** Runs `body` while nobody changes the range, or anything else of the clusters that it touches. */
-  undisturbed<T>(offset: number, length: number, body: () => T): T {
-    const { start, end } = this.#clustersOf(offset, length);
-    return this.#requests.run(start, end, body);
+  undisturbed<T>(offset: number, length: number, body: (node: BlockNode) => T): T {
+    return this.#apart(() => this.#clustersOf(offset, length), body);
+  }
+
+  #apart<T>(clusters: () => Clusters, body: (node: BlockNode) => T): T {
+    for (;;) {
+      const { start, end, generation } = this.use(clusters);
+      const done = this.#requests.run(start, end, () =>
+        this.#holding(() => {
+          // With other clusters others may be in the way.
+          if (load(this.#runtime.arena, this.#control + GENERATION) !== generation) return undefined;
+          return { value: body(this.#current()) };
+        }),
+      );
+      if (done !== undefined) return done.value;
+    }
   }
 
   flush(): void {
-    if (!this.descriptor.readOnly) this.node.flush();
+    this.use((node) => {
+      if (!this.#descriptor.readOnly) node.flush();
+    });
   }
 
   /** Runs `body` while no mutation is in flight. Instants that are taken in it are one instant. */
@@ -140,13 +312,13 @@ export class Disk {
         arena.free(pointer);
         throw new StillframeError(
           'ERR_STILLFRAME_INVALID_ARGUMENT',
-          `'${this.descriptor.node.path}' has ${MAX_FRAMES} backups under way, which is the most; wait for one to end`,
+          `'${this.#descriptor.node.path}' has ${MAX_FRAMES} backups under way, which is the most; wait for one to end`,
         );
       }
-      const entry = (this.descriptor.control + FIRST_FRAME + count * FRAME_ENTRY) >> 2;
+      const entry = (this.#control + FIRST_FRAME + count * FRAME_ENTRY) >> 2;
       arena.i32.set([frame.id, pointer, json.length], entry);
       Frame.arm(this.#runtime, frame);
-      store(arena, this.descriptor.control + FRAMES, count + 1);
+      store(arena, this.#control + FRAMES, count + 1);
     });
   }
 
@@ -156,14 +328,14 @@ export class Disk {
     const words = arena.u32;
     this.drained(() => {
       const count = this.#frameCount();
-      const first = (this.descriptor.control + FIRST_FRAME) >> 2;
+      const first = (this.#control + FIRST_FRAME) >> 2;
       const stride = FRAME_ENTRY >> 2;
       for (let index = 0; index < count; index++) {
         const entry = first + index * stride;
         if (words[entry] !== id) continue;
         arena.free(words[entry + 1] ?? 0);
         words.copyWithin(entry, entry + stride, first + count * stride);
-        store(arena, this.descriptor.control + FRAMES, count - 1);
+        store(arena, this.#control + FRAMES, count - 1);
         return;
       }
     });
@@ -171,24 +343,23 @@ export class Disk {
   }
 
   #frameCount(): number {
-    return load(this.#runtime.arena, this.descriptor.control + FRAMES);
+    return load(this.#runtime.arena, this.#control + FRAMES);
   }
 
   /** Carries a change out once old data is saved, as the only one of its clusters. @param what it is, for errors */
-  mutate(what: string, offset: number, length: number, body: () => void): void {
-    this.#check(what, offset, length);
-    if (this.descriptor.readOnly) {
-      throw new StillframeError(
-        'ERR_STILLFRAME_READ_ONLY',
-        `cannot ${what} ${length} bytes at ${offset}: '${this.descriptor.node.path}' is open read-only; open it with readOnly: false`,
-      );
+  mutate(what: string, offset: number, length: number, body: (node: BlockNode) => void): void {
+    const clusters = (): Clusters => {
+      this.#checkChange(what, offset, length);
+      return this.#clustersOf(offset, length);
+    };
+    if (length === 0) {
+      this.use(clusters);
+      return;
     }
-    if (length === 0) return;
-    const { start, end } = this.#clustersOf(offset, length);
-    this.#requests.run(start, end, () => {
+    this.#apart(clusters, (node) => {
       for (const frame of this.#activeFrames()) frame.beforeWrite(offset, length);
       try {
-        body();
+        body(node);
       } finally {
         // Whether or not it went well: a part of it may have been made.
         this.#bitmaps.record(offset, length);
@@ -196,12 +367,22 @@ export class Disk {
     });
   }
 
-  /** Nodes want mutations of one cluster apart, so requests are tracked by whole clusters. */
-  #clustersOf(offset: number, length: number): { readonly start: number; readonly end: number } {
-    const unit = this.node.clusterSize ?? 1;
+  #checkChange(what: string, offset: number, length: number): void {
+    this.#check(what, offset, length);
+    if (!this.#descriptor.readOnly) return;
+    throw new StillframeError(
+      'ERR_STILLFRAME_READ_ONLY',
+      `cannot ${what} ${length} bytes at ${offset}: '${this.#descriptor.node.path}' is open read-only; open it with readOnly: false`,
+    );
+  }
+
+  /** Nodes want mutations of one cluster apart, so requests are tracked by whole clusters. Within {@link use}. */
+  #clustersOf(offset: number, length: number): Clusters {
+    const unit = this.#current().clusterSize ?? 1;
     return {
       start: Math.floor(offset / unit) * unit,
       end: Math.ceil((offset + length) / unit) * unit,
+      generation: this.#generation,
     };
   }
 
@@ -215,7 +396,7 @@ export class Disk {
     const { arena } = this.#runtime;
     const active = new Set<number>();
     for (let index = 0; index < count; index++) {
-      const entry = (this.descriptor.control + FIRST_FRAME + index * FRAME_ENTRY) >> 2;
+      const entry = (this.#control + FIRST_FRAME + index * FRAME_ENTRY) >> 2;
       const id = arena.i32[entry] ?? 0;
       active.add(id);
       if (this.#frames.has(id)) continue;
@@ -242,11 +423,17 @@ export class Disk {
 
   #check(what: string, offset: number, length: number): void {
     const valid = Number.isSafeInteger(offset) && Number.isSafeInteger(length) && offset >= 0 && length >= 0;
-    if (!valid || offset + length > this.descriptor.length) {
+    if (!valid || offset + length > this.#descriptor.length) {
       throw new StillframeError(
         'ERR_STILLFRAME_OUT_OF_RANGE',
-        `cannot ${what} ${length} bytes at ${offset}: '${this.descriptor.node.path}' has ${this.descriptor.length} bytes`,
+        `cannot ${what} ${length} bytes at ${offset}: '${this.#descriptor.node.path}' has ${this.#descriptor.length} bytes`,
       );
     }
   }
+}
+
+/** Gives the memory back in which a disk's control block says what it lies on. */
+export function freeRoot(runtime: Runtime, control: number): void {
+  const pointer = load(runtime.arena, control + ROOT_POINTER) >>> 0;
+  if (pointer !== 0) runtime.arena.free(pointer);
 }

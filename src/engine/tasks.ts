@@ -9,7 +9,7 @@ import { type CommitOptions, commitImage } from '../block/commit.js';
 import { comparePart } from '../block/compare.js';
 import { type Comparison, type Finding, lengthOf } from '../block/comparison.js';
 import { type CreateImageOptions, createImage, formatNode } from '../block/create.js';
-import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '../block/disk.js';
+import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor, freeRoot } from '../block/disk.js';
 import { bitmapSha256, bitmapStatuses, closeDiskBitmaps, openDiskBitmaps } from '../block/disk-bitmaps.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
 import type { CopyBuffer, FrameDescriptor } from '../block/filters/copy-before-write.js';
@@ -362,6 +362,7 @@ export class TaskRunner {
       if (!descriptor.readOnly) attachNode(this.#runtime, descriptor.node).flush();
     } finally {
       closeDiskBitmaps(this.#runtime, descriptor);
+      freeRoot(this.#runtime, descriptor.control);
       this.#runtime.arena.free(descriptor.control);
       if (descriptor.borrowed !== true) closeNode(this.#runtime, descriptor.node);
     }

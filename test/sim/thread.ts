@@ -9,6 +9,7 @@ import './atomics.js';
 import { BackupJob, beginBackup, helpCopying } from '#src/backup/backup-job.js';
 import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
 import { Frame, type FrameDescriptor } from '#src/block/filters/copy-before-write.js';
+import { attachNode } from '#src/block/graph.js';
 import { StillframeError, toStillframeError } from '#src/errors.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
 import type { JobMessage } from '#src/job/job.js';
@@ -70,9 +71,13 @@ files.onRename = (from, to) => {
 // ---- The parts ------------------------------------------------------------------------------------------------
 
 function attachDisk(setup: Setup): { readonly disk: Disk; readonly node: GuestNode } {
-  const disk = new Disk(runtime, setup.disk, () => copyBuffer);
-  const node = new GuestNode(disk.node, oracle, arena, buffer);
-  Reflect.set(disk, 'node', node);
+  const node = new GuestNode(attachNode(runtime, setup.disk.node), oracle, arena, buffer);
+  const disk = new Disk(
+    runtime,
+    setup.disk,
+    () => copyBuffer,
+    () => node,
+  );
   const undisturbed = disk.undisturbed.bind(disk);
   disk.undisturbed = (offset, length, body) => {
     oracle.hold(thread, offset, offset + length);

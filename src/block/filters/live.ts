@@ -1,5 +1,5 @@
 import type { Disk } from '../disk.js';
-import type { BlockNode, LiveDescriptor } from '../node.js';
+import type { BlockNode, Extent, LiveDescriptor } from '../node.js';
 import { FilterNode } from './filter.js';
 
 /** A live disk as another node's child: what is written passes its copy-before-write and is recorded. */
@@ -11,13 +11,25 @@ export class LiveNode extends FilterNode {
     this.#disk = disk;
   }
 
+  override get length(): number {
+    return this.#disk.descriptor.length;
+  }
+
+  override read(offset: number, pointer: number, length: number): void {
+    this.#disk.read(offset, pointer, length);
+  }
+
+  override status(offset: number, length: number): Extent {
+    return this.#disk.use((node) => node.status(offset, length));
+  }
+
   override write(offset: number, pointer: number, length: number): void {
     this.#disk.write(offset, pointer, length);
   }
 
   override writeUnits(offset: number, pointer: number, length: number, unit: number, skip: number): void {
-    this.#disk.mutate('write', offset, length, () =>
-      this.child.writeUnits(offset, pointer, length, unit, skip),
+    this.#disk.mutate('write', offset, length, (node) =>
+      node.writeUnits(offset, pointer, length, unit, skip),
     );
   }
 

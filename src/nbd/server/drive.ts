@@ -2,8 +2,8 @@ import { DirtyBitmap } from '../../bitmap/dirty-bitmap.js';
 import { Disk } from '../../block/disk.js';
 import type { CopyBuffer } from '../../block/filters/copy-before-write.js';
 import { SnapshotAccess } from '../../block/filters/snapshot-access.js';
-import { type BlockNode, STATUS_DATA, STATUS_ZERO } from '../../block/node.js';
-import { chainStatus } from '../../block/status.js';
+import { STATUS_DATA, STATUS_ZERO } from '../../block/node.js';
+import { type ChainExtent, chainStatus } from '../../block/status.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { DIRTY, STATE } from '../protocol/numbers.js';
 import type { ContextKind, ExportDescriptor } from './exports.js';
@@ -11,22 +11,27 @@ import type { ContextKind, ExportDescriptor } from './exports.js';
 /** What clients read and write. */
 export type Drive = Pick<
   Disk,
-  'read' | 'write' | 'writeZeroes' | 'writeZeroesFast' | 'discard' | 'flush' | 'hostRange'
-> & {
-  /** What the status of the drive is asked of. */
-  readonly node: BlockNode;
-};
+  'read' | 'write' | 'writeZeroes' | 'writeZeroesFast' | 'discard' | 'flush' | 'hostRange' | 'status' | 'use'
+>;
 
 /** A drive at an instant. */
 class FrozenDrive implements Drive {
-  readonly node: SnapshotAccess;
+  readonly #node: SnapshotAccess;
 
   constructor(node: SnapshotAccess) {
-    this.node = node;
+    this.#node = node;
+  }
+
+  use<T>(body: (node: SnapshotAccess) => T): T {
+    return body(this.#node);
+  }
+
+  status(offset: number, length: number): ChainExtent {
+    return chainStatus(this.#node, offset, length);
   }
 
   read(offset: number, pointer: number, length: number): void {
-    this.node.read(offset, pointer, length);
+    this.#node.read(offset, pointer, length);
   }
 
   /** What is in the file may be of a later time by when it is sent. */
@@ -35,24 +40,24 @@ class FrozenDrive implements Drive {
   }
 
   write(): void {
-    this.node.write();
+    this.#node.write();
   }
 
   writeZeroes(): void {
-    this.node.writeZeroes();
+    this.#node.writeZeroes();
   }
 
   writeZeroesFast(): boolean {
-    this.node.writeZeroes();
+    this.#node.writeZeroes();
     return false;
   }
 
   discard(): void {
-    this.node.discard();
+    this.#node.discard();
   }
 
   flush(): void {
-    this.node.flush();
+    this.#node.flush();
   }
 }
 
@@ -84,13 +89,13 @@ export function contextExtent(
 ): ContextExtent {
   switch (context.kind) {
     case 'allocation': {
-      const extent = chainStatus(drive.node, offset, length);
+      const extent = drive.status(offset, length);
       const hole = (extent.flags & STATUS_DATA) === 0 ? STATE.hole : 0;
       const zero = (extent.flags & STATUS_ZERO) === 0 ? 0 : STATE.zero;
       return { length: extent.length, flags: hole | zero };
     }
     case 'depth': {
-      const extent = chainStatus(drive.node, offset, length);
+      const extent = drive.status(offset, length);
       return { length: extent.length, flags: extent.node === undefined ? 0 : extent.depth + 1 };
     }
     case 'bitmap': {

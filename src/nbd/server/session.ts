@@ -1,5 +1,4 @@
 import { STATUS_ZERO } from '../../block/node.js';
-import { chainStatus } from '../../block/status.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { COMMAND, COMMAND_FLAG, EXPORT, WIRE_ERROR } from '../protocol/numbers.js';
 import {
@@ -209,8 +208,11 @@ export class Session {
 
   /** Sends data from the pages of its file, behind what was collected. @returns false where it cannot be: copy it */
   #splice(request: Request, offset: number, length: number, last: boolean): boolean {
-    const place = this.#drive.hostRange(offset, length);
-    if (place === undefined || !this.#pipe.fill(place, length)) return false;
+    const filled = this.#drive.use(() => {
+      const place = this.#drive.hostRange(offset, length);
+      return place !== undefined && this.#pipe.fill(place, length);
+    });
+    if (!filled) return false;
     const { headers } = this.rules;
     const at = this.#room(dataHeaderBytes(headers));
     const bytes = this.#collected + encodeData(this.#view, at, headers, request, offset, length, last);
@@ -236,12 +238,12 @@ export class Session {
 
   /** How far there are only zeroes, or only data, from `offset` on; of data no more than fits at once. */
   #zeroOrData(offset: number, length: number): { readonly zero: boolean; readonly length: number } {
-    const first = chainStatus(this.#drive.node, offset, length);
+    const first = this.#drive.status(offset, length);
     const zero = (first.flags & STATUS_ZERO) !== 0;
     const most = zero ? length : Math.min(length, DATA_BYTES);
     let reached = first.length;
     while (reached < most) {
-      const next = chainStatus(this.#drive.node, offset + reached, most - reached);
+      const next = this.#drive.status(offset + reached, most - reached);
       if (((next.flags & STATUS_ZERO) !== 0) !== zero) break;
       reached += next.length;
     }
