@@ -64,6 +64,25 @@ export class BitmapSet {
     bitmap.free();
   }
 
+  /** Takes those out that no image keeps; whoever has them {@link adopt}s them elsewhere. Nobody may use them meanwhile. */
+  takeTransient(): DirtyBitmap[] {
+    return this.#locked(() => {
+      const taken = [...this.#each()].filter(({ persistent }) => !persistent);
+      for (const bitmap of taken) this.#unlink(bitmap);
+      return taken;
+    });
+  }
+
+  /** Adds bitmaps that were taken out of another set. */
+  adopt(bitmaps: readonly DirtyBitmap[]): void {
+    this.#locked(() => {
+      for (const bitmap of bitmaps) {
+        store(this.#runtime.arena, bitmap.pointer + NEXT_BITMAP, 0);
+        store(this.#runtime.arena, this.#endLink(), bitmap.pointer);
+      }
+    });
+  }
+
   /**
    * From now on `successor` takes what is written, and `bitmap` stays as it is: a job relies on it. Called while nobody
    * changes the drive.

@@ -105,6 +105,11 @@ export class Disk {
     this.#buffer = buffer;
   }
 
+  /** Whether this thread is at it, or keeps others from it. */
+  get busy(): boolean {
+    return this.#held || this.#using > 0;
+  }
+
   /** The disk as it is now. */
   get descriptor(): DiskDescriptor {
     return this.use(() => this.#descriptor);

@@ -475,8 +475,33 @@ export function copyBufferOf(runtime: Runtime): CopyBuffer {
   return buffer;
 }
 
-function liveDisk(runtime: Runtime, descriptor: DiskDescriptor): Disk {
-  return new Disk(runtime, descriptor, () => copyBufferOf(runtime));
+/** Disks of this thread by their numbers. */
+const disks = new WeakMap<Runtime, Map<number, Disk>>();
+/** Facades that are kept although nobody uses them. */
+const MAX_IDLE_DISKS = 256;
+
+/**
+ * This thread's view of a live disk. There is one, however many nodes lie on it, so that a thread which keeps others from
+ * the disk does not keep itself from it.
+ */
+export function liveDisk(runtime: Runtime, descriptor: DiskDescriptor): Disk {
+  const known = disks.get(runtime) ?? new Map<number, Disk>();
+  disks.set(runtime, known);
+  let disk = known.get(descriptor.id);
+  if (disk === undefined) {
+    disk = new Disk(runtime, descriptor, () => copyBufferOf(runtime));
+    known.set(descriptor.id, disk);
+    for (const [id, other] of known) {
+      if (known.size <= MAX_IDLE_DISKS) break;
+      if (!other.busy) known.delete(id);
+    }
+  }
+  return disk;
+}
+
+/** The thread forgets its view of a disk. */
+export function forgetDisk(runtime: Runtime, id: number): void {
+  disks.get(runtime)?.delete(id);
 }
 
 /** Nodes that have no files of their own: what they lie on belongs to somebody else. */

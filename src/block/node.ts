@@ -204,6 +204,8 @@ export interface RawDescriptor extends DescriptorBase {
   readonly file: StorageDescriptor;
   /** Bytes of the file before the first one of the drive. Default 0. */
   readonly offset?: number | undefined;
+  /** Bytes that were asked for; otherwise it is as long as its file. */
+  readonly size?: number | undefined;
   /** Virtual size in bytes. */
   readonly length: number;
 }

@@ -87,7 +87,8 @@ export function resizeOpen(
   }
 }
 
-function resizeRaw(
+/** Resizes an open raw image. @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE and what the file throws */
+export function resizeRaw(
   runtime: Runtime,
   image: RawDescriptor,
   length: number,

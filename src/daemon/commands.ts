@@ -11,14 +11,19 @@ import type { ArgumentsOf, ArgumentsOfAction } from '../qmp/schema.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { Exports } from './exports.js';
 import { Graph, type GraphNode } from './graph.js';
+import { GraphChanges } from './graph-changes.js';
 import { type JobOptions, Jobs } from './jobs.js';
 import { Objects } from './objects.js';
+import { checkResizable } from './permissions.js';
 import { monitorCommand } from './qemu-io.js';
 import { Queries } from './query.js';
+import { reopenNodes } from './reopen.js';
+import { type PreparedSnapshot, Snapshots } from './snapshots.js';
 
 /** What a transaction's actions are made of before they are carried out. */
 interface Prepared {
-  readonly item: TransactionItem;
+  readonly item?: TransactionItem | undefined;
+  readonly snapshot?: PreparedSnapshot | undefined;
   readonly job?: { readonly options: JobOptions; readonly id: string } | undefined;
 }
 
@@ -41,6 +46,8 @@ export class Daemon {
   readonly handlers: Handlers;
   readonly #engine: Engine;
   readonly #queries: Queries;
+  readonly #changes: GraphChanges;
+  readonly #snapshots: Snapshots;
   readonly #tell: (event: QmpEvent) => void;
   readonly #frozen = new Map<string, FrozenDisk>();
   #status: 'running' | 'paused' = 'running';
@@ -53,6 +60,8 @@ export class Daemon {
     this.jobs = new Jobs(tell);
     this.exports = new Exports(engine, this.graph, this.objects, tell);
     this.#queries = new Queries(engine, this.graph);
+    this.#changes = new GraphChanges(engine, this.graph, (from, to) => this.exports.moved(from, to));
+    this.#snapshots = new Snapshots(engine, this.graph, this.#changes);
     const { graph, jobs, exports, objects } = this;
     const edit = (node: string, action: Parameters<DiskHandle['editBitmap']>[0]): Promise<void> =>
       this.#editBitmap(node, action);
@@ -83,6 +92,11 @@ export class Daemon {
         await graph.add(given);
       },
       'blockdev-del': (given) => graph.remove(given['node-name']),
+      'blockdev-reopen': ({ options }) => reopenNodes(graph, this.#changes, options),
+      'blockdev-snapshot': async (given) =>
+        this.#start([{ snapshot: this.#snapshots.prepare(given) }], false),
+      'blockdev-snapshot-sync': async (given) =>
+        this.#start([{ snapshot: await this.#snapshots.prepareFile(given) }], false),
       'blockdev-create': (given) => this.#create(given),
       block_resize: (given) => this.#resize(given),
       'object-add': (given) => objects.add(given),
@@ -307,14 +321,11 @@ export class Daemon {
         if (ids.has(id)) throw new QmpError(`Job ID '${id}' already in use`);
         ids.add(id);
       }
-      handles = await this.#engine.transaction(
-        prepared.map(({ item }) => item),
-        { grouped },
-      );
+      handles = await this.#carryOut(prepared, grouped);
     } catch (error) {
-      for (const { options } of wanted) await options.onEnd?.();
+      await this.#giveUp(prepared);
       const [first] = prepared;
-      throw prepared.length === 1 && first !== undefined ? targetError(error, first.item) : error;
+      throw prepared.length === 1 && first?.item !== undefined ? targetError(error, first.item) : error;
     }
     if (handles.length === 0) return;
     await this.jobs.add(
@@ -323,6 +334,28 @@ export class Daemon {
         return options === undefined ? [] : { handle, options };
       }),
     );
+  }
+
+  /** At one instant of all disks. */
+  async #carryOut(prepared: readonly Prepared[], grouped: boolean): Promise<JobHandle[]> {
+    const items = prepared.flatMap(({ item }) => item ?? []);
+    const snapshots = prepared.flatMap(({ snapshot }) => snapshot ?? []);
+    if (snapshots.length === 0) return await this.#engine.transaction(items, { grouped });
+    const started = await this.#changes.change(Snapshots.nodesOf(snapshots), async (section) => {
+      const handles = items.length === 0 ? [] : await this.#engine.transaction(items, { grouped, section });
+      for (const snapshot of snapshots) await this.#snapshots.commit(section, snapshot);
+      return handles;
+    });
+    // An overlay that was made for what nobody uses is of no use to anybody.
+    for (const snapshot of snapshots) await this.#snapshots.abandon(snapshot);
+    return started;
+  }
+
+  async #giveUp(prepared: readonly Prepared[]): Promise<void> {
+    for (const { job, snapshot } of prepared) {
+      await job?.options.onEnd?.();
+      if (snapshot !== undefined) await this.#snapshots.abandon(snapshot);
+    }
   }
 
   async #transaction({ actions, properties }: ArgumentsOf<'transaction'>): Promise<void> {
@@ -340,7 +373,7 @@ export class Daemon {
         prepared.push(await this.#action(type, data));
       }
     } catch (error) {
-      for (const { job } of prepared) await job?.options.onEnd?.();
+      await this.#giveUp(prepared);
       this.jobs.neverStarted(prepared.flatMap(({ job }) => job?.id ?? []));
       throw error;
     }
@@ -371,6 +404,12 @@ export class Daemon {
         return await bitmap('disable');
       case 'block-dirty-bitmap-merge':
         return { item: await this.#merge(data as ArgumentsOfAction<'block-dirty-bitmap-merge'>) };
+      case 'blockdev-snapshot':
+        return { snapshot: this.#snapshots.prepare(data as ArgumentsOfAction<'blockdev-snapshot'>) };
+      case 'blockdev-snapshot-sync': {
+        const given = data as ArgumentsOfAction<'blockdev-snapshot-sync'>;
+        return { snapshot: await this.#snapshots.prepareFile(given) };
+      }
       case 'drive-backup':
         return await this.#driveBackup(data as ArgumentsOfAction<'drive-backup'>);
       case 'blockdev-backup':
@@ -443,15 +482,15 @@ export class Daemon {
   /** QMP `block_resize` */
   async #resize(given: ArgumentsOf<'block_resize'>): Promise<void> {
     const { size, device, 'node-name': nodeName } = given;
-    const name = nodeName ?? device;
-    if (name === undefined) throw new QmpError("Parameter 'device' is missing");
-    const node = this.graph.lookUp(name);
+    const node = this.graph.findEither(device, nodeName);
     if (size < 0) throw new QmpError("Parameter 'size' expects a >0 size");
-    const busy = [...node.users.values()].some((use) => use !== 'export');
-    if (busy) throw new QmpError(`Device '${device ?? '(null)'}' is in use`);
-    throw new QmpError(
-      `Node '${node.name}' cannot be resized while it is open; close it and use 'stillframe resize'`,
-    );
+    checkResizable(node, device, undefined);
+    if (node.driver === 'qcow2' && size % 512 !== 0) {
+      throw new QmpError('The new size must be a multiple of 512');
+    }
+    // Whoever looks at the file itself sees it as well.
+    const nodes = [node, ...node.children.flatMap(({ role, node: child }) => (role === 'file' ? child : []))];
+    await this.#changes.change(nodes, (section) => this.#changes.resize(section, node, size));
   }
 
   async #freeze(given: ArgumentsOf<'x-freeze'>): Promise<void> {

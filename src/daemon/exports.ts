@@ -10,7 +10,7 @@ import type { DaemonObject, Objects } from './objects.js';
 interface Export {
   readonly id: string;
   readonly name: string;
-  readonly node: GraphNode;
+  node: GraphNode;
 }
 
 /** Drivers that pass requests on to what they lie on. */
@@ -167,6 +167,11 @@ export class Exports {
     found?.node.users.delete(this.#key(name));
   }
 
+  /** What was on one node is on another one. */
+  moved(from: GraphNode, to: GraphNode): void {
+    for (const exported of this.#exports.values()) if (exported.node === from) exported.node = to;
+  }
+
   /** Nobody writes past the node that lies on it. */
   checkWritable(node: GraphNode, writable: boolean): void {
     if (!writable) return;
@@ -210,6 +215,7 @@ export class Exports {
     await this.#server?.server.removeExport(found.name);
     found.node.users.delete(this.#key(id));
     this.#keys.delete(id);
+    await this.#graph.closeUnused(found.node);
     this.#tell({ event: 'BLOCK_EXPORT_DELETED', data: { id } });
   }
 

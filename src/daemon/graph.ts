@@ -1,24 +1,27 @@
 import { constants as osConstants } from 'node:os';
 import { resolve } from 'node:path';
+import type { DiskDescriptor } from '../block/disk.js';
 import type { BlkdebugRule, IoType } from '../block/filters/blkdebug.js';
 import { combineNames, IMAGE_FORMATS, type ImageFormat } from '../block/graph.js';
 import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
 import type { NodeDescriptor } from '../block/node.js';
+import type { Links } from '../block/relink.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
 import type { FrozenDisk } from '../engine/frozen-disk.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import type { DaemonObject, Objects } from './objects.js';
+import { checkUnblocked } from './permissions.js';
 
 /** A node of a daemon's graph. */
 export interface GraphNode {
   /** Nodes that nobody gave a name have one that begins with `#`. */
   readonly name: string;
   readonly driver: string;
-  readonly options: JsonObject;
-  readonly descriptor: NodeDescriptor;
-  readonly children: readonly Child[];
+  options: JsonObject;
+  descriptor: NodeDescriptor;
+  children: readonly Child[];
   /** Nodes that lie on it. */
   readonly parents: Set<GraphNode>;
   /** It was made by its name, and goes by it; the others go with their parents. */
@@ -26,7 +29,7 @@ export interface GraphNode {
   /** Name of the device that it is, if any. */
   device: string | undefined;
   /** Who else relies on it: exports and jobs, with what it is to them. */
-  readonly users: Map<object, 'export' | 'source' | 'target'>;
+  readonly users: Map<object, Use>;
   /** Nodes are listed by it. */
   readonly sequence: number;
   /** Of a `copy-before-write` node: the instant it holds. */
@@ -36,6 +39,9 @@ export interface GraphNode {
   /** Somebody else has opened it and will close it. */
   readonly adopted?: true;
 }
+
+/** What a node is to somebody else. */
+export type Use = 'export' | 'source' | 'target';
 
 export interface Child {
   readonly role: 'file' | 'backing' | 'data-file' | 'image' | 'target';
@@ -49,16 +55,61 @@ interface Inherited {
   readonly discard: unknown;
 }
 
+/** Drivers that pass requests on to a node that others use as well, with all that its jobs and bitmaps want to see. */
+const PASSING: ReadonlySet<string> = new Set([
+  'throttle',
+  'compress',
+  'preallocate',
+  'copy-on-read',
+  'copy-before-write',
+]);
+
 /** What opening a node gives. */
 type Opened = Pick<GraphNode, 'descriptor' | 'frozen' | 'group'> & Partial<Pick<GraphNode, 'sequence'>>;
 
-/** The file name by which people know a node: that of the file at its bottom, as it was given. */
+/**
+ * The name by which people know a node and can open it again: that of the file at its bottom, as it was given; `json:` and
+ * options where an image has another backing file than its header says.
+ */
 export function filenameOf(node: GraphNode): string {
   const { filename } = node.options;
   if (typeof filename === 'string') return filename;
   const [child] = node.children;
-  return child === undefined ? node.descriptor.path : filenameOf(child.node);
+  if (child === undefined) return node.descriptor.path;
+  const plain = filenameOf(child.node);
+  return hasOtherBacking(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
 }
+
+/** What QEMU calls an overridden backing file. @param filename of the node's own file */
+function hasOtherBacking({ descriptor, children }: GraphNode, filename: string): boolean {
+  if (descriptor.driver !== 'qcow2') return false;
+  const { backingFile: named } = descriptor;
+  const backing = children.find(({ role }) => role === 'backing')?.node;
+  if (named === undefined || backing === undefined) return (named === undefined) !== (backing === undefined);
+  const name = filenameOf(backing);
+  return name !== named && name !== combineNames(filename, named);
+}
+
+/** Members in the order of their names. */
+function optionsToOpen(node: GraphNode): JsonObject {
+  const { driver, children, options } = node;
+  const [file] = children;
+  if (file === undefined) return { driver, filename: options['filename'] ?? node.descriptor.path };
+  const own = { driver, file: optionsToOpen(file.node) };
+  if (!hasOtherBacking(node, filenameOf(file.node))) return own;
+  const backing = children.find(({ role }) => role === 'backing')?.node;
+  return { backing: backing === undefined ? null : optionsToOpen(backing), ...own };
+}
+
+/** As QEMU writes it. */
+function spacedJson(value: unknown): string {
+  if (!isObject(value)) return JSON.stringify(value);
+  const members = Object.entries(value).map(([name, one]) => `${JSON.stringify(name)}: ${spacedJson(one)}`);
+  return `{${members.join(', ')}}`;
+}
+
+/** What a child of each role is to a node's own descriptor. */
+const LINKS = { file: 'file', image: 'file', backing: 'backing', 'data-file': 'dataFile' } as const;
 
 const NODE_NAME = /^[A-Za-z][A-Za-z0-9\-._]{0,30}$/;
 const SECTOR = 512;
@@ -101,13 +152,26 @@ export class Graph {
     throw new QmpError(`Cannot find device='${name}' nor node-name='${name}'`);
   }
 
-  /** The live disk on a node; made when it is first wanted. */
-  disk(node: GraphNode): Promise<DiskHandle> {
+  /** A device by one name, or a node by the other. @throws QmpError where there is none */
+  findEither(device = '', nodeName = ''): GraphNode {
+    const found =
+      this.all().find((node) => device !== '' && node.device === device) ?? this.#nodes.get(nodeName);
+    if (found !== undefined) return found;
+    throw new QmpError(`Cannot find device='${device}' nor node-name='${nodeName}'`);
+  }
+
+  /** How requests are carried out on a node. */
+  diskOptions(node: GraphNode): Pick<DiskDescriptor, 'discard' | 'detectZeroes'> {
     const { discard = 'ignore', 'detect-zeroes': detect = 'off' } = node.options;
-    node.disk ??= this.#engine.diskOn(node.descriptor, {
+    return {
       discard: discard === 'unmap' ? 'unmap' : 'ignore',
       detectZeroes: detect === 'on' || detect === 'unmap' ? detect : undefined,
-    });
+    };
+  }
+
+  /** The live disk on a node; made when it is first wanted. */
+  disk(node: GraphNode): Promise<DiskHandle> {
+    node.disk ??= this.#engine.diskOn(node.descriptor, this.diskOptions(node));
     return node.disk;
   }
 
@@ -162,16 +226,34 @@ export class Graph {
     return await this.#make({ ...options, driver: format }, undefined);
   }
 
+  /** The nodes below one, as its descriptor has them. */
+  async linksOf(node: GraphNode): Promise<Links> {
+    const links: { -readonly [Name in keyof Links]: Links[Name] } = {};
+    for (const { role, node: child } of node.children) {
+      if (role === 'target') continue;
+      const live = role === 'backing' ? !child.descriptor.readOnly : PASSING.has(node.driver);
+      links[LINKS[role]] = live ? await this.#live(child) : child.descriptor;
+    }
+    return links;
+  }
+
+  /** Closes a node that nobody wants any more, and what was made for it. */
+  async closeUnused(node: GraphNode): Promise<void> {
+    await this.#release(undefined, [{ role: 'file', node }]);
+  }
+
+  /** A node that is made for a command and that nobody has given a name. */
+  async make(options: JsonObject): Promise<GraphNode> {
+    return await this.#make(options, { readOnly: false, forceShare: false, discard: undefined });
+  }
+
   /** QMP `blockdev-del` */
   async remove(name: string): Promise<void> {
     const node = this.#nodes.get(name);
     if (node === undefined) throw new QmpError(`Failed to find node with node-name='${name}'`);
     const uses = [...node.users.values()];
     if (uses.includes('export')) throw new QmpError(`Node ${name} is in use`);
-    const [job] = uses;
-    if (job !== undefined) {
-      throw new QmpError(`Node '${name}' is busy: block device is in use by block job: backup`);
-    }
+    checkUnblocked(node);
     if (!node.owned) throw new QmpError(`Node ${name} is not owned by the monitor`);
     if (node.parents.size > 0) throw new QmpError(`Block device ${name} is in use`);
     await this.#close(node);
@@ -210,7 +292,7 @@ export class Graph {
   async #release(parent: GraphNode | undefined, children: readonly Child[]): Promise<void> {
     for (const { node } of children) {
       if (parent !== undefined) node.parents.delete(parent);
-      const wanted = node.owned || node.parents.size > 0 || node.users.size > 0;
+      const wanted = node.owned || node.device !== undefined || node.parents.size > 0 || node.users.size > 0;
       if (!wanted && this.#nodes.has(node.name)) await this.#close(node);
     }
   }

@@ -26,6 +26,7 @@ import {
   makeControl,
   type RunningJob,
 } from './job.js';
+import type { Task } from './tasks.js';
 
 /** Counts of clusters and bytes of a backup. */
 export interface BackupCounts {
@@ -266,12 +267,14 @@ export interface BackupItem {
 /**
  * @internal Carries all out at one instant and starts the backups among them.
  *
+ * @param run carries a task out; default: some thread of the engine
  * @returns their jobs, in order
  */
 export async function startBackups(
   engine: Engine,
   items: readonly (BackupItem | Exclude<TransactionAction, { type: 'backup' }>)[],
   grouped = false,
+  run: <T>(task: Task) => Promise<T> = (task) => engine.run(task),
 ): Promise<BackupHandle[]> {
   const wanted = items.flatMap((item) => (item.type === 'backup' ? item.options : []));
   const group = grouped ? new Group(wanted.every(({ autoFinalize = true }) => autoFinalize)) : undefined;
@@ -284,7 +287,7 @@ export async function startBackups(
       prepared.push(one);
       return one.action;
     });
-    begun = await engine.run<(BegunBackup | undefined)[]>({ kind: 'transact', actions });
+    begun = await run<(BegunBackup | undefined)[]>({ kind: 'transact', actions });
   } catch (error) {
     for (const { control } of prepared) engine.arena.free(control.pointer);
     throw error;

@@ -77,7 +77,7 @@ const SLOTS = 8;
 
 /** A live disk, as the host program sees it. Every method may be called while others are under way. */
 export class DiskHandle {
-  readonly descriptor: DiskDescriptor;
+  #descriptor: DiskDescriptor;
   /** @internal Servers that export it. */
   readonly servers = new Set<NbdServer>();
   readonly #engine: Engine;
@@ -90,9 +90,18 @@ export class DiskHandle {
 
   /** @internal Use {@link Engine.openDisk}. */
   constructor(engine: Engine, descriptor: DiskDescriptor, onClose: () => void) {
-    this.descriptor = descriptor;
+    this.#descriptor = descriptor;
     this.#engine = engine;
     this.#onClose = onClose;
+  }
+
+  get descriptor(): DiskDescriptor {
+    return this.#descriptor;
+  }
+
+  /** @internal It lies on something else now. */
+  changed(descriptor: DiskDescriptor): void {
+    this.#descriptor = descriptor;
   }
 
   /** Absolute path of the image. */

@@ -22,9 +22,9 @@ import type { Arena } from '../kernels/arena.js';
 import { createRuntime, type Runtime, type SharedRuntime } from '../kernels/runtime.js';
 import { type BackupHandle, startBackups } from './backup.js';
 import { type BackupOptions, type DiskBitmapEdit, DiskHandle, plainEdit } from './disk.js';
+import type { DrainedSection } from './drained-section.js';
 import { NbdServer, type NbdServerOptions } from './nbd-server.js';
-import type { Compared, ImageTask, Task, TeamMessage, ToolProgress } from './tasks.js';
-import type { Answer } from './worker.js';
+import type { Answer, Compared, ImageTask, Task, TeamMessage, ToolProgress } from './tasks.js';
 
 export interface EngineOptions {
   /**
@@ -63,6 +63,13 @@ export type TransactionItem =
   | { readonly type: 'bitmap'; readonly disk: DiskHandle; readonly edit: DiskBitmapEdit }
   /** Fails, and everything with it. */
   | { readonly type: 'abort' };
+
+export interface TransactionOptions {
+  /** Backups succeed or fail together. Default false. */
+  readonly grouped?: boolean | undefined;
+  /** @internal It is a part of this section: its instant is that of what else is done there. */
+  readonly section?: DrainedSection | undefined;
+}
 
 type Started = Extract<TeamMessage, { readonly started: unknown }>['started'];
 
@@ -224,7 +231,7 @@ export class Engine {
    */
   async transaction(
     items: readonly TransactionItem[],
-    options: { readonly grouped?: boolean | undefined } = {},
+    options: TransactionOptions = {},
   ): Promise<BackupHandle[]> {
     const plain = items.map((item) => {
       if (item.type === 'abort') return item;
@@ -233,7 +240,9 @@ export class Engine {
         ? { type: item.type, disk, edit: plainEdit(item.edit) }
         : { type: item.type, disk, options: item.options };
     });
-    const jobs = await startBackups(this, plain, options.grouped);
+    const { grouped, section } = options;
+    const run = section && (<T>(task: Task): Promise<T> => section.run(task));
+    const jobs = await startBackups(this, plain, grouped, run);
     const owners = items.flatMap((item) => (item.type === 'backup' ? item.disk : []));
     await Promise.all(jobs.map((job, index) => owners[index]?.own(job)));
     return jobs;

@@ -9,7 +9,13 @@ import { type CommitOptions, commitImage } from '../block/commit.js';
 import { comparePart } from '../block/compare.js';
 import { type Comparison, type Finding, lengthOf } from '../block/comparison.js';
 import { type CreateImageOptions, createImage, formatNode } from '../block/create.js';
-import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor, freeRoot } from '../block/disk.js';
+import {
+  DISK_CONTROL_BYTES,
+  type Disk,
+  type DiskDescriptor,
+  type DiskRoot,
+  freeRoot,
+} from '../block/disk.js';
 import { bitmapSha256, bitmapStatuses, closeDiskBitmaps, openDiskBitmaps } from '../block/disk-bitmaps.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
 import type { CopyBuffer, FrameDescriptor } from '../block/filters/copy-before-write.js';
@@ -18,26 +24,33 @@ import {
   closeLayer,
   closeNode,
   copyBufferOf,
+  forgetDisk,
   isStorage,
+  liveDisk,
   type OpenImageOptions,
   openImage,
 } from '../block/graph.js';
 import { chainInfo, type ImageInfo, imageInfo, nodeInfo } from '../block/info.js';
 import { type HeaderOptions, type Layer, openNodeLayer, readLayerHeader } from '../block/layers.js';
+import { reopenImage, resizeNode, swapBitmaps } from '../block/live-changes.js';
 import { mapFiles, mapNode } from '../block/map.js';
 import type { MapRange } from '../block/map-batch.js';
 import { type Measured, type MeasureOptions, measureImage } from '../block/measure.js';
 import { workingFor } from '../block/nbd/index.js';
-import type { NodeDescriptor } from '../block/node.js';
-import type { RepairMode } from '../block/qcow2/index.js';
+import type { FileDescriptor, NodeDescriptor, Qcow2Descriptor, StorageDescriptor } from '../block/node.js';
+import { changeBacking, type RepairMode } from '../block/qcow2/index.js';
+import { type ReopenFileOptions, reopenFile } from '../block/raw/file.js';
 import { openRaw } from '../block/raw/raw.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
+import { type Links, relinkNode } from '../block/relink.js';
 import { type ResizeOptions, resizeImage } from '../block/resize.js';
+import { type PlainError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
 import { Team, type TeamMemory } from '../job/team.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { ExportDescriptor } from '../nbd/server/exports.js';
 import { type ExportOptions, freeExport, makeExport } from '../nbd/server/offer.js';
+import { holdDisks, type SectionChannel } from './drained-section.js';
 
 /** Work the host thread hands to a thread of the engine, as plain data. */
 export type Task =
@@ -86,6 +99,40 @@ export type Task =
     }
   | { readonly kind: 'transact'; readonly actions: readonly TransactionAction[] }
   | { readonly kind: 'bitmaps'; readonly disk: DiskDescriptor }
+  /** Keeps others away from disks, and carries tasks out meanwhile: see `DrainedSection`. */
+  | {
+      readonly kind: 'hold';
+      readonly disks: readonly DiskDescriptor[];
+      readonly exclusive: boolean;
+      readonly channel: SectionChannel;
+    }
+  /** From now on the disk lies on something else. Within an exclusive section, as are the next ones. */
+  | { readonly kind: 'change-root'; readonly disk: DiskDescriptor; readonly root: DiskRoot }
+  /** A node as what a disk lies on. */
+  | { readonly kind: 'as-drive'; readonly node: NodeDescriptor }
+  /** Bytes of a node. */
+  | { readonly kind: 'length'; readonly node: NodeDescriptor }
+  | { readonly kind: 'relink'; readonly node: NodeDescriptor; readonly links: Links }
+  | { readonly kind: 'reopen-file'; readonly node: FileDescriptor; readonly options: ReopenFileOptions }
+  | {
+      readonly kind: 'reopen-image';
+      readonly disk: DiskDescriptor;
+      readonly node: Qcow2Descriptor;
+      readonly options: Links & { readonly readOnly: boolean };
+    }
+  | {
+      readonly kind: 'resize-node';
+      readonly disk: DiskDescriptor;
+      readonly node: NodeDescriptor;
+      readonly length: number;
+    }
+  | { readonly kind: 'swap-bitmaps'; readonly one: DiskDescriptor; readonly other: DiskDescriptor }
+  /** Makes the header of a writable image name another backing file, or none. */
+  | {
+      readonly kind: 'change-backing';
+      readonly node: Qcow2Descriptor;
+      readonly backing: { readonly name: string; readonly format: string | undefined } | undefined;
+    }
   | {
       readonly kind: 'copy';
       readonly disk: DiskDescriptor;
@@ -219,10 +266,20 @@ const BATCH = 1024;
 /** Batches of a map that may wait for the host to take them. */
 const BATCHES_AHEAD = 16;
 
-/** Runs tasks on one thread of the engine, keeping its facades of disks from task to task. */
+/** What a thread of the engine answers: errors travel as plain data. */
+export type Answer = { readonly value: unknown } | { readonly error: PlainError };
+
+export function answerTo(runner: TaskRunner, task: Task): Answer {
+  try {
+    return { value: runner.run(task) };
+  } catch (error) {
+    return { error: toStillframeError(error).toPlain() };
+  }
+}
+
+/** Runs tasks on one thread of the engine. */
 export class TaskRunner {
   readonly #runtime: Runtime;
-  readonly #disks = new Map<number, Disk>();
 
   constructor(runtime: Runtime) {
     this.#runtime = runtime;
@@ -266,6 +323,31 @@ export class TaskRunner {
         );
       case 'transact':
         return transact(this.#runtime, task.actions, (disk) => this.#disk(disk));
+      case 'hold':
+        return holdDisks(
+          task.disks.map((disk) => this.#disk(disk)),
+          task.exclusive,
+          task.channel,
+          (next) => answerTo(this, next),
+        );
+      case 'change-root':
+        return this.#disk(task.disk).changeRoot(task.root);
+      case 'as-drive':
+        return this.#asDrive(task.node);
+      case 'length':
+        return attachNode(this.#runtime, task.node).length;
+      case 'relink':
+        return relinkNode(this.#runtime, task.node, task.links);
+      case 'reopen-file':
+        return reopenFile(task.node, task.options);
+      case 'reopen-image':
+        return reopenImage(this.#runtime, task.disk, task.node, task.options);
+      case 'resize-node':
+        return resizeNode(this.#runtime, task.disk, task.node, task.length);
+      case 'swap-bitmaps':
+        return swapBitmaps(this.#runtime, task.one, task.other);
+      case 'change-backing':
+        return changeBacking(this.#runtime, task.node, task.backing);
       case 'bitmaps':
         return bitmapStatuses(this.#runtime, task.disk);
       case 'copy':
@@ -312,12 +394,7 @@ export class TaskRunner {
   readonly #copyBuffer = (): CopyBuffer => copyBufferOf(this.#runtime);
 
   #disk(descriptor: DiskDescriptor): Disk {
-    let disk = this.#disks.get(descriptor.id);
-    if (disk === undefined) {
-      disk = new Disk(this.#runtime, descriptor, this.#copyBuffer);
-      this.#disks.set(descriptor.id, disk);
-    }
-    return disk;
+    return liveDisk(this.#runtime, descriptor);
   }
 
   #open(path: string, options: OpenDiskTask, id: number): DiskDescriptor {
@@ -330,14 +407,18 @@ export class TaskRunner {
     }
   }
 
+  /** The bytes of a file are those of a drive, up to a whole sector. */
+  #asDrive(node: NodeDescriptor): Exclude<NodeDescriptor, StorageDescriptor> {
+    return isStorage(node) ? openRaw(this.#runtime, node) : node;
+  }
+
   #diskOn(
     node: NodeDescriptor,
     options: Pick<DiskDescriptor, 'discard' | 'detectZeroes' | 'borrowed'>,
     id: number,
   ): DiskDescriptor {
     const { arena } = this.#runtime;
-    // The bytes of a file are those of a drive, up to a whole sector.
-    const image = isStorage(node) ? openRaw(this.#runtime, node) : node;
+    const image = this.#asDrive(node);
     const control = arena.alloc(DISK_CONTROL_BYTES, 'disk control block');
     try {
       const disk = {
@@ -357,7 +438,7 @@ export class TaskRunner {
   }
 
   #close(descriptor: DiskDescriptor): void {
-    this.#disks.delete(descriptor.id);
+    forgetDisk(this.#runtime, descriptor.id);
     try {
       if (!descriptor.readOnly) attachNode(this.#runtime, descriptor.node).flush();
     } finally {

@@ -26,6 +26,13 @@ const names: Readonly<Record<number, string>> = {
   [RESIZE]: 'resize',
 };
 
+/** Permissions that others must not use. */
+const NOT_SHARED = [WRITE, RESIZE];
+
+function usedBy(mode: LockMode): readonly number[] {
+  return mode === 'write' ? [CONSISTENT_READ, WRITE, RESIZE] : [CONSISTENT_READ];
+}
+
 /**
  * Locks the image behind a descriptor; closing the descriptor gives the locks back.
  *
@@ -34,8 +41,7 @@ const names: Readonly<Record<number, string>> = {
  */
 export function lockImage(fd: number, path: string, mode: LockMode): void {
   if (mode === 'none' || syscalls === undefined) return;
-  const used = mode === 'write' ? [CONSISTENT_READ, WRITE, RESIZE] : [CONSISTENT_READ];
-  const unshared = [WRITE, RESIZE];
+  const used = usedBy(mode);
   const taken: number[] = [];
   const refuse = (what: string): never => {
     for (const byte of taken) syscalls?.lockShared(fd, byte, 1, true);
@@ -49,14 +55,21 @@ export function lockImage(fd: number, path: string, mode: LockMode): void {
     if (!syscalls.lockShared(fd, USED + permission, 1)) refuse(`"${names[permission]}"`);
     taken.push(USED + permission);
   }
-  for (const permission of unshared) {
+  for (const permission of NOT_SHARED) {
     if (!syscalls.lockShared(fd, UNSHARED + permission, 1)) refuse(`shared "${names[permission]}"`);
     taken.push(UNSHARED + permission);
   }
   for (const permission of used) {
     if (syscalls.isLocked(fd, UNSHARED + permission, 1)) refuse(`"${names[permission]}"`);
   }
-  for (const permission of unshared) {
+  for (const permission of NOT_SHARED) {
     if (syscalls.isLocked(fd, USED + permission, 1)) refuse(`shared "${names[permission]}"`);
   }
+}
+
+/** Gives back the locks that {@link lockImage} took. */
+export function unlockImage(fd: number, mode: LockMode): void {
+  if (mode === 'none' || syscalls === undefined) return;
+  for (const permission of usedBy(mode)) syscalls.lockShared(fd, USED + permission, 1, true);
+  for (const permission of NOT_SHARED) syscalls.lockShared(fd, UNSHARED + permission, 1, true);
 }

@@ -75,6 +75,16 @@ const BITMAP_MERGE = {
   bitmaps: required({ list: { alternate: ['str', { struct: bitmap }] } }),
 } as const;
 
+const SNAPSHOT = { node: required('str'), overlay: required('str') } as const;
+const SNAPSHOT_SYNC = {
+  device: optional('str'),
+  'node-name': optional('str'),
+  'snapshot-file': required('str'),
+  'snapshot-node-name': optional('str'),
+  format: optional('str'),
+  mode: optional(['existing', 'absolute-paths']),
+} as const;
+
 /** What a transaction can do, with the arguments of each. */
 export const ACTIONS = {
   abort: {},
@@ -85,6 +95,8 @@ export const ACTIONS = {
   'block-dirty-bitmap-disable': bitmap,
   'block-dirty-bitmap-merge': BITMAP_MERGE,
   'blockdev-backup': BLOCKDEV_BACKUP,
+  'blockdev-snapshot': SNAPSHOT,
+  'blockdev-snapshot-sync': SNAPSHOT_SYNC,
   'drive-backup': DRIVE_BACKUP,
 } as const satisfies Readonly<Record<string, Members>>;
 
@@ -116,6 +128,9 @@ export const COMMANDS = {
   quit: {},
   'blockdev-add': BLOCKDEV,
   'blockdev-del': { 'node-name': required('str') },
+  'blockdev-reopen': { options: required({ list: BLOCKDEV }) },
+  'blockdev-snapshot': SNAPSHOT,
+  'blockdev-snapshot-sync': SNAPSHOT_SYNC,
   'blockdev-create': { 'job-id': required('str'), options: required(CREATE) },
   block_resize: { device: optional('str'), 'node-name': optional('str'), size: required('int') },
   'object-add': OBJECT,

@@ -16,7 +16,7 @@ import { StillframeError, systemError } from '../../errors.js';
 import type { Arena } from '../../kernels/arena.js';
 import { withLock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
-import { type LockMode, lockImage } from '../../os/image-lock.js';
+import { type LockMode, lockImage, unlockImage } from '../../os/image-lock.js';
 import { syscalls } from '../../os/index.js';
 import { attachNbd, closeNbd } from '../nbd/index.js';
 import { NestedFile } from '../nested.js';
@@ -45,6 +45,14 @@ export interface OpenFileOptions {
    * for nobody else to read. Links are not followed.
    */
   readonly create?: 'truncate' | 'private' | undefined;
+}
+
+/** How an open file is opened anew. */
+export interface ReopenFileOptions {
+  readonly readOnly: boolean;
+  readonly lock: LockMode;
+  /** The lock it has. */
+  readonly lockWas: LockMode;
 }
 
 // Control block: length float64 at +0, lock int32 at +8.
@@ -137,6 +145,38 @@ export function openFile(runtime: Runtime, name: string, options: OpenFileOption
     if (made) rmSync(path, { force: true });
     throw systemError(`cannot open '${path}'`, error);
   }
+}
+
+/**
+ * Opens an open file anew, for reading or for writing, with the locks that go with it. The descriptor it had is closed,
+ * so nobody may use it; where this throws it is what it was.
+ *
+ * @throws StillframeError ERR_STILLFRAME_PERMISSION, …_READ_ONLY, …_LOCKED, …_IO
+ */
+export function reopenFile(
+  file: FileDescriptor,
+  { readOnly, lock, lockWas }: ReopenFileOptions,
+): FileDescriptor {
+  const { path } = file;
+  const access = readOnly ? constants.O_RDONLY : constants.O_RDWR;
+  let fd: number;
+  try {
+    // The name may lead to another file by now.
+    fd = openSync(`/proc/self/fd/${file.fd}`, access | constants.O_NONBLOCK);
+  } catch (error) {
+    throw systemError(`cannot open '${path}' for ${readOnly ? 'reading' : 'writing'}`, error);
+  }
+  // Locks of ours on the descriptor as it was would be in our own way.
+  unlockImage(file.fd, lockWas);
+  try {
+    lockImage(fd, path, lock);
+  } catch (error) {
+    closeSync(fd);
+    lockImage(file.fd, path, lockWas);
+    throw error;
+  }
+  closeSync(file.fd);
+  return { ...file, fd, readOnly };
 }
 
 /** Length in bytes of a block device; its stat says 0. Without the FFI by looking for the last byte to be read. */

@@ -21,7 +21,7 @@ export function openRaw(runtime: Runtime, file: StorageDescriptor, part: RawPart
     );
   }
   const length = Math.ceil((size ?? total - offset) / SECTOR) * SECTOR;
-  return { driver: 'raw', path: file.path, readOnly: readOnly || file.readOnly, file, length, offset };
+  return { driver: 'raw', path: file.path, readOnly: readOnly || file.readOnly, file, length, offset, size };
 }
 
 /** Which part of its file a raw image is; offsets and sizes in bytes. Default: all of it. */

@@ -1,0 +1,161 @@
+import { BitmapSet } from '../bitmap/bitmap-set.js';
+import { type PlainError, StillframeError, toStillframeError } from '../errors.js';
+import type { Runtime } from '../kernels/runtime.js';
+import { DISK_BITMAPS, type DiskDescriptor } from './disk.js';
+import { bitmapsOfDisk, closeDiskBitmaps, openDiskBitmaps } from './disk-bitmaps.js';
+import { blkdebugBytes, resetBlkdebug } from './filters/blkdebug.js';
+import { attachNode } from './graph.js';
+import type { NodeDescriptor, Qcow2Descriptor, RawDescriptor } from './node.js';
+import { closeQcow2, openQcow2, resizeQcow2 } from './qcow2/index.js';
+import { attachFile } from './raw/file.js';
+import { openRaw } from './raw/raw.js';
+import { type Links, relinkNode } from './relink.js';
+import { resizeRaw } from './resize.js';
+
+/*
+ * Changes of nodes below live disks. Each is made while nobody uses any disk above the node, and uses up what was its
+ * state; dirty bitmaps that no image keeps stay with the disk on the node.
+ */
+
+/** What became of a node. */
+export interface Changed {
+  /** As it is now, also where something failed. */
+  readonly node: NodeDescriptor;
+  readonly failure: PlainError | undefined;
+}
+
+/**
+ * Closes a qcow2 image and opens it for reading or for writing, on other nodes where `links` says so.
+ *
+ * @param disk the one on the node
+ */
+export function reopenImage(
+  runtime: Runtime,
+  disk: DiskDescriptor,
+  node: Qcow2Descriptor,
+  options: Links & { readonly readOnly: boolean },
+): Changed {
+  const linked = relinkNode(runtime, node, options);
+  if (linked.driver !== 'qcow2') throw new TypeError('an image stays one');
+  return anew(runtime, disk, node, { ...linked, readOnly: options.readOnly }, () =>
+    closeQcow2(runtime, node, attachFile(runtime, linked.file)),
+  );
+}
+
+/**
+ * Makes an image larger or smaller; what is new reads as zeroes. Semantics: QMP `block_resize`.
+ *
+ * @param disk the one on the node
+ * @param length bytes, a multiple of 512
+ */
+export function resizeNode(
+  runtime: Runtime,
+  disk: DiskDescriptor,
+  node: NodeDescriptor,
+  length: number,
+): Changed {
+  if (node.driver === 'raw') return resizeRawNode(runtime, disk, node, length);
+  if (node.driver === 'qcow2') {
+    const kept = bitmapsOfDisk(runtime, disk)
+      .all()
+      .filter(({ persistent }) => persistent);
+    if (length === 0 && kept.length > 0) {
+      return {
+        node,
+        failure: new StillframeError(
+          'ERR_STILLFRAME_INVALID_ARGUMENT',
+          `'${node.path}' keeps dirty bitmaps, which an image of 0 bytes cannot; remove them first`,
+        ).toPlain(),
+      };
+    }
+    return anew(runtime, disk, node, node, () => {
+      const backing = node.backing && attachNode(runtime, node.backing);
+      resizeQcow2(runtime, node, backing, { length, preallocation: 'off' });
+    });
+  }
+  const error = new StillframeError(
+    'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+    `'${node.path}': Image format driver does not support resize`,
+  );
+  return { node, failure: error.toPlain() };
+}
+
+function resizeRawNode(runtime: Runtime, disk: DiskDescriptor, node: RawDescriptor, length: number): Changed {
+  const failure = failureOf(() => resizeRaw(runtime, node, length, 'off'));
+  const resized = openRaw(runtime, node.file, { ...node, size: undefined });
+  for (const bitmap of bitmapsOfDisk(runtime, disk).all()) {
+    if (bitmap.length !== resized.length) bitmap.resize(resized.length);
+  }
+  return { node: resized, failure };
+}
+
+/** Runs `close`, which uses the state of an image up, and opens the image as `wanted`, or else as it was. */
+function anew(
+  runtime: Runtime,
+  disk: DiskDescriptor,
+  node: Qcow2Descriptor,
+  wanted: Qcow2Descriptor,
+  close: () => void,
+): Changed {
+  const bitmaps = bitmapsOfDisk(runtime, { ...disk, node }).takeTransient();
+  closeDiskBitmaps(runtime, disk);
+  let failure = failureOf(close);
+  let opened: NodeDescriptor | undefined;
+  for (const { file, backing, dataFile, readOnly } of failure === undefined ? [wanted, node] : [node]) {
+    const problem = failureOf(() => {
+      opened = openQcow2(runtime, file, backing, { readOnly, dataFile });
+    });
+    if (opened !== undefined) break;
+    failure ??= problem;
+  }
+  opened ??= failedNode(runtime, node);
+  const after = { ...disk, node: opened, length: attachNode(runtime, opened).length };
+  openDiskBitmaps(runtime, after);
+  for (const bitmap of bitmaps) if (bitmap.length !== after.length) bitmap.resize(after.length);
+  bitmapsOfDisk(runtime, after).adopt(bitmaps);
+  return { node: opened, failure };
+}
+
+function failureOf(body: () => void): PlainError | undefined {
+  try {
+    body();
+    return undefined;
+  } catch (error) {
+    return toStillframeError(error).toPlain();
+  }
+}
+
+/** What stands in for an image that could not be opened again: every request fails. */
+function failedNode(runtime: Runtime, { path, length }: Qcow2Descriptor): NodeDescriptor {
+  const state = runtime.arena.alloc(blkdebugBytes(1), 'state of a node that failed');
+  resetBlkdebug(runtime, state);
+  return {
+    driver: 'blkdebug',
+    path,
+    readOnly: true,
+    length,
+    child: { driver: 'null-co', path, readOnly: true, length, readsZero: true, latencyMs: 0 },
+    rules: [
+      {
+        kind: 'inject-error',
+        event: 'none',
+        state: undefined,
+        iotype: undefined,
+        errno: EIO,
+        offset: undefined,
+        once: false,
+      },
+    ],
+    state,
+  };
+}
+
+const EIO = 5;
+
+/** Two disks exchange the dirty bitmaps that no image keeps, as they exchange what they lie on. */
+export function swapBitmaps(runtime: Runtime, one: DiskDescriptor, other: DiskDescriptor): void {
+  const [ofOne, ofOther] = [one, other].map(({ control }) => new BitmapSet(runtime, control + DISK_BITMAPS));
+  const [taken, given] = [ofOne?.takeTransient() ?? [], ofOther?.takeTransient() ?? []];
+  ofOne?.adopt(given);
+  ofOther?.adopt(taken);
+}

@@ -1,0 +1,200 @@
+import type { DiskDescriptor } from '../block/disk.js';
+import type { Changed } from '../block/live-changes.js';
+import type { NodeDescriptor } from '../block/node.js';
+import { DrainedSection } from '../engine/drained-section.js';
+import type { Engine } from '../engine/engine.js';
+import { StillframeError } from '../errors.js';
+import type { LockMode } from '../os/image-lock.js';
+import { QmpError } from '../qmp/errors.js';
+import type { Graph, GraphNode } from './graph.js';
+
+/** Changes of a graph whose nodes are in use: guests wait while one is made, and see nothing else of it. */
+export class GraphChanges {
+  readonly #engine: Engine;
+  readonly #graph: Graph;
+  /** Called when what was on one node is on another one now. */
+  readonly #moved: (from: GraphNode, to: GraphNode) => void;
+
+  constructor(engine: Engine, graph: Graph, moved: (from: GraphNode, to: GraphNode) => void) {
+    this.#engine = engine;
+    this.#graph = graph;
+    this.#moved = moved;
+  }
+
+  /**
+   * Runs `body`, which changes these nodes, while nobody uses them, and makes those that lie on them see it.
+   *
+   * @throws QmpError where an instant of a disk above one of them is held
+   */
+  async change<T>(nodes: readonly GraphNode[], body: (section: DrainedSection) => Promise<T>): Promise<T> {
+    for (const node of nodes) await this.#graph.disk(node);
+    const above = withAncestors(nodes);
+    const disks: DiskDescriptor[] = [];
+    for (const node of above) {
+      if (node.frozen !== undefined) {
+        throw new QmpError(`Node '${node.name}' holds an instant of what is below it`);
+      }
+      const disk = await node.disk;
+      if (disk !== undefined) disks.push(disk.descriptor);
+    }
+    return await DrainedSection.run(this.#engine, disks, true, async (section) => {
+      try {
+        return await body(section);
+      } finally {
+        // The ones below first: those above are on what these have become.
+        for (const node of withAncestors(nodes).reverse()) {
+          if (!nodes.includes(node)) await this.relink(section, node);
+          await this.#reroot(section, node);
+        }
+      }
+    });
+  }
+
+  /** Lets a node be on its children as they are now. */
+  async relink(section: DrainedSection, node: GraphNode): Promise<void> {
+    const links = await this.#graph.linksOf(node);
+    if (PASS_ONLY.has(node.driver)) node.descriptor = links.file ?? node.descriptor;
+    else
+      node.descriptor = await section.run<NodeDescriptor>({ kind: 'relink', node: node.descriptor, links });
+  }
+
+  /** Every thread sees from now on what the node has become. */
+  async #reroot(section: DrainedSection, node: GraphNode): Promise<void> {
+    const disk = await node.disk;
+    if (disk === undefined) return;
+    const root = await section.run<NodeDescriptor>({ kind: 'as-drive', node: node.descriptor });
+    const { discard, detectZeroes } = this.#graph.diskOptions(node);
+    const { readOnly } = root;
+    const length = await section.run<number>({ kind: 'length', node: root });
+    disk.changed(
+      await section.run<DiskDescriptor>({
+        kind: 'change-root',
+        disk: disk.descriptor,
+        root: { node: root, length, readOnly, discard, detectZeroes },
+      }),
+    );
+  }
+
+  /** Takes what became of a node, and says what went wrong. */
+  static settle(node: GraphNode, { node: descriptor, failure }: Changed): void {
+    node.descriptor = descriptor;
+    if (failure !== undefined) throw StillframeError.fromPlain(failure);
+  }
+
+  /**
+   * All that is on `node` is on `by` from now on, but for `by` itself. Within {@link change} of both.
+   */
+  async replace(section: DrainedSection, node: GraphNode, by: GraphNode): Promise<void> {
+    const [own, others] = [await this.#graph.disk(node), await this.#graph.disk(by)];
+    await section.run({ kind: 'swap-bitmaps', one: own.descriptor, other: others.descriptor });
+    node.disk = Promise.resolve(others);
+    by.disk = Promise.resolve(own);
+    for (const parent of [...node.parents]) {
+      if (parent === by) continue;
+      node.parents.delete(parent);
+      by.parents.add(parent);
+      parent.children = parent.children.map((child) =>
+        child.node === node ? { ...child, node: by } : child,
+      );
+    }
+    for (const [key, use] of [...node.users]) {
+      if (use !== 'export') continue;
+      node.users.delete(key);
+      by.users.set(key, use);
+    }
+    by.device ??= node.device;
+    node.device = undefined;
+    this.#moved(node, by);
+  }
+
+  /**
+   * Opens a node, and what was made for it, for reading or for writing. Within {@link change} of the node.
+   *
+   * @throws StillframeError what opening a file or an image throws; the node is what it was then
+   */
+  async setReadOnly(section: DrainedSection, node: GraphNode, readOnly: boolean): Promise<void> {
+    if (node.descriptor.readOnly === readOnly) return;
+    const below = node.children.filter(
+      ({ role, node: child }) => !child.owned && (role === 'file' || role === 'data-file'),
+    );
+    const files = async (): Promise<void> => {
+      for (const { node: child } of below) await this.setReadOnly(section, child, readOnly);
+    };
+    // An image that was written to is put in order while its file can be written to.
+    if (!readOnly) await files();
+    await this.#reopen(section, node, readOnly);
+    node.options = { ...node.options, 'read-only': readOnly };
+    if (!readOnly || below.length === 0) return;
+    await files();
+    await this.relink(section, node);
+  }
+
+  async #reopen(section: DrainedSection, node: GraphNode, readOnly: boolean): Promise<void> {
+    const { descriptor } = node;
+    switch (descriptor.driver) {
+      case 'file': {
+        const unlocked = node.options['force-share'] === true || node.options['locking'] === 'off';
+        const lockOf = (asReadOnly: boolean): LockMode => (unlocked ? 'none' : asReadOnly ? 'read' : 'write');
+        const options = { readOnly, lock: lockOf(readOnly), lockWas: lockOf(!readOnly) };
+        node.descriptor = await section.run<NodeDescriptor>({
+          kind: 'reopen-file',
+          node: descriptor,
+          options,
+        });
+        return;
+      }
+      case 'qcow2': {
+        const links = await this.#graph.linksOf(node);
+        const { descriptor: disk } = await this.#graph.disk(node);
+        const options = { ...links, readOnly };
+        GraphChanges.settle(
+          node,
+          await section.run<Changed>({ kind: 'reopen-image', disk, node: descriptor, options }),
+        );
+        return;
+      }
+      default:
+        node.descriptor = { ...descriptor, readOnly };
+        if (!readOnly) await this.relink(section, node);
+    }
+  }
+
+  /**
+   * Makes a node larger or smaller. Within {@link change} of the node.
+   *
+   * @param length bytes
+   */
+  async resize(section: DrainedSection, node: GraphNode, length: number): Promise<void> {
+    const { descriptor: disk } = await this.#graph.disk(node);
+    const from = await section.run<NodeDescriptor>({ kind: 'as-drive', node: node.descriptor });
+    const changed = await section.run<Changed>({ kind: 'resize-node', disk, node: from, length });
+    // What lies on a file itself is not a node of its own.
+    if (from.driver === node.descriptor.driver) GraphChanges.settle(node, changed);
+    else if (changed.failure !== undefined) throw StillframeError.fromPlain(changed.failure);
+  }
+
+  /** Puts another backing file under an image, or none. Within {@link change} of the image. */
+  async setBacking(section: DrainedSection, node: GraphNode, backing: GraphNode | undefined): Promise<void> {
+    const old = node.children.find(({ role }) => role === 'backing')?.node;
+    old?.parents.delete(node);
+    const others = node.children.filter(({ role }) => role !== 'backing');
+    node.children = backing === undefined ? others : [...others, { role: 'backing', node: backing }];
+    backing?.parents.add(node);
+    await this.relink(section, node);
+  }
+}
+
+/** Drivers that are what they pass requests on to. */
+const PASS_ONLY: ReadonlySet<string> = new Set(['preallocate', 'copy-on-read', 'copy-before-write']);
+
+/** Nodes and all that lie on them, those that lie on others first. */
+function withAncestors(nodes: readonly GraphNode[]): GraphNode[] {
+  const order: GraphNode[] = [];
+  const visit = (node: GraphNode): void => {
+    if (order.includes(node)) return;
+    for (const parent of node.parents) visit(parent);
+    order.push(node);
+  };
+  for (const node of nodes) visit(node);
+  return order;
+}
