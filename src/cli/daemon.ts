@@ -266,7 +266,9 @@ export const daemon: Command = {
       monitors.handlers = running.handlers;
       for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => end(0));
       try {
+        const start = monitors.hold();
         await setUp(args, running, monitors);
+        start();
         if (pidfile !== undefined) writeFileSync(pidfile, `${process.pid}\n`);
         leaveTerminal();
         return await ended;

@@ -313,7 +313,15 @@ export class Daemon {
   /** Carries out what was prepared, all of it or nothing. */
   async #start(prepared: readonly Prepared[], grouped: boolean): Promise<void> {
     const wanted = prepared.flatMap(({ job }) => job ?? []);
-    let handles: JobHandle[];
+    let told: Promise<void> = Promise.resolve();
+    // At once: nothing of what they say is missed.
+    const follow = (handles: readonly JobHandle[]): void => {
+      const jobs = handles.flatMap((handle, index) => {
+        const options = wanted[index]?.options;
+        return options === undefined ? [] : { handle, options };
+      });
+      if (jobs.length > 0) told = this.jobs.add(jobs);
+    };
     try {
       const ids = new Set<string>();
       for (const { id } of wanted) {
@@ -321,34 +329,36 @@ export class Daemon {
         if (ids.has(id)) throw new QmpError(`Job ID '${id}' already in use`);
         ids.add(id);
       }
-      handles = await this.#carryOut(prepared, grouped);
+      await this.#carryOut(prepared, grouped, follow);
     } catch (error) {
       await this.#giveUp(prepared);
       const [first] = prepared;
       throw prepared.length === 1 && first?.item !== undefined ? targetError(error, first.item) : error;
     }
-    if (handles.length === 0) return;
-    await this.jobs.add(
-      handles.flatMap((handle, index) => {
-        const options = wanted[index]?.options;
-        return options === undefined ? [] : { handle, options };
-      }),
-    );
+    await told;
   }
 
-  /** At one instant of all disks. */
-  async #carryOut(prepared: readonly Prepared[], grouped: boolean): Promise<JobHandle[]> {
+  /** At one instant of all disks. @param follow is given the jobs when they are started */
+  async #carryOut(
+    prepared: readonly Prepared[],
+    grouped: boolean,
+    follow: (handles: readonly JobHandle[]) => void,
+  ): Promise<void> {
     const items = prepared.flatMap(({ item }) => item ?? []);
     const snapshots = prepared.flatMap(({ snapshot }) => snapshot ?? []);
-    if (snapshots.length === 0) return await this.#engine.transaction(items, { grouped });
-    const started = await this.#changes.change(Snapshots.nodesOf(snapshots), async (section) => {
-      const handles = items.length === 0 ? [] : await this.#engine.transaction(items, { grouped, section });
-      for (const snapshot of snapshots) await this.#snapshots.commit(section, snapshot);
-      return handles;
+    if (snapshots.length === 0) {
+      follow(await this.#engine.transaction(items, { grouped }));
+      return;
+    }
+    await this.#changes.change(Snapshots.nodesOf(snapshots), async (section) => {
+      const rest = async (): Promise<void> => {
+        for (const snapshot of snapshots) await this.#snapshots.commit(section, snapshot);
+      };
+      const within = { run: section.run.bind(section), rest };
+      follow(await this.#engine.transaction(items, { grouped, section: within }));
     });
     // An overlay that was made for what nobody uses is of no use to anybody.
     for (const snapshot of snapshots) await this.#snapshots.abandon(snapshot);
-    return started;
   }
 
   async #giveUp(prepared: readonly Prepared[]): Promise<void> {

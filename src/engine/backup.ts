@@ -267,14 +267,14 @@ export interface BackupItem {
 /**
  * @internal Carries all out at one instant and starts the backups among them.
  *
- * @param run carries a task out; default: some thread of the engine
+ * @param section of which the instant is a part
  * @returns their jobs, in order
  */
 export async function startBackups(
   engine: Engine,
   items: readonly (BackupItem | Exclude<TransactionAction, { type: 'backup' }>)[],
   grouped = false,
-  run: <T>(task: Task) => Promise<T> = (task) => engine.run(task),
+  section?: InstantSection,
 ): Promise<BackupHandle[]> {
   const wanted = items.flatMap((item) => (item.type === 'backup' ? item.options : []));
   const group = grouped ? new Group(wanted.every(({ autoFinalize = true }) => autoFinalize)) : undefined;
@@ -287,16 +287,33 @@ export async function startBackups(
       prepared.push(one);
       return one.action;
     });
-    begun = await run<(BegunBackup | undefined)[]>({ kind: 'transact', actions });
+    begun = await (section ?? engine).run<(BegunBackup | undefined)[]>({ kind: 'transact', actions });
   } catch (error) {
     for (const { control } of prepared) engine.arena.free(control.pointer);
     throw error;
   }
+  let failure: { readonly error: unknown } | undefined;
+  try {
+    await section?.rest();
+  } catch (error) {
+    failure = { error };
+  }
   const started = begun.filter((one) => one !== undefined);
-  return prepared.flatMap((one, index) => {
+  const jobs = prepared.flatMap((one, index) => {
     const [options, backup] = [wanted[index], started[index]];
     return options === undefined || backup === undefined ? [] : launch(engine, one, options, backup, group);
   });
+  if (failure === undefined) return jobs;
+  await Promise.all(jobs.map((job) => job.stop()));
+  throw failure.error;
+}
+
+/** A part of a program in which nobody changes disks. */
+export interface InstantSection {
+  /** Carries a task out within it. */
+  run<T>(task: Task): Promise<T>;
+  /** What else is done at the instant, before any job runs. */
+  rest(): Promise<void>;
 }
 
 /** Starts the threads of a backup that has begun. */

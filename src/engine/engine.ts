@@ -20,9 +20,8 @@ import { closedError, StillframeError } from '../errors.js';
 import { Team, type TeamMemory } from '../job/team.js';
 import type { Arena } from '../kernels/arena.js';
 import { createRuntime, type Runtime, type SharedRuntime } from '../kernels/runtime.js';
-import { type BackupHandle, startBackups } from './backup.js';
+import { type BackupHandle, type InstantSection, startBackups } from './backup.js';
 import { type BackupOptions, type DiskBitmapEdit, DiskHandle, plainEdit } from './disk.js';
-import type { DrainedSection } from './drained-section.js';
 import { NbdServer, type NbdServerOptions } from './nbd-server.js';
 import type { Answer, Compared, ImageTask, Task, TeamMessage, ToolProgress } from './tasks.js';
 
@@ -68,7 +67,7 @@ export interface TransactionOptions {
   /** Backups succeed or fail together. Default false. */
   readonly grouped?: boolean | undefined;
   /** @internal It is a part of this section: its instant is that of what else is done there. */
-  readonly section?: DrainedSection | undefined;
+  readonly section?: InstantSection | undefined;
 }
 
 type Started = Extract<TeamMessage, { readonly started: unknown }>['started'];
@@ -240,9 +239,7 @@ export class Engine {
         ? { type: item.type, disk, edit: plainEdit(item.edit) }
         : { type: item.type, disk, options: item.options };
     });
-    const { grouped, section } = options;
-    const run = section && (<T>(task: Task): Promise<T> => section.run(task));
-    const jobs = await startBackups(this, plain, grouped, run);
+    const jobs = await startBackups(this, plain, options.grouped, options.section);
     const owners = items.flatMap((item) => (item.type === 'backup' ? item.disk : []));
     await Promise.all(jobs.map((job, index) => owners[index]?.own(job)));
     return jobs;

@@ -33,6 +33,8 @@ export class Monitors {
   #handlers: Handlers | undefined;
   #closed = false;
   #onClient: (() => void) | undefined;
+  /** Where commands have to wait: what clients ask for may not be there yet. */
+  #started: Promise<void> = Promise.resolve();
 
   constructor(version: string) {
     this.#version = version;
@@ -41,6 +43,15 @@ export class Monitors {
   /** What carries commands out. Set before the first client can come. */
   set handlers(handlers: Handlers) {
     this.#handlers = handlers;
+  }
+
+  /** Clients can come, and their commands wait until what is returned is called. */
+  hold(): () => void {
+    let start = (): void => undefined;
+    this.#started = new Promise((resolve) => {
+      start = resolve;
+    });
+    return start;
   }
 
   tell(event: QmpEvent): void {
@@ -142,9 +153,11 @@ export class Monitors {
       if (output.writableLength > MAX_PENDING_BYTES) end();
     });
     this.#streams.set(stream, monitor);
-    input.on('data', (data: Buffer) => {
-      void monitor.take(decoder.write(data)).then(() => input.resume());
-      if (monitor.queued >= MAX_QUEUED) input.pause();
+    void this.#started.then(() => {
+      input.on('data', (data: Buffer) => {
+        void monitor.take(decoder.write(data)).then(() => input.resume());
+        if (monitor.queued >= MAX_QUEUED) input.pause();
+      });
     });
     this.#onClient?.();
   }

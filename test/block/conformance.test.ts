@@ -71,10 +71,12 @@ const group = arena.alloc(THROTTLE_GROUP_BYTES, 'throttle group');
 setLimits(runtime, group, { 'iops-total': 1_000_000 });
 const throttle: Above = (child) => openNodeLayer(runtime, { driver: 'throttle', child, group });
 const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
+let disks = 0;
 const live: Above = (node, readOnly) => {
   const { path } = node;
   const { length } = attachNode(runtime, node);
-  const disk = { id: 1, control, node, length, readOnly, discard: 'unmap' } as const;
+  disks++;
+  const disk = { id: disks, control, node, length, readOnly, discard: 'unmap' } as const;
   return { driver: 'live', path, readOnly, length, disk };
 };
 

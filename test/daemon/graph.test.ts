@@ -1,0 +1,265 @@
+/** The graph of a daemon changes while its drives are in use. */
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, describe, expect, it } from 'vitest';
+import { CLI } from '../support/cli.js';
+import { tool } from '../support/nbd-client.js';
+import { hasPeer } from '../support/peers.js';
+import { type Message, QmpClient } from '../support/qmp.js';
+import { MiB, play, type Session, sh, until } from '../support/sessions.js';
+
+const folder = mkdtempSync(join(tmpdir(), 'stillframe-graph-'));
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
+
+const qcow2 = (name: string, more: Message = {}): Message => ({
+  driver: 'qcow2',
+  'node-name': name,
+  file: { driver: 'file', filename: `${name}.qcow2`, 'node-name': `${name}-file` },
+  ...more,
+});
+const raw = (name: string): Message => ({
+  driver: 'raw',
+  'node-name': name,
+  file: { driver: 'file', filename: `${name}.raw`, 'node-name': `${name}-file` },
+});
+const server = ['nbd-server-start', { addr: { type: 'unix', data: { path: 'n.sock' } } }] as const;
+const exported = (id: string, node: string) =>
+  ['block-export-add', { type: 'nbd', id, 'node-name': node, name: id, writable: true }] as const;
+const io = (...commands: readonly string[]) =>
+  sh(`qemu-io -f raw ${commands.map((one) => `-c '${one}'`).join(' ')} 'nbd+unix:///live?socket=n.sock'`);
+const resize = (node: string, size: number) => ['block_resize', { 'node-name': node, size }] as const;
+const nodes = ['query-named-block-nodes', { flat: true }] as const;
+const image = (name: string): string =>
+  `qemu-img info ${name}.qcow2; qemu-img check ${name}.qcow2 | grep -v 'end offset';`;
+
+async function same(session: Session): Promise<void> {
+  const theirs = await play('qemu-storage-daemon', join(folder, 'theirs'), session);
+  const ours = await play('stillframe', join(folder, 'ours'), session);
+  expect(ours.answers).toEqual(theirs.answers);
+  expect(ours.events).toEqual(theirs.events);
+}
+
+describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasPeer('qemu-io'))(
+  'beside QEMU',
+  () => {
+    it('drives become larger and smaller, with their bitmaps, where nobody minds', async () => {
+      await same({
+        prepare: `
+          for x in a t; do qemu-img create -q -f qcow2 $x.qcow2 4M; done
+          qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 over.qcow2; truncate -s 3M r.raw
+          qemu-img bitmap --add a.qcow2 kept; qemu-io -f qcow2 -c 'write -P 7 0 1M' a.qcow2 >/dev/null`,
+        steps: [
+          ['blockdev-add', qcow2('a')],
+          ['blockdev-add', raw('r')],
+          ['block-dirty-bitmap-add', { node: 'a', name: 'own', granularity: 65536 }],
+          ['block-dirty-bitmap-add', { node: 'r', name: 'own', granularity: 65536 }],
+          server,
+          resize('a', 8 * MiB),
+          nodes,
+          resize('a', -1),
+          resize('a', 1000),
+          resize('nobody', MiB),
+          ['block_resize', { device: 'a', size: MiB }],
+          ['block_resize', { size: MiB }],
+          resize('a-file', MiB),
+          resize('r', 2 * MiB),
+          resize('r-file', 4_097_152),
+          resize('r', 1001),
+          nodes,
+          exported('live', 'a'),
+          io('write -P 3 7M 64k'),
+          resize('a', 6 * MiB),
+          ['block-export-del', { id: 'live' }],
+          resize('a', 6 * MiB),
+          nodes,
+          ['blockdev-add', qcow2('over', { backing: 'a' })],
+          resize('a', 4 * MiB),
+          resize('over', 2 * MiB),
+          ['blockdev-del', { 'node-name': 'over' }],
+          ['blockdev-add', qcow2('t', { 'read-only': true })],
+          resize('t', 6 * MiB),
+          ['blockdev-del', { 'node-name': 't' }],
+          ['blockdev-add', qcow2('t')],
+          resize('a', 4 * MiB),
+          ['blockdev-backup', { 'job-id': 'j', device: 'a', target: 't', sync: 'none' }],
+          resize('a', 6 * MiB),
+          resize('t', 6 * MiB),
+          ['job-cancel', { id: 'j' }],
+          until('j', 'null'),
+          resize('a', 6 * MiB),
+        ],
+        after: `${image('a')} ${image('over')} wc -c <r.raw
+          qemu-io -r -f qcow2 -c 'read -P 7 0 1M' -c 'read -P 0 1M 5M' a.qcow2`,
+      });
+    });
+
+    it('overlays are put on drives that clients write to', async () => {
+      const overlay = (node: string, name: string, more: Message = {}) => ({
+        'node-name': node,
+        'snapshot-file': `${name}.qcow2`,
+        'snapshot-node-name': name,
+        ...more,
+      });
+      const sync = 'blockdev-snapshot-sync';
+      await same({
+        prepare: `
+          for x in a s1 t; do qemu-img create -q -f qcow2 $x.qcow2 4M; done
+          for x in r r2; do truncate -s 4M $x.raw; done
+          qemu-img bitmap --add a.qcow2 kept; qemu-io -f qcow2 -c 'write -P 7 0 1M' a.qcow2 >/dev/null`,
+        steps: [
+          ['blockdev-add', qcow2('a')],
+          ['blockdev-add', raw('r')],
+          ['blockdev-add', raw('r2')],
+          ['block-dirty-bitmap-add', { node: 'a', name: 'own', granularity: 65536 }],
+          server,
+          exported('live', 'a'),
+          exported('live2', 'r'),
+          io('write -P 1 1M 64k'),
+          ['blockdev-add', qcow2('s1', { backing: null })],
+          ['blockdev-snapshot', { node: 'nobody', overlay: 's1' }],
+          ['blockdev-snapshot', { node: 'a', overlay: 'nobody' }],
+          ['blockdev-snapshot', { node: 'a', overlay: 'a' }],
+          ['blockdev-snapshot', { node: 'a', overlay: 'r2' }],
+          ['blockdev-snapshot', { node: 'a', overlay: 's1' }],
+          nodes,
+          ['query-named-block-nodes'],
+          ['query-block-exports'],
+          io('write -P 2 0 64k', 'read -P 1 1M 64k', 'read -P 7 64k 64k'),
+          ['blockdev-snapshot', { node: 'a', overlay: 's1' }],
+          ['blockdev-snapshot', { node: 's1', overlay: 'a' }],
+          ['blockdev-del', { 'node-name': 'a' }],
+          ['blockdev-del', { 'node-name': 's1' }],
+          [sync, { 'node-name': 's1', 'snapshot-file': 'o1.qcow2' }],
+          [sync, overlay('s1', 'r')],
+          [sync, overlay('nobody', 'o1')],
+          [sync, { device: 's1', 'snapshot-file': 'o1.qcow2' }],
+          [sync, { ...overlay('s1', 'o1'), 'snapshot-file': '/nowhere/o1.qcow2' }],
+          [sync, overlay('s1', 'o1', { format: 'raw' })],
+          [sync, overlay('s1', 'o1', { format: 'nonsense' })],
+          [sync, overlay('s1', 'o1', { mode: 'existing' })],
+          [sync, overlay('s1', 'o1')],
+          nodes,
+          io('write -P 3 128k 64k', 'read -P 2 0 64k', 'read -P 1 1M 64k', 'read -P 7 64k 64k'),
+          ['block-dirty-bitmap-remove', { node: 'a', name: 'kept' }],
+          [
+            'transaction',
+            {
+              actions: [
+                { type: sync, data: overlay('o1', 'o2') },
+                { type: sync, data: overlay('nobody', 'o3') },
+              ],
+            },
+          ],
+          [
+            'transaction',
+            {
+              actions: [
+                { type: sync, data: overlay('o1', 'o2') },
+                { type: 'abort', data: {} },
+              ],
+            },
+          ],
+          nodes,
+          ['blockdev-add', qcow2('t')],
+          [
+            'transaction',
+            {
+              actions: [
+                { type: sync, data: overlay('o1', 'o2') },
+                { type: sync, data: overlay('r', 'o3') },
+                { type: 'block-dirty-bitmap-add', data: { node: 'r2', name: 'new' } },
+                {
+                  type: 'blockdev-backup',
+                  data: { 'job-id': 'j', device: 'r2', target: 't', sync: 'full', 'auto-dismiss': false },
+                },
+              ],
+            },
+          ],
+          until('j', 'concluded'),
+          ['job-dismiss', { id: 'j' }],
+          nodes,
+          ['blockdev-backup', { 'job-id': 'k', device: 'r2', target: 't', sync: 'none' }],
+          [sync, overlay('t', 'o4')],
+          ['job-cancel', { id: 'k' }],
+          until('k', 'null'),
+          io('read -P 2 0 64k', 'write -P 4 2M 64k', 'read -P 3 128k 64k'),
+          // Overlays that nobody has named are kept by those who use them.
+          ['block-export-del', { id: 'live', mode: 'hard' }],
+          ['block-export-del', { id: 'live2', mode: 'hard' }],
+          nodes,
+        ],
+        drains: true,
+        after: `${['a', 's1', 'o1', 'o2', 'o3', 't'].map(image).join(' ')}
+          qemu-io -r -f qcow2 -c 'read -P 2 0 64k' -c 'read -P 3 128k 64k' -c 'read -P 1 1M 64k' -c 'read -P 4 2M 64k' o2.qcow2`,
+      });
+    });
+  },
+);
+
+/** A daemon with one drive of 64 MiB, exported as `live`. */
+async function startDaemon(): Promise<{
+  readonly client: QmpClient;
+  readonly place: string;
+  readonly end: () => Promise<void>;
+}> {
+  const place = mkdtempSync(join(folder, 'daemon-'));
+  spawnSync(process.execPath, [CLI, 'create', '-f', 'qcow2', join(place, 'a.qcow2'), '64M']);
+  const daemon: ChildProcess = spawn(
+    process.execPath,
+    [
+      ...[CLI, 'daemon', '--chardev', 'socket,id=c,path=q.sock,server=on,wait=off', '--monitor', 'c'],
+      ...['--blockdev', 'driver=qcow2,node-name=a,discard=unmap,file.driver=file,file.filename=a.qcow2'],
+      ...['--nbd-server', 'addr.type=unix,addr.path=n.sock'],
+      ...['--export', 'nbd,id=live,node-name=a,name=live,writable=on'],
+    ],
+    { cwd: place, stdio: ['ignore', 'ignore', 'inherit'] },
+  );
+  const ended = new Promise<number | null>((resolve) => daemon.once('exit', resolve));
+  const client = await QmpClient.connect(join(place, 'q.sock'));
+  await client.execute('qmp_capabilities');
+  const end = async (): Promise<void> => {
+    await client.execute('quit');
+    client.close();
+    expect(await ended).toBe(0);
+  };
+  return { client, place, end };
+}
+
+/** Writes blocks all over the drive with checksums, and reads them again. */
+function verify(place: string): Promise<string> {
+  return tool(
+    'fio',
+    ...['--name=w', '--ioengine=nbd', `--uri=nbd+unix:///live?socket=${join(place, 'n.sock')}`],
+    ...['--rw=randwrite', '--bsrange=512-65536', '--bs_unaligned=1', '--size=48M', '--iodepth=16'],
+    ...['--verify=crc32c', '--do_verify=1', '--verify_fatal=1', '--verify_backlog=64'],
+  );
+}
+
+describe.skipIf(!hasPeer('fio') || !hasPeer('qemu-img'))('under a client that writes and verifies', () => {
+  it('nothing is lost when overlays are put on the drive', async () => {
+    const { client, place, end } = await startDaemon();
+    const written = verify(place);
+    let done = false;
+    written.finally(() => {
+      done = true;
+    });
+    let overlays = 0;
+    for (let top = 'a'; overlays < 12 && !done; overlays++) {
+      const next = `o${overlays}`;
+      await client.execute('blockdev-snapshot-sync', {
+        'node-name': top,
+        'snapshot-file': `${next}.qcow2`,
+        'snapshot-node-name': next,
+      });
+      top = next;
+    }
+    expect(overlays).toBeGreaterThan(2);
+    expect(await written).toContain('err= 0');
+    await end();
+    for (let number = 0; number < overlays; number++) {
+      await tool('qemu-img', 'check', '-q', join(place, `o${number}.qcow2`));
+    }
+  });
+});

@@ -1,0 +1,197 @@
+/**
+ * One session of commands, played to QEMU's daemon and to ours in folders of the same content. What the two are to have
+ * in common: answers, what commands of the shell print, and the events of each job in their order.
+ */
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
+import { mkdirSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
+import { CLI } from './cli.js';
+import { type Message, QmpClient } from './qmp.js';
+
+export const KiB = 1024;
+export const MiB = 1024 * KiB;
+
+/**
+ * A command of QMP with its arguments; a job that is to have one of these statuses before anything else happens; an event
+ * that is to have come since the step before; or a line for the shell in the session's folder.
+ */
+export type Step =
+  | readonly [command: string, given?: Message]
+  | { readonly job: string; readonly is: readonly string[] }
+  | { readonly event: string; readonly data: Message }
+  | { readonly sh: string };
+
+/** `null`: there is no such job, or no more. */
+export const until = (job: string, ...is: readonly string[]): Step => ({ job, is });
+export const event = (name: string, data: Message = {}): Step => ({ event: name, data });
+export const sh = (line: string): Step => ({ sh: line });
+
+/** What QEMU's side is: its storage daemon, or (for devices and the human monitor) the emulator without a machine. */
+export type Peer = 'qemu-storage-daemon' | 'qemu-system-x86_64';
+
+export interface Session {
+  /** Lines for the shell before the daemon starts, in the session's folder. */
+  readonly prepare: string;
+  readonly steps: readonly Step[];
+  readonly peer?: Peer | undefined;
+  /** Options of the daemon, as both have them. */
+  readonly options?: readonly string[] | undefined;
+  /** Lines for the shell after the daemon has ended; what they print is compared. */
+  readonly after?: string | undefined;
+  /**
+   * QEMU has jobs pause for a moment whenever the graph changes, and tells of it: events of being paused by nobody do not
+   * count.
+   */
+  readonly drains?: true | undefined;
+  /** How it ends; default: by `quit`. */
+  readonly end?: 'SIGTERM' | undefined;
+}
+
+export interface Played {
+  /** Answers and what the shell said, in their order. */
+  readonly answers: readonly unknown[];
+  /** Events of each job, and others. */
+  readonly events: Readonly<Record<string, readonly unknown[]>>;
+}
+
+/** How long a step may take, in milliseconds: nothing of a session takes a tenth of it. */
+const STEP_MS = 30_000;
+
+/** Plays a session in a new folder. @param who `stillframe` or the peer */
+export async function play(who: 'stillframe' | Peer, place: string, session: Session): Promise<Played> {
+  rmSync(place, { recursive: true, force: true });
+  mkdirSync(place);
+  const answers: unknown[] = [];
+  const prepared = shell(place, session.prepare);
+  if (prepared.status !== 0) throw new Error(`cannot prepare the session: ${prepared.said}`);
+  const daemon = start(who, place, session.options ?? []);
+  let said = '';
+  daemon.stderr?.on('data', (data) => {
+    said += String(data);
+  });
+  const ended = new Promise<unknown>((resolve) => {
+    daemon.once('exit', (code, signal) => resolve(signal ?? code));
+  });
+  const client = await QmpClient.connect(join(place, 'q.sock'));
+  const events: Message[] = [];
+  try {
+    let since = client.messages.length;
+    const last: readonly Step[] = session.end === undefined ? [['quit']] : [];
+    for (const step of [['qmp_capabilities'] as const, ...session.steps, ...last]) {
+      if ('sh' in step) {
+        answers.push({ sh: step.sh, ...shell(place, step.sh) });
+      } else if ('job' in step) {
+        await within(step, () => settled(client, step.job, step.is));
+      } else if ('event' in step) {
+        const from = since;
+        since = client.messages.length;
+        await within(step, () => happened(client.messages.slice(from), step));
+      } else {
+        since = client.messages.length;
+        const [execute, given = {}] = step;
+        const answer = client.send(JSON.stringify({ execute, arguments: given }));
+        answers.push({ execute, given, answer: normalise(await within(step, () => answer)) });
+      }
+    }
+    if (session.end !== undefined) daemon.kill(session.end);
+    answers.push({ ended: await within('end', () => ended) });
+    events.push(...client.messages.filter((message) => 'event' in message));
+  } catch (error) {
+    throw new Error(`${who}: ${String(error)}\n${said}${JSON.stringify(client.messages.slice(-6), null, 1)}`);
+  } finally {
+    client.close();
+    daemon.kill('SIGKILL');
+  }
+  if (session.after !== undefined) answers.push({ sh: session.after, ...shell(place, session.after) });
+  return { answers, events: byJob(events, session.drains === true) };
+}
+
+function start(who: 'stillframe' | Peer, cwd: string, options: readonly string[]): ChildProcess {
+  const monitor = ['--chardev', 'socket,id=c,path=q.sock,server=on,wait=off', '--monitor', 'c'];
+  const machine = ['-machine', 'none', '-nodefaults', '-nographic', '-monitor', 'none'];
+  const [command, words] =
+    who === 'stillframe'
+      ? [process.execPath, [CLI, 'daemon', ...options, ...monitor]]
+      : who === 'qemu-storage-daemon'
+        ? [who, [...options, ...monitor]]
+        : [who, [...machine, ...options, '-qmp', 'unix:q.sock,server=on,wait=off']];
+  return spawn(command, words, { cwd, stdio: ['ignore', 'ignore', 'pipe'] });
+}
+
+function shell(cwd: string, line: string): { readonly status: number | null; readonly said: string } {
+  const { status, stdout, stderr } = spawnSync('sh', ['-c', line], { cwd, encoding: 'utf8' });
+  return { status, said: withoutSpeed(stdout + stderr) };
+}
+
+/** What qemu-io says of how fast it was, and the folder, are no matter. */
+function withoutSpeed(text: string): string {
+  return text.replaceAll(/\d+ ops; [^\n]*/g, 'ops').replaceAll(/disk size: .*\n/g, '');
+}
+
+async function within<T>(what: unknown, body: () => T | undefined | Promise<T>): Promise<T> {
+  const end = Date.now() + STEP_MS;
+  for (;;) {
+    const got = await Promise.race([body(), pause(STEP_MS).then(() => undefined)]);
+    if (got !== undefined && got !== false) return got;
+    if (Date.now() > end) throw new Error(`too long: ${JSON.stringify(what)}`);
+    await pause(5);
+  }
+}
+
+function pause(timeoutMs: number): Promise<void> {
+  return new Promise((resolve) => {
+    setTimeout(resolve, timeoutMs).unref();
+  });
+}
+
+/** Whether a job has one of these statuses, and monitors were told of it. */
+async function settled(client: QmpClient, job: string, statuses: readonly string[]): Promise<boolean> {
+  const jobs = (await client.execute('query-jobs')) as readonly Message[];
+  const status = String(jobs.find(({ id }) => id === job)?.['status'] ?? null);
+  if (!statuses.includes(status)) return false;
+  const told = client.messages.findLast(
+    ({ event: name, data }) => name === 'JOB_STATUS_CHANGE' && (data as Message)['id'] === job,
+  );
+  return told === undefined || (told['data'] as Message)['status'] === status;
+}
+
+function happened(
+  messages: readonly Message[],
+  wanted: { readonly event: string; readonly data: Message },
+): boolean {
+  return messages.some(({ event: name, data = {} }) => {
+    const same = Object.entries(wanted.data).every(([key, value]) => (data as Message)[key] === value);
+    return name === wanted.event && same;
+  });
+}
+
+/** Names that nobody chose, what a file system makes of a file, and flags that we set later, are no matter. */
+function normalise(answer: unknown): unknown {
+  const text = JSON.stringify(answer, (key, value) => {
+    if (key === 'actual-size') return undefined;
+    if (key === 'image' && value?.format === 'file') return { ...value, 'virtual-size': 0 };
+    if (key === 'flags' && Array.isArray(value)) return value.filter((flag) => flag !== 'in-use');
+    return value;
+  });
+  return JSON.parse(text.replaceAll(/#block\d+/g, '#block'));
+}
+
+function isPause(told: unknown): boolean {
+  return JSON.stringify(told ?? null).includes('"status":"paused"');
+}
+
+function byJob(events: readonly Message[], drains: boolean): Record<string, unknown[]> {
+  const found: Record<string, unknown[]> = {};
+  for (const { event: name, data } of events) {
+    const { id, device } = (data ?? {}) as Message;
+    const key = String(id ?? device ?? '');
+    const before = found[key] ?? [];
+    const { status } = (data ?? {}) as Message;
+    if (drains && status === 'running' && isPause(before.at(-1))) {
+      before.splice(-1);
+      continue;
+    }
+    found[key] = [...before, normalise({ event: name, data })];
+  }
+  return found;
+}
