@@ -54,6 +54,10 @@ export const RUNNING_OPTIONS: readonly Option[] = [
     value: 'SECONDS',
     help: 'how long the guest agent may take for an answer before the backup is given up (30)',
   },
+  {
+    long: 'allow-iothreads',
+    help: 'with --qmp: of a QEMU before 9.0 too that has iothreads, although it may end itself when this is killed',
+  },
 ];
 
 interface Wanted {
@@ -175,6 +179,7 @@ export async function backupOfRunning(qmp: string, args: Arguments, json: boolea
   try {
     const results = await backupRunning(engine, {
       ...{ qmp, scratch: args.text('scratch'), nbd: args.text('nbd'), guestAgent: args.text('guest-agent') },
+      allowIothreads: args.flag('allow-iothreads'),
       guestAgentTimeoutMs: timeout === undefined ? undefined : timeout * 1000,
       disks: wanted.map((one) => ({ ...common, ...one })),
       signal: abort.signal,

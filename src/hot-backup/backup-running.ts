@@ -3,10 +3,11 @@ import { tmpdir } from 'node:os';
 import { dirname, isAbsolute, join } from 'node:path';
 import { isNbdName } from '../block/nbd/index.js';
 import type { BackupHandle, BackupResult } from '../engine/backup.js';
-import type { BackupOptions } from '../engine/disk.js';
+import type { BackupOptions, DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
 import { StillframeError } from '../errors.js';
 import { QmpClient, type ServerEvent } from '../qmp/client.js';
+import { isObject } from '../qmp/types.js';
 import { BitmapPlan, type HotBitmapMode, type HotSyncMode } from './bitmap-plan.js';
 import { type Drive, findDrives } from './drive.js';
 import { GuestAgent } from './guest-agent.js';
@@ -60,6 +61,11 @@ export interface HotBackupOptions {
   readonly guestAgent?: string | undefined;
   /** How long the guest agent may take for each answer, in milliseconds. Default 30 000. */
   readonly guestAgentTimeoutMs?: number | undefined;
+  /**
+   * Take the risk of a QEMU before 9.0 whose drives are in threads of their own (`iothread`): it may end itself when this
+   * program is killed while it copies. Default false: refused.
+   */
+  readonly allowIothreads?: boolean | undefined;
   /** Ends the backup. Nothing is left of the targets then. */
   readonly signal?: AbortSignal | undefined;
   /** Is given the jobs that pull, in the order of the disks. */
@@ -69,6 +75,12 @@ export interface HotBackupOptions {
 }
 
 const GUEST_AGENT_MS = 30_000;
+/**
+ * Before this version a QEMU may end itself when a client leaves an export of a drive that is in a thread of its own
+ * (`nbd_blockdev_client_closed: Assertion … failed`, 7.2.14 and others). It does not when it takes the export away first,
+ * so that is the order in everything that is done here; but when we are killed, nobody does.
+ */
+const NO_IOTHREADS_BEFORE = 9;
 /** Statuses of a job that holds an instant no more. */
 const ENDED = new Set(['aborting', 'concluded', 'null']);
 
@@ -83,7 +95,7 @@ const ENDED = new Set(['aborting', 'concluded', 'null']);
  * @returns what was done, in the order of the disks
  * @throws StillframeError ERR_STILLFRAME_QMP (what the QEMU says, its class as `qmpClass`), …_QMP_CONNECTION (it has gone
  *   away), …_NOT_FOUND (a drive), …_LOCKED (another backup of it is under way), …_BITMAP_NOT_FOUND,
- *   …_BITMAP_INCONSISTENT, …_BITMAP_BUSY, …_GUEST_AGENT, …_PERMISSION (the scratch), …_BROKEN_FRAME and what a backup
+ *   …_BITMAP_INCONSISTENT, …_BITMAP_BUSY, …_UNSUPPORTED_FEATURE (threads of drives), …_GUEST_AGENT, …_PERMISSION (the scratch), …_BROKEN_FRAME and what a backup
  *   throws
  */
 export async function backupRunning(engine: Engine, options: HotBackupOptions): Promise<BackupResult[]> {
@@ -116,6 +128,7 @@ class HotBackup {
   readonly #options: HotBackupOptions;
   readonly #undo: (() => Promise<unknown> | unknown)[] = [];
   readonly #unwatch: (() => void)[] = [];
+  readonly #disks: DiskHandle[] = [];
   #jobs: readonly BackupHandle[] = [];
   /** Why what is held is the instant no more. */
   #broken: StillframeError | undefined;
@@ -129,6 +142,7 @@ class HotBackup {
 
   /** @param leftovers a run that was killed has left something */
   async run(leftovers: boolean): Promise<BackupResult[]> {
+    await this.#checkThreads();
     const members = await this.#members();
     let failed = true;
     try {
@@ -142,6 +156,21 @@ class HotBackup {
     } finally {
       await this.#takeAway();
     }
+  }
+
+  async #checkThreads(): Promise<void> {
+    if (this.#options.allowIothreads === true) return;
+    const version = await this.#client.execute('query-version');
+    const qemu = isObject(version) ? version['qemu'] : undefined;
+    const major = isObject(qemu) ? Number(qemu['major']) : NO_IOTHREADS_BEFORE;
+    if (major >= NO_IOTHREADS_BEFORE) return;
+    const threads = await list(this.#client, 'query-iothreads').catch(() => []);
+    if (threads.length === 0) return;
+    throw new StillframeError(
+      'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+      `this QEMU (before ${NO_IOTHREADS_BEFORE}.0) has drives in threads of their own (iothread), and may end itself, and its guest, when ` +
+        'whoever copies from it over NBD is killed; take that risk with --allow-iothreads (option allowIothreads), and never kill the backup: Ctrl-C and SIGTERM are safe',
+    );
   }
 
   async #members(): Promise<Member[]> {
@@ -172,6 +201,7 @@ class HotBackup {
       this.#watch(members);
       const takeInstant = (): Promise<void> => this.#takeInstant(members);
       await (agent === undefined ? takeInstant() : agent.whileFrozen(takeInstant, this.#options.signal));
+      this.#undo.push(() => this.#closeDisks());
       for (const { id, plan } of members) await this.#export(id, plan?.frozen);
       return place;
     } finally {
@@ -296,7 +326,12 @@ class HotBackup {
       this.#cancelBroken();
       this.#options.onJobs?.(jobs);
     };
-    return await pull(this.#engine, pulls, onJobs, () => this.#checkHeld(members));
+    return await pull(this.#engine, pulls, this.#disks, onJobs, () => this.#checkHeld(members));
+  }
+
+  /** Only when the QEMU has taken its exports away: see {@link NO_IOTHREADS_BEFORE}. */
+  async #closeDisks(): Promise<void> {
+    for (const disk of this.#disks) await disk.close();
   }
 
   /** What is pulled is of no use any more once the QEMU is gone, or holds the instant no more. */

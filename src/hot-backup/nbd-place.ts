@@ -18,9 +18,10 @@ export function exportAt(place: string, name: string, bitmap?: string): string {
       `'${place}' does not say where an NBD server listens; give unix:PATH, HOST:PORT, or an NBD URI without an export`,
     );
   }
-  const more = bitmap === undefined ? [] : [`x-dirty-bitmap=${encodeURIComponent(bitmap)}`];
+  // See NO_IOTHREADS_BEFORE in `backup-running.ts`.
+  const more = ['x-cut=0', ...(bitmap === undefined ? [] : [`x-dirty-bitmap=${encodeURIComponent(bitmap)}`])];
   const parameters = [...(query === '' ? [] : [query]), ...more].join('&');
-  const uri = `${server}/${encodeURIComponent(name)}${parameters === '' ? '' : `?${parameters}`}`;
+  const uri = `${server}/${encodeURIComponent(name)}?${parameters}`;
   parseNbdName(uri);
   return uri;
 }

@@ -13,6 +13,7 @@ export interface Pull {
 /**
  * Copies exports to targets, which are all committed when everything is copied, or none of them.
  *
+ * @param disks takes the exports that were opened, which the caller is to close
  * @param onJobs is given the jobs
  * @param check is called when everything is copied, before the targets get their names; where it throws they do not
  * @throws StillframeError what a backup throws
@@ -20,27 +21,22 @@ export interface Pull {
 export async function pull(
   engine: Engine,
   pulls: readonly Pull[],
+  disks: DiskHandle[],
   onJobs: (jobs: readonly BackupHandle[]) => void,
   check: () => Promise<void>,
 ): Promise<BackupResult[]> {
-  const disks: DiskHandle[] = [];
-  try {
-    for (const { uri } of pulls) disks.push(await engine.openDisk(uri, { format: 'raw', readOnly: true }));
-    const items = pulls.flatMap(({ options }, index) => {
-      const disk = disks[index];
-      return disk === undefined ? [] : { type: 'backup' as const, disk, options };
-    });
-    const jobs = await engine.transaction(
-      items.map((item) => ({ ...item, options: { ...item.options, autoFinalize: false } })),
-      { grouped: true },
-    );
-    const copied = allPending(jobs);
-    onJobs(jobs);
-    if (await copied) await finalize(jobs, check);
-    return await results(jobs);
-  } finally {
-    for (const disk of disks) await disk.close();
-  }
+  for (const { uri } of pulls) disks.push(await engine.openDisk(uri, { format: 'raw', readOnly: true }));
+  const items = pulls.flatMap(({ options }, index) => {
+    const disk = disks[index];
+    return disk === undefined
+      ? []
+      : { type: 'backup' as const, disk, options: { ...options, autoFinalize: false } };
+  });
+  const jobs = await engine.transaction(items, { grouped: true });
+  const copied = allPending(jobs);
+  onJobs(jobs);
+  if (await copied) await finalize(jobs, check);
+  return await results(jobs);
 }
 
 /** @returns false where one of them has ended before */

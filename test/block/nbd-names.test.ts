@@ -85,6 +85,7 @@ it('takes parameters', () => {
     openTimeoutMs: 3000,
     timeoutMs: 4000,
     connections: 2,
+    cut: true,
     contexts: ['qemu:dirty-bitmap:b0'],
   });
   expect(parseNbdName('nbds://host/?tls-type=psk&tls-psk-file=/keys').tls).toMatchObject({

@@ -28,7 +28,12 @@ async function start(options?: MachineOptions): Promise<void> {
 }
 
 const backup = (device: string, more: Partial<HotBackupOptions> = {}) =>
-  backupRunning(engine, { qmp: machine.qmp, disks: [{ device, target: machine.at('target') }], ...more });
+  backupRunning(engine, {
+    qmp: machine.qmp,
+    allowIothreads: true,
+    disks: [{ device, target: machine.at('target') }],
+    ...more,
+  });
 
 const failure = (promise: Promise<unknown>): Promise<unknown> =>
   promise.then(

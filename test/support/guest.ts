@@ -1,6 +1,6 @@
 import { type ChildProcess, spawn } from 'node:child_process';
-import { copyFileSync, mkdirSync, readdirSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { copyFileSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { basename, dirname, join } from 'node:path';
 import { hasPeer, run } from './peers.js';
 
 /** In the order in which they have to be loaded. */
@@ -11,7 +11,15 @@ const MODULES = [
   'drivers/virtio/virtio_pci_legacy_dev',
   'drivers/virtio/virtio_pci',
   'drivers/block/virtio_blk',
+  'drivers/char/virtio_console',
 ];
+/** What a guest has besides its disk. */
+export interface GuestOptions {
+  /** For QEMU's command line. Default: its disk is the export. */
+  readonly options?: readonly string[];
+  /** Runs QEMU's guest agent, on the first port of a serial device of virtio. Default false. */
+  readonly agent?: boolean;
+}
 /** Files that the guest keeps. */
 const KEPT = 40;
 /** Files that it may be ahead of what it says: the console is slower than the disk. */
@@ -45,12 +53,15 @@ export function hasGuest(): boolean {
  */
 const INIT = `#!/bin/busybox sh
 /bin/busybox --install -s /bin
-export PATH=/bin
+export PATH=/bin:/sbin
 mkdir -p /proc /sys /dev /mnt
 mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev
 echo 4 > /proc/sys/kernel/printk
 for module in /modules/*.ko; do insmod $module || echo "GUEST cannot load $module"; done
 mount -t ext4 -o discard /dev/vda /mnt || echo GUEST cannot mount
+if [ -e /sbin/qemu-ga ]; then
+  mkdir -p /tmp; qemu-ga -d -t /tmp -f /tmp/pid -m virtio-serial -p /dev/vport*p1 || echo GUEST cannot start its agent
+fi
 exec 3<&0
 (read line <&3; touch /stop) &
 echo GUEST begins
@@ -72,7 +83,33 @@ export function fileContent(number: number, size: number): Buffer {
   return Buffer.alloc(size, line);
 }
 
-/** A Linux guest whose disk is an NBD export. */
+/**
+ * Holds a file system of the guest, as a raw image of ours, to be sound and to have files with what they held.
+ *
+ * @param frozen it is to be clean as it is; otherwise what is in its journal is written first, as after a power cut
+ */
+export function proveFiles(
+  path: string,
+  files: ReadonlyMap<number, number>,
+  folder: string,
+  frozen = false,
+): void {
+  if (!frozen) run('e2fsck', ['-E', 'journal_only', '-y', path], [0, 1]);
+  else if (run('dumpe2fs', ['-h', path]).includes('needs_recovery')) throw new Error('it was not frozen');
+  run('e2fsck', ['-f', '-n', path]);
+  const out = join(folder, 'files');
+  mkdirSync(out);
+  run('debugfs', ['-R', `rdump / ${out}`, path]);
+  if (files.size === 0) throw new Error('there are no files to look at');
+  for (const [number, size] of files) {
+    if (!readFileSync(join(out, `f${number}`)).equals(fileContent(number, size))) {
+      throw new Error(`f${number} is not what it was`);
+    }
+  }
+  rmSync(out, { recursive: true });
+}
+
+/** A Linux guest whose disk is an NBD export, or something else. */
 export class Guest {
   /** Files that are safe, by their numbers, with their sizes. */
   readonly synced = new Map<number, number>();
@@ -82,15 +119,15 @@ export class Guest {
   #line = '';
 
   /** @param folder for its kernel's modules and programs */
-  constructor(folder: string, uri: string) {
-    const initramfs = makeInitramfs(folder);
+  constructor(folder: string, uri: string, { options, agent = false }: GuestOptions = {}) {
+    const initramfs = makeInitramfs(folder, agent);
     this.#child = spawn(
       'qemu-system-x86_64',
       [
         ...['-accel', 'tcg', '-cpu', 'max', '-m', '192', '-nodefaults', '-no-reboot', '-display', 'none'],
         ...['-kernel', `/boot/vmlinuz-${kernelVersion()}`, '-initrd', initramfs],
         ...['-append', 'console=ttyS0 quiet panic=-1', '-serial', 'stdio'],
-        ...['-drive', `file=${uri},if=virtio,format=raw,discard=unmap`],
+        ...(options ?? ['-drive', `file=${uri},if=virtio,format=raw,discard=unmap`]),
       ],
       { stdio: ['pipe', 'pipe', 'pipe'] },
     );
@@ -120,7 +157,11 @@ export class Guest {
   async writes(files: number): Promise<void> {
     const wanted = this.synced.size + files;
     while (this.synced.size < wanted) {
-      if (this.#child.exitCode !== null || this.console.includes('GUEST cannot')) {
+      if (
+        this.#child.exitCode !== null ||
+        this.#child.signalCode !== null ||
+        this.console.includes('GUEST cannot')
+      ) {
         throw new Error(`the guest is of no use:\n${this.console}`);
       }
       await new Promise((resolve) => setTimeout(resolve, 20));
@@ -138,15 +179,26 @@ export class Guest {
   }
 }
 
-function makeInitramfs(folder: string): string {
+function makeInitramfs(folder: string, agent: boolean): string {
   const root = join(folder, 'root');
-  for (const name of ['bin', 'modules']) mkdirSync(join(root, name), { recursive: true });
+  for (const name of ['bin', 'modules', 'sbin']) mkdirSync(join(root, name), { recursive: true });
   copyFileSync(run('sh', ['-c', 'command -v busybox']).trim(), join(root, 'bin/busybox'));
   MODULES.forEach((name, index) => {
     const from = join('/lib/modules', kernelVersion() ?? '', 'kernel', `${name}.ko`);
     copyFileSync(from, join(root, 'modules', `${index}.ko`));
   });
+  if (agent) copyProgram(run('sh', ['-c', 'command -v qemu-ga']).trim(), root);
   writeFileSync(join(root, 'init'), INIT, { mode: 0o755 });
   run('sh', ['-c', 'find . | busybox cpio -o -H newc 2>/dev/null | gzip -1 > ../initramfs'], [0], root);
   return join(folder, 'initramfs');
+}
+
+/** A program with the libraries that it needs. */
+function copyProgram(path: string, root: string): void {
+  copyFileSync(path, join(root, 'sbin', basename(path)));
+  const libraries = [...run('ldd', [path]).matchAll(/(\/\S+) \(0x/g)].map(([, library = '']) => library);
+  for (const library of libraries) {
+    mkdirSync(join(root, dirname(library)), { recursive: true });
+    copyFileSync(library, join(root, library));
+  }
 }

@@ -7,6 +7,7 @@ const packages: Readonly<Record<string, string>> = {
   'qemu-nbd': 'qemu-utils',
   'qemu-storage-daemon': 'qemu-system-common',
   'qemu-system-x86_64': 'qemu-system-x86',
+  'qemu-ga': 'qemu-guest-agent',
   busybox: 'busybox-static',
   nbdkit: 'nbdkit',
   'nbd-server': 'nbd-server',
@@ -19,6 +20,7 @@ const packages: Readonly<Record<string, string>> = {
   'mkfs.ext4': 'e2fsprogs',
   e2fsck: 'e2fsprogs',
   debugfs: 'e2fsprogs',
+  dumpe2fs: 'e2fsprogs',
   xxhsum: 'xxhash',
 };
 

@@ -401,7 +401,7 @@ export class Connections {
   #keep(slot: number, fd: number): void {
     store(this.#arena, this.#slot(slot) + FD, fd);
     // Whoever interrupts looks at the descriptor after setting the mark.
-    if (this.#interrupted()) this.#sockets.shutdown(fd);
+    if (this.#export.target.cut && this.#interrupted()) this.#sockets.shutdown(fd);
   }
 
   #close(slot: number): void {
@@ -442,10 +442,16 @@ function sameExport(before: NonNullable<Export['agreed']>, now: Session): boolea
  * held for long.
  *
  * @param mark of the owner whose requests are ended; without it everybody's are, and nobody can use the export any more
+ * @param cut with false those that are under way are still answered, and nothing more is asked
  */
-export function interruptConnections(arena: Arena, control: number, mark?: number): void {
+export function interruptConnections(
+  arena: Arena,
+  control: number,
+  mark: number | undefined,
+  cut: boolean,
+): void {
   if (mark === undefined) store(arena, control + INTERRUPTED, 1);
-  for (let index = 0; index < MAX_CONNECTIONS; index++) {
+  for (let index = 0; cut && index < MAX_CONNECTIONS; index++) {
     const at = control + SLOTS + index * SLOT_BYTES;
     if (mark !== undefined && load(arena, at + OWNER) !== (mark | 0)) continue;
     withLock(arena, at + FD_LOCK, () => {

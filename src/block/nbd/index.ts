@@ -92,6 +92,6 @@ export function closeNbd(runtime: Runtime, descriptor: NbdDescriptor): void {
  * @param mark of the owner whose requests are ended; without it everybody's, and nothing can be done with the export
  *   any more but close it
  */
-export function interruptNbd(arena: Arena, { control }: NbdDescriptor, mark?: number): void {
-  interruptConnections(arena, control, mark);
+export function interruptNbd(arena: Arena, { control, target }: NbdDescriptor, mark?: number): void {
+  interruptConnections(arena, control, mark, mark === undefined || target.cut);
 }

@@ -18,6 +18,8 @@ export interface NbdTarget {
   readonly timeoutMs: number;
   /** Most connections that are made where the server allows several. */
   readonly connections: number;
+  /** Whether cancelling a job cuts the connections that it waits for; otherwise it waits for the answers. */
+  readonly cut: boolean;
   /** Metadata contexts to ask for beside `base:allocation`. */
   readonly contexts: readonly string[];
 }
@@ -44,6 +46,7 @@ const DEFAULTS = {
   openTimeoutMs: 0,
   timeoutMs: 120_000,
   connections: 4,
+  cut: true,
 } as const;
 
 /** Whether an image name is an export's rather than a file's; a file of such a name is called `./nbd:…`. */
@@ -56,8 +59,8 @@ export function isNbdName(name: string): boolean {
  * `nbd:unix:PATH[:exportname=NAME]`.
  *
  * Beside the parameters of the URI specification and libnbd's `tls-certificates` and `tls-psk-file` there are
- * `x-reconnect-delay`, `x-open-timeout` and `x-timeout` in seconds, `x-connections`, and `x-dirty-bitmap` as QEMU's
- * driver has it.
+ * `x-reconnect-delay`, `x-open-timeout` and `x-timeout` in seconds, `x-connections`, `x-cut`, and `x-dirty-bitmap`
+ * as QEMU's driver has it.
  *
  * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT
  */
@@ -105,6 +108,7 @@ function parseUri(name: string): NbdTarget {
     openTimeoutMs: milliseconds(name, parameters, 'x-open-timeout') ?? DEFAULTS.openTimeoutMs,
     timeoutMs: milliseconds(name, parameters, 'x-timeout') || DEFAULTS.timeoutMs,
     connections: connectionsOf(name, parameters.get('x-connections')),
+    cut: parameters.get('x-cut') !== '0',
     contexts: contextsOf(parameters.get('x-dirty-bitmap')),
   };
 }
