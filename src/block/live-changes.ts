@@ -37,8 +37,10 @@ export function reopenImage(
 ): Changed {
   const linked = relinkNode(runtime, node, options);
   if (linked.driver !== 'qcow2') throw new TypeError('an image stays one');
-  return anew(runtime, disk, node, { ...linked, readOnly: options.readOnly }, () =>
-    closeQcow2(runtime, node, attachFile(runtime, linked.file)),
+  // The same file may be open with another descriptor by now; another file is none of the image as it was.
+  const file = linked.file.identity === node.file.identity ? linked.file : node.file;
+  return anew(runtime, disk, { ...node, file }, { ...linked, readOnly: options.readOnly }, () =>
+    closeQcow2(runtime, node, attachFile(runtime, file)),
   );
 }
 

@@ -92,7 +92,7 @@ export class Daemon {
         await graph.add(given);
       },
       'blockdev-del': (given) => graph.remove(given['node-name']),
-      'blockdev-reopen': ({ options }) => reopenNodes(graph, this.#changes, options),
+      'blockdev-reopen': ({ options }) => reopenNodes(graph, objects, this.#changes, options),
       'blockdev-snapshot': async (given) =>
         this.#start([{ snapshot: this.#snapshots.prepare(given) }], false),
       'blockdev-snapshot-sync': async (given) =>

@@ -127,7 +127,7 @@ export class Exports {
       throw new QmpError(`NBD server already has export named '${name}'`);
     }
     if (writable && node.descriptor.readOnly) {
-      throw new QmpError(`Block node is read-only`);
+      throw new QmpError('Cannot export read-only node as writable');
     }
     this.checkWritable(node, writable);
     const bitmaps = Array.isArray(options['bitmaps']) ? options['bitmaps'] : [];

@@ -28,9 +28,10 @@ export class GraphChanges {
    */
   async change<T>(nodes: readonly GraphNode[], body: (section: DrainedSection) => Promise<T>): Promise<T> {
     for (const node of nodes) await this.#graph.disk(node);
-    const above = withAncestors(nodes);
+    // Files may be opened anew as well.
+    const touched = (): GraphNode[] => withAncestors([...nodes, ...nodes.flatMap(filesBelow)]);
     const disks: DiskDescriptor[] = [];
-    for (const node of above) {
+    for (const node of touched()) {
       if (node.frozen !== undefined) {
         throw new QmpError(`Node '${node.name}' holds an instant of what is below it`);
       }
@@ -42,7 +43,7 @@ export class GraphChanges {
         return await body(section);
       } finally {
         // The ones below first: those above are on what these have become.
-        for (const node of withAncestors(nodes).reverse()) {
+        for (const node of touched().reverse()) {
           if (!nodes.includes(node)) await this.relink(section, node);
           await this.#reroot(section, node);
         }
@@ -114,6 +115,12 @@ export class GraphChanges {
    */
   async setReadOnly(section: DrainedSection, node: GraphNode, readOnly: boolean): Promise<void> {
     if (node.descriptor.readOnly === readOnly) return;
+    node.options = { ...node.options, 'read-only': readOnly };
+    await this.reopen(section, node, readOnly);
+  }
+
+  /** Opens a node anew, on the children and with the options that it has now. Otherwise as {@link setReadOnly}. */
+  async reopen(section: DrainedSection, node: GraphNode, readOnly: boolean): Promise<void> {
     const below = node.children.filter(
       ({ role, node: child }) => !child.owned && (role === 'file' || role === 'data-file'),
     );
@@ -122,17 +129,17 @@ export class GraphChanges {
     };
     // An image that was written to is put in order while its file can be written to.
     if (!readOnly) await files();
-    await this.#reopen(section, node, readOnly);
-    node.options = { ...node.options, 'read-only': readOnly };
+    await this.#open(section, node, readOnly);
     if (!readOnly || below.length === 0) return;
     await files();
     await this.relink(section, node);
   }
 
-  async #reopen(section: DrainedSection, node: GraphNode, readOnly: boolean): Promise<void> {
+  async #open(section: DrainedSection, node: GraphNode, readOnly: boolean): Promise<void> {
     const { descriptor } = node;
     switch (descriptor.driver) {
       case 'file': {
+        if (descriptor.readOnly === readOnly) return;
         const unlocked = node.options['force-share'] === true || node.options['locking'] === 'off';
         const lockOf = (asReadOnly: boolean): LockMode => (unlocked ? 'none' : asReadOnly ? 'read' : 'write');
         const options = { readOnly, lock: lockOf(readOnly), lockWas: lockOf(!readOnly) };
@@ -145,6 +152,7 @@ export class GraphChanges {
       }
       case 'qcow2': {
         const links = await this.#graph.linksOf(node);
+        if (!readOnly && links.file?.readOnly === true) throw new QmpError('Block node is read-only');
         const { descriptor: disk } = await this.#graph.disk(node);
         const options = { ...links, readOnly };
         GraphChanges.settle(
@@ -153,9 +161,32 @@ export class GraphChanges {
         );
         return;
       }
+      case 'raw': {
+        const { file } = await this.#graph.linksOf(node);
+        if (file === undefined) throw new TypeError('a raw image lies on a file');
+        const number = (name: string): number | undefined => {
+          const value = node.options[name];
+          return value === undefined ? undefined : Number(value);
+        };
+        const layer = {
+          driver: 'raw',
+          file,
+          readOnly,
+          offset: number('offset'),
+          size: number('size'),
+        } as const;
+        node.descriptor = await section.run<NodeDescriptor>({ kind: 'open-layer', layer });
+        return;
+      }
+      case 'throttle': {
+        const { group } = this.#graph.takeGroup(node);
+        node.descriptor = { ...descriptor, group };
+        await this.relink(section, node);
+        return;
+      }
       default:
         node.descriptor = { ...descriptor, readOnly };
-        if (!readOnly) await this.relink(section, node);
+        await this.relink(section, node);
     }
   }
 
@@ -186,6 +217,12 @@ export class GraphChanges {
 
 /** Drivers that are what they pass requests on to. */
 const PASS_ONLY: ReadonlySet<string> = new Set(['preallocate', 'copy-on-read', 'copy-before-write']);
+
+function filesBelow(node: GraphNode): GraphNode[] {
+  return node.children.flatMap(({ role, node: child }) =>
+    role === 'file' || role === 'data-file' ? [child, ...filesBelow(child)] : [],
+  );
+}
 
 /** Nodes and all that lie on them, those that lie on others first. */
 function withAncestors(nodes: readonly GraphNode[]): GraphNode[] {

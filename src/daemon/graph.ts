@@ -34,7 +34,7 @@ export interface GraphNode {
   readonly sequence: number;
   /** Of a `copy-before-write` node: the instant it holds. */
   readonly frozen?: FrozenDisk | undefined;
-  readonly group?: DaemonObject | undefined;
+  group?: DaemonObject | undefined;
   disk?: Promise<DiskHandle> | undefined;
   /** Somebody else has opened it and will close it. */
   readonly adopted?: true;
@@ -69,7 +69,7 @@ type Opened = Pick<GraphNode, 'descriptor' | 'frozen' | 'group'> & Partial<Pick<
 
 /**
  * The name by which people know a node and can open it again: that of the file at its bottom, as it was given; `json:` and
- * options where an image has another backing file than its header says.
+ * options where that alone would open something else.
  */
 export function filenameOf(node: GraphNode): string {
   const { filename } = node.options;
@@ -77,7 +77,21 @@ export function filenameOf(node: GraphNode): string {
   const [child] = node.children;
   if (child === undefined) return node.descriptor.path;
   const plain = filenameOf(child.node);
-  return hasOtherBacking(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
+  return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
+}
+
+/** @param filename of the node below */
+function needsOptions(node: GraphNode, filename: string): boolean {
+  if (filename.startsWith('json:')) return true;
+  switch (node.driver) {
+    case 'raw':
+      return node.options['offset'] !== undefined || node.options['size'] !== undefined;
+    case 'throttle':
+    case 'copy-on-read':
+      return true;
+    default:
+      return hasOtherBacking(node, filename);
+  }
 }
 
 /** What QEMU calls an overridden backing file. @param filename of the node's own file */
@@ -90,15 +104,27 @@ function hasOtherBacking({ descriptor, children }: GraphNode, filename: string):
   return name !== named && name !== combineNames(filename, named);
 }
 
-/** Members in the order of their names. */
+/** Members in the order in which QEMU has them. */
 function optionsToOpen(node: GraphNode): JsonObject {
   const { driver, children, options } = node;
-  const [file] = children;
-  if (file === undefined) return { driver, filename: options['filename'] ?? node.descriptor.path };
-  const own = { driver, file: optionsToOpen(file.node) };
-  if (!hasOtherBacking(node, filenameOf(file.node))) return own;
+  const [child] = children;
+  if (child === undefined) return { driver, filename: options['filename'] ?? node.descriptor.path };
+  const file = optionsToOpen(child.node);
   const backing = children.find(({ role }) => role === 'backing')?.node;
-  return { backing: backing === undefined ? null : optionsToOpen(backing), ...own };
+  const { offset, size, 'throttle-group': group } = options;
+  const all = {
+    'throttle-group': driver === 'throttle' ? group : undefined,
+    offset: driver === 'raw' ? offset : undefined,
+    backing: hasOtherBacking(node, filenameOf(child.node))
+      ? backing === undefined
+        ? null
+        : optionsToOpen(backing)
+      : undefined,
+    driver,
+    size: driver === 'raw' ? size : undefined,
+    file,
+  };
+  return Object.fromEntries(Object.entries(all).filter(([, value]) => value !== undefined));
 }
 
 /** As QEMU writes it. */
@@ -235,6 +261,14 @@ export class Graph {
       links[LINKS[role]] = live ? await this.#live(child) : child.descriptor;
     }
     return links;
+  }
+
+  /** Puts a throttle node into the group that its options name. */
+  takeGroup(node: GraphNode): DaemonObject & { readonly group: number } {
+    const group = this.#objects.takeGroup(String(node.options['throttle-group']));
+    if (node.group !== undefined) node.group.users--;
+    node.group = group;
+    return group;
   }
 
   /** Closes a node that nobody wants any more, and what was made for it. */
