@@ -48,6 +48,7 @@ export interface PlainError {
   /** The operating system's error name where one is behind it, for example `ENOSPC`. */
   readonly errno?: string | undefined;
   readonly stack?: string | undefined;
+  readonly action?: number | undefined;
 }
 
 const brand = Symbol.for('stillframe.error');
@@ -57,6 +58,8 @@ export class StillframeError extends Error {
   readonly errno: string | undefined;
   /** Class of the error where a QMP server or a guest agent has said it, for example `DeviceNotFound`. */
   readonly qmpClass: string | undefined;
+  /** Of a transaction: index of the action that failed. */
+  action: number | undefined;
 
   constructor(
     code: ErrorCode,
@@ -77,12 +80,14 @@ export class StillframeError extends Error {
   }
 
   toPlain(): PlainError {
-    return { code: this.code, message: this.message, errno: this.errno, stack: this.stack };
+    const { code, message, errno, stack, action } = this;
+    return { code, message, errno, stack, ...(action === undefined ? {} : { action }) };
   }
 
   static fromPlain(plain: PlainError): StillframeError {
     const error = new StillframeError(plain.code, plain.message, { errno: plain.errno });
     if (plain.stack !== undefined) error.stack = plain.stack;
+    error.action = plain.action;
     return error;
   }
 }

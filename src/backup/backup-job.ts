@@ -29,8 +29,25 @@ import {
   type TargetOptions,
 } from './target.js';
 
+/** What only monitors ask for, as QEMU has it. */
+export interface BackupExtras {
+  /** Least bytes copied at once, a power of two (QMP `x-perf.min-cluster-size`). */
+  readonly minClusterSize?: number | undefined;
+  /** Most bytes that one step moves (QMP `x-perf.max-chunk`), in whole clusters; default 1 MiB. */
+  readonly maxChunk?: number | undefined;
+  /** The rate limit counts zeroes that need not be read as well. Default false: only data. */
+  readonly paceZeroes?: boolean | undefined;
+  /** What was copied is discarded on the source, which is an instant that is held. Default false. */
+  readonly discardSource?: boolean | undefined;
+  /**
+   * Why the job is refused, where somebody has found something wrong already: for its nodes, before anything is opened, or
+   * for the job itself, after everything else. So the first thing that is wrong is told of in QEMU's order.
+   */
+  readonly refusals?: { readonly nodes?: string | undefined; readonly job?: string | undefined } | undefined;
+}
+
 /** Arguments of a backup job, as plain data. */
-export interface BackupJobOptions extends TargetOptions, CommonJobOptions {
+export interface BackupJobOptions extends TargetOptions, CommonJobOptions, BackupExtras {
   readonly onCbwError: OnCbwError;
   readonly cbwTimeoutMs?: number | undefined;
   /** Guests save old data to a scratch file, in the folder of this name or that of the image. */
@@ -73,6 +90,7 @@ export function beginBackup(
   id: number,
 ): BegunBackup {
   const bitmap = findJobBitmap(runtime, disk.descriptor, options);
+  refuse(options.refusals?.nodes);
   const sync = effectiveSync(options.sync, disk.descriptor.node);
   const successor = bitmap && makeSuccessor(runtime, bitmap);
   try {
@@ -91,6 +109,10 @@ export function beginBackup(
     successor?.free();
     throw error;
   }
+}
+
+function refuse(why: string | undefined): void {
+  if (why !== undefined) throw new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', why);
 }
 
 /** Gives up a backup that nobody has begun to carry out. */
@@ -133,12 +155,13 @@ function findJobBitmap(
   if (bitmapMode === undefined && sync !== 'incremental') {
     throw invalid('Bitmap sync mode must be given when providing a bitmap');
   }
+  const checks = ['busy', 'inconsistent'] as const;
+  const found = findBitmap(runtime, disk, name, checks);
   if (sync === 'none') throw invalid("sync mode 'none' does not produce meaningful bitmap outputs");
   if (bitmapMode === 'never' && sync !== 'bitmap') {
     throw invalid(`Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '${sync}'`);
   }
-  const checks = ['busy', 'inconsistent'] as const;
-  return findBitmap(runtime, disk, name, bitmapMode === 'never' ? checks : ['read-only', ...checks]);
+  return bitmapMode === 'never' ? found : findBitmap(runtime, disk, name, ['read-only', ...checks]);
 }
 
 /** What {@link beginFrame} has been given already. */
@@ -156,7 +179,15 @@ function beginFrame(
   options: BackupJobOptions,
   { sync, target, bitmap, successor, id }: Beginning,
 ): FrameDescriptor {
-  const clusterSize = copyClusterSize(attachNode(runtime, target.descriptor));
+  const clusterSize = Math.max(
+    copyClusterSize(attachNode(runtime, target.descriptor)),
+    options.minClusterSize ?? 0,
+  );
+  const { maxChunk = 0 } = options;
+  if (maxChunk !== 0 && maxChunk < clusterSize) {
+    refuse(`Required max-chunk (${maxChunk}) is less than backup cluster size (${clusterSize})`);
+  }
+  refuse(options.refusals?.job);
   const memory = allocateFrame(runtime, disk, clusterSize);
   const planned = isBitmapSync(sync);
   let holder: FrameDescriptor | undefined;
@@ -177,6 +208,9 @@ function beginFrame(
       length: disk.descriptor.length,
       targetReadsZero: target.readsZero,
       compress: isCompressed(options.compress),
+      maxChunk: maxChunk === 0 ? undefined : maxChunk,
+      paceZeroes: options.paceZeroes,
+      discardSource: options.discardSource,
       plan: planned ? bitmap?.pointer : undefined,
       holder,
     };
@@ -349,12 +383,18 @@ function copyUntilInterrupted(frame: Frame, control: JobControl): void {
   let from = 0;
   try {
     while (!control.interrupted && !frame.broken) {
-      control.throttle();
-      if (control.interrupted) return;
-      const run = frame.copyNext(from);
-      if (run === undefined) return;
-      control.account(run.bytes);
-      from = run.end;
+      const began = control.throttle();
+      let counted = 0;
+      try {
+        if (control.interrupted) return;
+        const paced = began !== undefined && frame.descriptor.paceZeroes === true;
+        const run = frame.copyNext(from, paced);
+        if (run === undefined) return;
+        counted = run.bytes + (paced ? run.zeroes : 0);
+        from = run.end;
+      } finally {
+        if (began !== undefined) control.account(began, counted);
+      }
     }
   } catch (error) {
     control.fail(copyError(error));

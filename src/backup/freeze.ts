@@ -8,6 +8,7 @@ import { findBitmap, makeSuccessor } from '../block/disk-bitmaps.js';
 import {
   FRAME_CONTROL_BYTES,
   type FrameDescriptor,
+  frameStateBytes,
   freeFrame,
   type OnCbwError,
 } from '../block/filters/copy-before-write.js';
@@ -147,7 +148,7 @@ export function allocateFrame(runtime: Runtime, disk: Disk, clusterSize: number)
   }
   const control = arena.alloc(FRAME_CONTROL_BYTES, 'frame control block');
   try {
-    const states = arena.alloc(Math.ceil(clusters / 32) * 8, `cluster states (${clusters} clusters)`);
+    const states = arena.alloc(frameStateBytes(clusters), `cluster states (${clusters} clusters)`);
     return { control, states, clusters };
   } catch (error) {
     arena.free(control);

@@ -1,6 +1,6 @@
 import type { Disk, DiskDescriptor } from '../block/disk.js';
 import { type DiskBitmapAction, editDiskBitmap } from '../block/disk-bitmaps.js';
-import { StillframeError } from '../errors.js';
+import { StillframeError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
 import type { Runtime } from '../kernels/runtime.js';
 import { abandonBackup, type BackupJobOptions, type BegunBackup, beginBackup } from './backup-job.js';
@@ -17,8 +17,8 @@ export type TransactionAction =
       readonly id: number;
     }
   | { readonly type: 'bitmap'; readonly disk: DiskDescriptor; readonly edit: DiskBitmapAction }
-  /** Fails, and everything with it. */
-  | { readonly type: 'abort' };
+  /** Fails, and everything with it. @param why default: that it is there to */
+  | { readonly type: 'abort'; readonly why?: string | undefined };
 
 interface Done {
   readonly begun?: BegunBackup | undefined;
@@ -50,8 +50,10 @@ export function transact(
     try {
       for (const action of actions) done.push(carryOut(runtime, action, attach));
     } catch (error) {
+      const failed = toStillframeError(error);
+      failed.action = done.length;
       for (const { undo } of done.reverse()) undo();
-      throw error;
+      throw failed;
     }
     for (const { keep } of done) keep();
     return done.map(({ begun }) => begun);
@@ -65,7 +67,10 @@ function drainedAll<T>([first, ...rest]: readonly Disk[], body: () => T): T {
 function carryOut(runtime: Runtime, action: TransactionAction, attach: (disk: DiskDescriptor) => Disk): Done {
   switch (action.type) {
     case 'abort':
-      throw new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', 'Transaction aborted using Abort action');
+      throw new StillframeError(
+        'ERR_STILLFRAME_INVALID_ARGUMENT',
+        action.why ?? 'Transaction aborted using Abort action',
+      );
     case 'bitmap':
       return editDiskBitmap(runtime, action.disk, action.edit);
     case 'backup': {

@@ -160,7 +160,7 @@ export function findBitmap(
 
 /** What the image has of the bitmap does not count from now on: it is about to be changed. */
 export function claimDiskBitmap(runtime: Runtime, { node }: DiskDescriptor, bitmap: DirtyBitmap): void {
-  if (node.driver === 'qcow2' && bitmap.persistent) claimBitmap(runtime, node, bitmap);
+  if (node.driver === 'qcow2' && bitmap.persistent && !node.readOnly) claimBitmap(runtime, node, bitmap);
 }
 
 function isReadOnly({ node }: DiskDescriptor, bitmap: DirtyBitmap): boolean {

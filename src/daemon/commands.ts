@@ -1,31 +1,24 @@
-import { basename } from 'node:path';
 import type { CreateImageOptions } from '../block/create.js';
-import type { BackupOptions, DiskHandle } from '../engine/disk.js';
+import type { BackupHandle } from '../engine/backup.js';
+import type { DiskHandle } from '../engine/disk.js';
 import type { Engine, TransactionItem } from '../engine/engine.js';
 import type { FrozenDisk } from '../engine/frozen-disk.js';
 import type { JobHandle } from '../engine/job.js';
-import { StillframeError } from '../errors.js';
-import { QmpError, strerror } from '../qmp/errors.js';
+import { QmpError, qmpText } from '../qmp/errors.js';
 import type { Handlers, QmpEvent } from '../qmp/monitor.js';
 import type { ArgumentsOf, ArgumentsOfAction } from '../qmp/schema.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
+import { Backups, distinct, type Prepared, targetError } from './backups.js';
 import { Exports } from './exports.js';
-import { Graph, type GraphNode } from './graph.js';
+import { Graph } from './graph.js';
 import { GraphChanges } from './graph-changes.js';
-import { type JobOptions, Jobs } from './jobs.js';
+import { Jobs } from './jobs.js';
 import { Objects } from './objects.js';
 import { checkResizable } from './permissions.js';
 import { monitorCommand } from './qemu-io.js';
 import { Queries } from './query.js';
 import { reopenNodes } from './reopen.js';
-import { type PreparedSnapshot, Snapshots } from './snapshots.js';
-
-/** What a transaction's actions are made of before they are carried out. */
-interface Prepared {
-  readonly item?: TransactionItem | undefined;
-  readonly snapshot?: PreparedSnapshot | undefined;
-  readonly job?: { readonly options: JobOptions; readonly id: string } | undefined;
-}
+import { Snapshots } from './snapshots.js';
 
 /** How a daemon is set up. */
 export interface DaemonOptions {
@@ -46,6 +39,7 @@ export class Daemon {
   readonly handlers: Handlers;
   readonly #engine: Engine;
   readonly #queries: Queries;
+  readonly #backups: Backups;
   readonly #changes: GraphChanges;
   readonly #snapshots: Snapshots;
   readonly #tell: (event: QmpEvent) => void;
@@ -60,6 +54,7 @@ export class Daemon {
     this.jobs = new Jobs(tell);
     this.exports = new Exports(engine, this.graph, this.objects, tell);
     this.#queries = new Queries(engine, this.graph);
+    this.#backups = new Backups(engine, this.graph, this.jobs, this.exports);
     this.#changes = new GraphChanges(engine, this.graph, (from, to) => this.exports.moved(from, to));
     this.#snapshots = new Snapshots(engine, this.graph, this.#changes);
     const { graph, jobs, exports, objects } = this;
@@ -117,13 +112,13 @@ export class Daemon {
         await disk.editBitmap(action);
       },
       'x-debug-block-dirty-bitmap-sha256': async ({ node, name }) => {
-        const disk = await graph.disk(graph.lookUp(node));
+        const disk = await this.#diskOfBitmap(node);
         const sha256 = await engine.run<string>({ kind: 'bitmap-sha256', disk: disk.descriptor, name });
         return { sha256 };
       },
       transaction: (given) => this.#transaction(given),
-      'drive-backup': async (given) => this.#start([await this.#driveBackup(given)], false),
-      'blockdev-backup': async (given) => this.#start([await this.#blockdevBackup(given)], false),
+      'drive-backup': async (given) => this.#start([await this.#backups.drive(given)], false),
+      'blockdev-backup': async (given) => this.#start([await this.#backups.blockdev(given)], false),
       'job-pause': ({ id }) => this.#pause(jobs.job(id, 'pause')),
       'job-resume': ({ id }) => this.#resume(jobs.job(id, 'resume')),
       'job-cancel': ({ id }) => this.#cancel(jobs.job(id, 'cancel')),
@@ -164,15 +159,39 @@ export class Daemon {
     }
   }
 
-  /** A node by its name or that of its device, for bitmaps. */
-  async #bitmapDisk(name: string): Promise<DiskHandle> {
+  /** A node by its name or that of its device, for a bitmap that is to be made. */
+  async #bitmapDisk(
+    name: string,
+    {
+      name: bitmap,
+      persistent = false,
+    }: { readonly name: string; readonly persistent?: boolean | undefined },
+  ): Promise<DiskHandle> {
+    const node = this.graph.lookUp(name);
+    const disk = await this.graph.disk(node);
+    const image = disk.descriptor.node;
+    if (persistent && image.driver !== 'qcow2') {
+      throw new QmpError(
+        `Can't store persistent bitmaps to ${node.device ?? node.name}: Operation not supported`,
+      );
+    }
+    if (persistent && image.driver === 'qcow2' && image.version === 2) {
+      const why = 'Cannot store dirty bitmaps in qcow2 v2 files';
+      throw new QmpError(`Can't make bitmap '${bitmap}' persistent in '${node.device ?? node.name}': ${why}`);
+    }
+    return disk;
+  }
+
+  /** The same for one that is there. */
+  async #diskOfBitmap(name: string): Promise<DiskHandle> {
     const node = this.graph.find(name);
-    if (node === undefined) throw new QmpError(`Cannot find device='${name}' nor node-name='${name}'`);
+    if (node === undefined) throw new QmpError(`Node '${name}' not found`);
     return await this.graph.disk(node);
   }
 
   async #editBitmap(node: string, action: Parameters<DiskHandle['editBitmap']>[0]): Promise<void> {
-    const disk = await this.#bitmapDisk(node);
+    const disk =
+      action.action === 'add' ? await this.#bitmapDisk(node, action) : await this.#diskOfBitmap(node);
     await disk.editBitmap(action);
   }
 
@@ -181,12 +200,12 @@ export class Daemon {
     target,
     bitmaps,
   }: ArgumentsOfAction<'block-dirty-bitmap-merge'>): Promise<Extract<TransactionItem, { type: 'bitmap' }>> {
-    const disk = await this.#bitmapDisk(node);
+    const disk = await this.#diskOfBitmap(node);
     const sources = await Promise.all(
       bitmaps.map(async (source) =>
         typeof source === 'string'
           ? source
-          : { disk: await this.#bitmapDisk(source.node), name: source.name },
+          : { disk: await this.#diskOfBitmap(source.node), name: source.name },
       ),
     );
     return { type: 'bitmap', disk, edit: { action: 'merge', name: target, sources } };
@@ -198,140 +217,26 @@ export class Daemon {
     await this.exports.start({ type, ...(isObject(data) ? data : {}) }, options);
   }
 
-  /** What `drive-backup` and `blockdev-backup` have in common. Order of what is looked at: as in QEMU. */
-  async #common(
-    given: ArgumentsOf<'drive-backup'> | ArgumentsOf<'blockdev-backup'>,
-    node: GraphNode,
-  ): Promise<{ options: Omit<BackupOptions, 'target'>; job: JobOptions & { id: string } }> {
-    const { speed = 0, sync, bitmap, compress, 'x-perf': perf } = given;
-    checkPerformance(perf);
-    if (given['discard-source'] === true) {
-      throw new QmpError("'discard-source' is not supported: nothing is discarded on a source");
-    }
-    const filter = given['filter-node-name'];
-    if (filter !== undefined && this.graph.find(filter) !== undefined) {
-      throw new QmpError(`Duplicate nodes with node-name='${filter}'`);
-    }
-    if (speed < 0) throw new QmpError("Parameter 'speed' expects a non-negative value");
-    const id = given['job-id'] ?? node.device ?? '';
-    const fleece = given['x-fleece'] ?? given['x-scratch'] !== undefined;
-    const maxWorkers = perf?.['max-workers'];
-    const job = {
-      id,
-      speed,
-      autoFinalize: given['auto-finalize'] ?? true,
-      autoDismiss: given['auto-dismiss'] ?? true,
-    };
-    return {
-      job,
-      options: {
-        jobId: id,
-        sync,
-        speed,
-        bitmap,
-        bitmapMode: given['bitmap-mode'],
-        compress,
-        workers: maxWorkers === undefined ? undefined : Math.min(maxWorkers, this.#engine.workers),
-        onSourceError: given['on-source-error'],
-        onTargetError: given['on-target-error'],
-        onCbwError: given['on-cbw-error'],
-        cbwTimeoutMs: (given['x-cbw-timeout'] ?? 0) * 1000,
-        fleece: fleece && (given['x-scratch'] ?? true),
-        autoFinalize: job.autoFinalize,
-        // Until all monitors were told of its end.
-        autoDismiss: false,
-      },
-    };
-  }
-
-  async #driveBackup(given: ArgumentsOf<'drive-backup'>): Promise<Prepared> {
-    const node = this.graph.lookUp(given.device);
-    const { format, mode = 'absolute-paths', target } = given;
-    if (format !== undefined && format !== 'raw' && format !== 'qcow2') {
-      throw new QmpError(`Unknown file format '${format}'`);
-    }
-    const { options, job } = await this.#common(given, node);
-    const key = {};
-    node.users.set(key, 'source');
-    const release = (): boolean => node.users.delete(key);
-    return this.#item(node, release, job, {
-      ...options,
-      target,
-      format,
-      existing: mode === 'existing',
-      // As QEMU does with what it makes.
-      force: true,
-    });
-  }
-
-  async #blockdevBackup(given: ArgumentsOf<'blockdev-backup'>): Promise<Prepared> {
-    const node = this.graph.lookUp(given.device);
-    const target = this.graph.lookUp(given.target);
-    const { options, job } = await this.#common(given, node);
-    if (node === target) throw new QmpError('Source and target cannot be the same');
-    const busy = (of: GraphNode): QmpError =>
-      new QmpError(`Node '${of.name}' is busy: block device is in use by block job: backup`);
-    if ([...node.users.values()].includes('target')) throw busy(node);
-    if ([...target.users.values()].some((use) => use !== 'export')) throw busy(target);
-    if (given.compress === true && target.driver !== 'qcow2') {
-      throw new QmpError(`Compression is not supported for this drive ${target.device ?? ''}`);
-    }
-    this.exports.checkWritable(target, true);
-    const key = {};
-    node.users.set(key, 'source');
-    target.users.set(key, 'target');
-    const release = (): void => {
-      for (const used of [node, target]) used.users.delete(key);
-    };
-    const disk = await this.graph.disk(target);
-    const { path, readOnly } = target.descriptor;
-    const targetNode =
-      disk.descriptor.node.driver === 'qcow2'
-        ? disk.descriptor.node
-        : ({ driver: 'live', path, readOnly, length: disk.length, disk: disk.descriptor } as const);
-    return this.#item(node, release, job, { ...options, target: target.name, targetNode });
-  }
-
-  async #item(
-    node: GraphNode,
-    release: () => void,
-    job: JobOptions & { id: string },
-    options: BackupOptions,
-  ): Promise<Prepared> {
-    try {
-      const disk = await this.graph.disk(node);
-      return {
-        item: { type: 'backup', disk, options },
-        job: { id: job.id, options: { ...job, onEnd: release } },
-      };
-    } catch (error) {
-      release();
-      throw error;
-    }
-  }
-
   /** Carries out what was prepared, all of it or nothing. */
   async #start(prepared: readonly Prepared[], grouped: boolean): Promise<void> {
     const wanted = prepared.flatMap(({ job }) => job ?? []);
     let told: Promise<void> = Promise.resolve();
     // At once: nothing of what they say is missed.
-    const follow = (handles: readonly JobHandle[]): void => {
+    const follow = (handles: readonly BackupHandle[]): void => {
       const jobs = handles.flatMap((handle, index) => {
-        const options = wanted[index]?.options;
-        return options === undefined ? [] : { handle, options };
+        const job = wanted[index];
+        if (job === undefined) return [];
+        const over = prepared.find(({ snapshot }) => snapshot?.node === job.node)?.snapshot?.overlay;
+        job.begun(handle, over ?? job.node);
+        return { handle, options: job.options };
       });
       if (jobs.length > 0) told = this.jobs.add(jobs);
     };
     try {
-      const ids = new Set<string>();
-      for (const { id } of wanted) {
-        this.jobs.checkFree(id);
-        if (ids.has(id)) throw new QmpError(`Job ID '${id}' already in use`);
-        ids.add(id);
-      }
       await this.#carryOut(prepared, grouped, follow);
     } catch (error) {
       await this.#giveUp(prepared);
+      this.#backups.tellOfRefused(prepared, error);
       const [first] = prepared;
       throw prepared.length === 1 && first?.item !== undefined ? targetError(error, first.item) : error;
     }
@@ -342,9 +247,9 @@ export class Daemon {
   async #carryOut(
     prepared: readonly Prepared[],
     grouped: boolean,
-    follow: (handles: readonly JobHandle[]) => void,
+    follow: (handles: readonly BackupHandle[]) => void,
   ): Promise<void> {
-    const items = prepared.flatMap(({ item }) => item ?? []);
+    const items = distinct(prepared).flatMap(({ item }) => item ?? []);
     const snapshots = prepared.flatMap(({ snapshot }) => snapshot ?? []);
     if (snapshots.length === 0) {
       follow(await this.#engine.transaction(items, { grouped }));
@@ -370,22 +275,22 @@ export class Daemon {
 
   async #transaction({ actions, properties }: ArgumentsOf<'transaction'>): Promise<void> {
     const grouped = properties?.['completion-mode'] === 'grouped';
+    for (const { type } of grouped ? actions : []) {
+      if (type === 'drive-backup' || type === 'blockdev-backup' || type === 'abort') continue;
+      throw new QmpError(
+        `Action '${String(type)}' does not support Transaction property completion-mode = grouped`,
+      );
+    }
     const prepared: Prepared[] = [];
-    try {
-      for (const action of actions) {
-        const type = String(action['type']);
-        const data: JsonObject = isObject(action['data']) ? action['data'] : {};
-        if (grouped && type !== 'drive-backup' && type !== 'blockdev-backup') {
-          throw new QmpError(
-            `Action '${type}' does not support transaction property completion-mode = grouped`,
-          );
-        }
-        prepared.push(await this.#action(type, data));
+    for (const action of actions) {
+      const data: JsonObject = isObject(action['data']) ? action['data'] : {};
+      try {
+        prepared.push(await this.#action(String(action['type']), data));
+      } catch (error) {
+        // Whatever is wrong with those before it comes first.
+        prepared.push({ item: { type: 'abort', why: qmpText(error) } });
+        break;
       }
-    } catch (error) {
-      await this.#giveUp(prepared);
-      this.jobs.neverStarted(prepared.flatMap(({ job }) => job?.id ?? []));
-      throw error;
     }
     await this.#start(prepared, grouped);
   }
@@ -394,14 +299,14 @@ export class Daemon {
     // The schema has said what the arguments of each are.
     const bitmap = async (action: 'remove' | 'clear' | 'enable' | 'disable'): Promise<Prepared> => {
       const { node, name } = data as ArgumentsOfAction<'block-dirty-bitmap-remove'>;
-      return { item: { type: 'bitmap', disk: await this.#bitmapDisk(node), edit: { action, name } } };
+      return { item: { type: 'bitmap', disk: await this.#diskOfBitmap(node), edit: { action, name } } };
     };
     switch (type) {
       case 'abort':
         return { item: { type: 'abort' } };
       case 'block-dirty-bitmap-add': {
         const { node, ...rest } = data as ArgumentsOfAction<'block-dirty-bitmap-add'>;
-        const disk = await this.#bitmapDisk(node);
+        const disk = await this.#bitmapDisk(node, rest);
         return { item: { type: 'bitmap', disk, edit: { action: 'add', ...rest } } };
       }
       case 'block-dirty-bitmap-remove':
@@ -421,9 +326,9 @@ export class Daemon {
         return { snapshot: await this.#snapshots.prepareFile(given) };
       }
       case 'drive-backup':
-        return await this.#driveBackup(data as ArgumentsOfAction<'drive-backup'>);
+        return await this.#backups.drive(data as ArgumentsOfAction<'drive-backup'>);
       case 'blockdev-backup':
-        return await this.#blockdevBackup(data as ArgumentsOfAction<'blockdev-backup'>);
+        return await this.#backups.blockdev(data as ArgumentsOfAction<'blockdev-backup'>);
       default:
         throw new QmpError(`Parameter 'type' does not accept value '${type}'`);
     }
@@ -494,7 +399,7 @@ export class Daemon {
     const { size, device, 'node-name': nodeName } = given;
     const node = this.graph.findEither(device, nodeName);
     if (size < 0) throw new QmpError("Parameter 'size' expects a >0 size");
-    checkResizable(node, device, undefined);
+    checkResizable(node, device, this.graph.filterOver(node)?.name);
     if (node.driver === 'qcow2' && size % 512 !== 0) {
       throw new QmpError('The new size must be a multiple of 512');
     }
@@ -534,37 +439,10 @@ export class Daemon {
   }
 }
 
-/** An error of making or opening the target of `drive-backup`, in QEMU's words. */
-function targetError(error: unknown, item: TransactionItem): unknown {
-  if (item.type !== 'backup' || !(error instanceof StillframeError)) return error;
-  const { target, existing, targetNode } = item.options;
-  const words = strerror(error);
-  if (words === undefined || targetNode !== undefined || !error.message.includes(basename(target)))
-    return error;
-  return new QmpError(`Could not ${existing === true ? 'open' : 'create'} '${target}': ${words}`);
-}
-
 function optionalNumber(value: unknown): number | undefined {
   return value === undefined ? undefined : Number(value);
 }
 
 function optionalText(value: unknown): string | undefined {
   return value === undefined ? undefined : String(value);
-}
-
-const BACKUP_CLUSTER = 65536;
-
-/** Limits that QEMU has as well; they are looked at, and how work is shared out is ours. */
-function checkPerformance(perf: ArgumentsOf<'blockdev-backup'>['x-perf']): void {
-  const { 'max-workers': workers = 64, 'max-chunk': chunk = 0, 'min-cluster-size': cluster } = perf ?? {};
-  if (workers < 1 || workers > 2 ** 31 - 1) {
-    throw new QmpError('max-workers must be between 1 and 2147483647');
-  }
-  if (chunk < 0) throw new QmpError('max-chunk must be zero (which means no limit) or positive');
-  if (chunk !== 0 && chunk < BACKUP_CLUSTER) {
-    throw new QmpError(`Required max-chunk (${chunk}) is less than backup cluster size (${BACKUP_CLUSTER})`);
-  }
-  if (cluster !== undefined && (cluster === 0 || !Number.isInteger(Math.log2(cluster)))) {
-    throw new QmpError('Cannot create block-copy-state: min-cluster-size needs to be a power of 2');
-  }
 }

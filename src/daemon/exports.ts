@@ -172,9 +172,25 @@ export class Exports {
     for (const exported of this.#exports.values()) if (exported.node === from) exported.node = to;
   }
 
-  /** Nobody writes past the node that lies on it. */
-  checkWritable(node: GraphNode, writable: boolean): void {
+  /**
+   * Nobody writes past the node that lies on it.
+   *
+   * @param user who wants to, and as what, as QEMU says it
+   */
+  checkWritable(
+    node: GraphNode,
+    writable: boolean,
+    user = { name: 'an unnamed block device', role: 'root' },
+  ): void {
     if (!writable) return;
+    const filter = this.#graph.filterOver(node);
+    if (filter !== undefined) {
+      throw new QmpError(
+        `Permission conflict on node '${node.name}': permissions 'write' are both required by ${user.name} ` +
+          `(uses node '${node.name}' as '${user.role}' child) and unshared by node '${filter.name}' ` +
+          `(uses node '${node.name}' as 'file' child).`,
+      );
+    }
     for (const parent of node.parents) {
       const role = parent.children.find((child) => child.node === node)?.role ?? 'file';
       if (parent.descriptor.readOnly && role === 'backing') continue;
@@ -228,7 +244,10 @@ export class Exports {
 
   async close(): Promise<void> {
     await this.#close();
-    for (const [id, { node }] of this.#exports) node.users.delete(this.#key(id));
+    for (const [id, { node }] of this.#exports) {
+      node.users.delete(this.#key(id));
+      this.#tell({ event: 'BLOCK_EXPORT_DELETED', data: { id } });
+    }
     this.#exports.clear();
   }
 }

@@ -224,13 +224,13 @@ function filesBelow(node: GraphNode): GraphNode[] {
   );
 }
 
-/** Nodes and all that lie on them, those that lie on others first. */
+/** Nodes and all that lie on them, those that lie on others first. The filters of jobs are what is below them. */
 function withAncestors(nodes: readonly GraphNode[]): GraphNode[] {
   const order: GraphNode[] = [];
   const visit = (node: GraphNode): void => {
     if (order.includes(node)) return;
     for (const parent of node.parents) visit(parent);
-    order.push(node);
+    if (node.job === undefined) order.push(node);
   };
   for (const node of nodes) visit(node);
   return order;

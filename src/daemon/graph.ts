@@ -28,6 +28,8 @@ export interface GraphNode {
   readonly owned: boolean;
   /** Name of the device that it is, if any. */
   device: string | undefined;
+  /** Of the filter of a job: what it is about to say of itself in queries. */
+  readonly job?: JobFilter | undefined;
   /** Who else relies on it: exports and jobs, with what it is to them. */
   readonly users: Map<object, Use>;
   /** Nodes are listed by it. */
@@ -42,6 +44,16 @@ export interface GraphNode {
 
 /** What a node is to somebody else. */
 export type Use = 'export' | 'source' | 'target';
+
+/** What the filter node of a backup has to tell (QEMU's `copy-before-write` node of a job). */
+export interface JobFilter {
+  /** Bytes of one cluster. */
+  readonly granularity: number;
+  /** Bytes of the drive in whole clusters. */
+  readonly length: number;
+  /** Bytes that are still to be copied, and bytes that guests have changed since the instant. */
+  readonly count: () => { readonly copy: number; readonly done: number };
+}
 
 export interface Child {
   readonly role: 'file' | 'backing' | 'data-file' | 'image' | 'target';
@@ -281,6 +293,64 @@ export class Graph {
     return await this.#make(options, { readOnly: false, forceShare: false, discard: undefined });
   }
 
+  /**
+   * Puts the filter of a backup over a node. What has used the node so far uses the filter: exports and the device are its
+   * from now on.
+   *
+   * @param name default: one that nobody chose
+   * @param key stands for the job among the users of nodes
+   */
+  insertFilter(
+    node: GraphNode,
+    target: GraphNode | undefined,
+    { name, key, job }: { readonly name: string | undefined; readonly key: object; readonly job: JobFilter },
+  ): GraphNode {
+    const filter: GraphNode = {
+      name: this.#nameOf(name === undefined ? {} : { 'node-name': name }),
+      driver: 'copy-before-write',
+      options: {},
+      descriptor: node.descriptor,
+      children: [
+        { role: 'file', node },
+        ...(target === undefined ? [] : [{ role: 'target', node: target } as const]),
+      ],
+      parents: new Set(),
+      owned: false,
+      device: node.device,
+      users: new Map([[key, 'source'] as const]),
+      disk: this.disk(node),
+      sequence: this.#nextSequence++,
+      adopted: true,
+      job,
+    };
+    node.device = undefined;
+    moveExports(node, filter);
+    // One that is there already lies above this one.
+    for (const parent of node.parents) {
+      if (parent.job !== undefined) replaceChild(parent, node, filter);
+    }
+    node.parents.add(filter);
+    this.#nodes.set(filter.name, filter);
+    return filter;
+  }
+
+  /** Takes the filter of a job away again. @returns the node below it */
+  removeFilter(filter: GraphNode): GraphNode {
+    const below = filter.children[0]?.node;
+    if (below === undefined) throw new Error('invariant: a filter lies on a node');
+    this.#nodes.delete(filter.name);
+    below.parents.delete(filter);
+    below.device ??= filter.device;
+    moveExports(filter, below);
+    for (const parent of filter.parents) replaceChild(parent, filter, below);
+    return below;
+  }
+
+  /** The filter of a job that lies on a node, if any: nobody may write past it. */
+  filterOver(node: GraphNode): GraphNode | undefined {
+    return [...node.parents].find(({ job }) => job !== undefined);
+  }
+
   /** QMP `blockdev-del` */
   async remove(name: string): Promise<void> {
     const node = this.#nodes.get(name);
@@ -334,16 +404,27 @@ export class Graph {
   #nameOf(options: JsonObject): string {
     const name = options['node-name'];
     if (typeof name !== 'string') {
+      const implicit = this.nextImplicitName;
       this.#nextImplicit++;
-      return `#block${String(this.#nextImplicit).padStart(3, '0')}`;
+      return implicit;
     }
+    this.checkName(name);
+    return name;
+  }
+
+  /** The name of the next node that nobody gives one. */
+  get nextImplicitName(): string {
+    return `#block${String(this.#nextImplicit + 1).padStart(3, '0')}`;
+  }
+
+  /** @throws QmpError where a new node cannot have that name */
+  checkName(name: string): void {
     if (name.length > 31) throw new QmpError('Node name too long');
     if (!NODE_NAME.test(name)) throw new QmpError(`Invalid node-name: '${name}'`);
     if (this.#nodes.has(name)) throw new QmpError(`Duplicate nodes with node-name='${name}'`);
     if (this.all().some(({ device }) => device === name)) {
       throw new QmpError(`node-name=${name} is conflicting with a device id`);
     }
-    return name;
   }
 
   /** A child by its name, or made for its parent. */
@@ -592,6 +673,21 @@ export class Graph {
       await this.#close(probed);
     }
   }
+}
+
+function moveExports(from: GraphNode, to: GraphNode): void {
+  for (const [key, use] of from.users) {
+    if (use !== 'export') continue;
+    from.users.delete(key);
+    to.users.set(key, use);
+  }
+}
+
+/** @param parent the filter of a job */
+function replaceChild(parent: GraphNode, from: GraphNode, to: GraphNode): void {
+  parent.children = parent.children.map((child) => (child.node === from ? { ...child, node: to } : child));
+  from.parents.delete(parent);
+  to.parents.add(parent);
 }
 
 export function isFormat(name: string): name is ImageFormat {

@@ -226,6 +226,7 @@ export class Jobs {
   job(id: string, verb: Parameters<typeof checkVerb>[2]): JobHandle {
     const { handle, create } = this.#entry(id, () => new QmpError('Job not found'));
     if (handle !== undefined) return handle;
+    if (verb === 'resume') throw new QmpError("Can't resume a job that was not paused");
     checkVerb(id, create?.status ?? 'null', verb);
     throw new QmpError(`Job '${id}' of type 'create' cannot accept command verb '${verb}'`);
   }
@@ -239,8 +240,9 @@ export class Jobs {
   }
 
   setSpeed(device: string, bytesPerSecond: number): void {
-    if (bytesPerSecond < 0) throw new QmpError("Parameter 'speed' expects a non-negative value");
     const handle = this.blockJob(device);
+    checkVerb(device, handle.status, 'set-speed');
+    if (bytesPerSecond < 0) throw new QmpError("Parameter 'speed' expects a non-negative value");
     handle.setSpeed(bytesPerSecond);
     const entry = this.#entries.get(device);
     if (entry !== undefined) entry.speed = bytesPerSecond;
@@ -264,10 +266,16 @@ export class Jobs {
     }
   }
 
-  /** Cancels all jobs and waits until they are over. */
+  /** Tells of a job that was made and refused at once. */
+  refused(id: string): void {
+    for (const status of ['created', 'null'] as const) this.#status(id, status);
+  }
+
+  /** Cancels all jobs, waits until they are over, and forgets them. */
   async close(): Promise<void> {
     for (const { handle } of this.#entries.values()) await handle?.stop();
     await Promise.all(this.#ending);
+    for (const entry of [...this.#entries.values()]) this.#forget(entry);
   }
 
   #newestFirst(): Entry[] {
@@ -304,7 +312,8 @@ export class Jobs {
         'io-status': ioStatus,
         device: id,
         'auto-dismiss': options.autoDismiss,
-        busy: status === 'running',
+        // Whoever asks finds it between two steps.
+        busy: false,
         len: length,
         offset,
         status,

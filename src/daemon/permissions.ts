@@ -50,7 +50,7 @@ export function checkResizable(
   filter: string | undefined,
 ): void {
   const uses = [...node.users.values()];
-  if (overlayOf(node) !== undefined || uses.includes('target'))
+  if (overlayOf(node) !== undefined || uses.includes('target') || node.job !== undefined)
     throw new QmpError(`Device '${device ?? '(null)'}' is in use`);
   if (node.descriptor.readOnly) throw new QmpError('Image is read-only');
   for (const parent of node.parents) {
@@ -58,7 +58,7 @@ export function checkResizable(
     if (!FORMATS.has(parent.driver)) continue;
     throw conflict(node, 'resize', `node '${parent.name}' (uses node '${node.name}' as '${role}' child)`);
   }
-  if (uses.includes('source')) {
+  if (filter !== undefined || uses.includes('source')) {
     throw conflict(node, 'resize', `node '${filter ?? '#block'}' (uses node '${node.name}' as 'file' child)`);
   }
   if (uses.includes('export')) {

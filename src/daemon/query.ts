@@ -2,7 +2,7 @@ import type { NodeInfo } from '../block/info.js';
 import type { Engine } from '../index.js';
 import type { JsonObject } from '../qmp/types.js';
 import { isObject } from '../qmp/types.js';
-import { filenameOf, type Graph, type GraphNode } from './graph.js';
+import { filenameOf, type Graph, type GraphNode, type JobFilter } from './graph.js';
 
 const NO_LIMITS = { bps: 0, bps_rd: 0, bps_wr: 0, iops: 0, iops_rd: 0, iops_wr: 0 };
 
@@ -35,8 +35,20 @@ const NO_STATISTICS = {
   invalid_rd_operations: 0,
 };
 
+/** Drivers whose nodes show what lies below them, and nothing of their own. */
+const FILTERS = ['throttle', 'compress', 'copy-before-write', 'copy-on-read', 'preallocate', 'blkdebug'];
+
+/** What a node shows where it has nothing of its own. */
 function backingOf(node: GraphNode): GraphNode | undefined {
-  return node.children.find(({ role }) => role === 'backing')?.node;
+  const filtered = FILTERS.includes(node.driver);
+  return node.children.find(({ role }) =>
+    filtered ? role === 'file' || role === 'image' : role === 'backing',
+  )?.node;
+}
+
+/** A bitmap that a job has for itself. */
+function ofJob({ granularity }: JobFilter, count: number): object {
+  return { count, granularity, recording: false, busy: false, persistent: false };
 }
 
 /** What monitors can ask of a graph (QAPI `BlockDeviceInfo` and others). */
@@ -70,7 +82,9 @@ export class Queries {
       backing_file_depth: depth,
       drv: node.driver,
       write_threshold: 0,
-      ...(backing === undefined ? {} : { backing_file: filenameOf(backing) }),
+      ...(backing === undefined || FILTERS.includes(node.driver)
+        ? {}
+        : { backing_file: filenameOf(backing) }),
       ...(bitmaps.length === 0 ? {} : { 'dirty-bitmaps': bitmaps }),
       encrypted: false,
       cache: {
@@ -84,6 +98,18 @@ export class Queries {
 
   /** `dirty-bitmaps` of a node, those that were added last first. */
   async #bitmaps(node: GraphNode): Promise<object[]> {
+    const { job } = node;
+    if (job !== undefined) {
+      const { done } = job.count();
+      return [job.length, done].map((count) => ofJob(job, count));
+    }
+    // What its job is still to copy is with the node below the filter.
+    const filters = [...node.parents].flatMap((parent) => parent.job ?? []);
+    const copies = filters.map((filter) => ofJob(filter, filter.count().copy));
+    return [...copies, ...(await this.#ownBitmaps(node))];
+  }
+
+  async #ownBitmaps(node: GraphNode): Promise<object[]> {
     // Only what a disk was made of has any, and images that keep some.
     if (node.disk === undefined && node.driver !== 'qcow2') return [];
     const disk = await this.#graph.disk(node);
@@ -97,13 +123,14 @@ export class Queries {
 
   async #image(node: GraphNode, flat: boolean): Promise<object> {
     const filename = filenameOf(node);
-    const info = await this.#engine.run<NodeInfo>({ kind: 'node-info', node: node.descriptor, filename });
     const backing = flat ? undefined : backingOf(node);
     const nested = backing === undefined ? {} : { 'backing-image': await this.#image(backing, flat) };
+    const info = await this.#engine.run<NodeInfo>({ kind: 'node-info', node: node.descriptor, filename });
     if (info.image !== undefined && node.driver === info.image.format) {
       return { ...nested, 'dirty-flag': false, ...info.image };
     }
     return {
+      ...nested,
       'virtual-size': Math.ceil(info.length / 512) * 512,
       filename,
       ...(info.clusterSize === undefined ? {} : { 'cluster-size': info.clusterSize }),

@@ -3,6 +3,7 @@ import { SYNC_MODES, type SyncMode } from '../backup/target.js';
 import type { TransactionAction } from '../backup/transaction.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import {
+  changedByGuests,
   type FrameCounters,
   type FrameDescriptor,
   freeFrame,
@@ -14,6 +15,7 @@ import { StillframeError } from '../errors.js';
 import { checkJobId, type JobControl } from '../job/control.js';
 import type { JobOutcome } from '../job/job.js';
 import type { Arena } from '../kernels/arena.js';
+import type { Runtime } from '../kernels/runtime.js';
 import type { BackupOptions } from './disk.js';
 import type { Engine } from './engine.js';
 import {
@@ -142,6 +144,20 @@ export class BackupHandle extends JobHandle {
     };
   }
 
+  /** @internal What the job's copy-before-write holds, in whole clusters. */
+  get held(): { readonly granularity: number; readonly length: number } {
+    const { clusterSize, clusters } = this.#frame;
+    return { granularity: clusterSize, length: clusterSize * clusters };
+  }
+
+  /** @internal Bytes of clusters that are still to be copied, and of those in which guests have changed something. */
+  heldCounts(kernels: Runtime['kernels']): { readonly copy: number; readonly done: number } {
+    if (this.#counters !== undefined) return { copy: 0, done: 0 };
+    const { clusterSize } = this.#frame;
+    const copy = readFrameCounters(this.arena, this.#frame).remaining * clusterSize;
+    return { copy, done: changedByGuests(kernels, this.#frame.holder ?? this.#frame) };
+  }
+
   protected override interrupt(control: JobControl): void {
     // In sync mode `none` the target is still to be committed.
     if (this.sync === 'none') return;
@@ -249,6 +265,7 @@ function prepare(
       onTargetError: options.onTargetError ?? 'report',
       onCbwError: options.onCbwError ?? 'break-guest-write',
       cbwTimeoutMs: options.cbwTimeoutMs,
+      ...options.internal,
       // One that waits for its command keeps the others of its group waiting as well.
       autoFinalize: group === undefined ? (options.autoFinalize ?? true) : group.autoFinalize,
       grouped: group !== undefined,

@@ -1,4 +1,4 @@
-import type { BitmapMode } from '../backup/backup-job.js';
+import type { BackupExtras, BitmapMode } from '../backup/backup-job.js';
 import type { FreezeOptions, FrozenDescriptor, HoldOptions } from '../backup/freeze.js';
 import type { TargetOptions } from '../backup/target.js';
 import type { DiskDescriptor } from '../block/disk.js';
@@ -51,6 +51,8 @@ export interface BackupOptions extends TargetOptions {
   readonly autoDismiss?: boolean | undefined;
   /** Cancels the job. What was written of a new target is removed. */
   readonly signal?: AbortSignal | undefined;
+  /** @internal What only monitors ask for. */
+  readonly internal?: BackupExtras | undefined;
 }
 
 /** An action on a dirty bitmap; sources of a merge may be bitmaps of other disks. */

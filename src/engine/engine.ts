@@ -60,8 +60,8 @@ export interface OpenDiskOptions extends ImageOptions {
 export type TransactionItem =
   | { readonly type: 'backup'; readonly disk: DiskHandle; readonly options: BackupOptions }
   | { readonly type: 'bitmap'; readonly disk: DiskHandle; readonly edit: DiskBitmapEdit }
-  /** Fails, and everything with it. */
-  | { readonly type: 'abort' };
+  /** Fails, and everything with it. @param why text of the error; default: that it was there to fail */
+  | { readonly type: 'abort'; readonly why?: string | undefined };
 
 export interface TransactionOptions {
   /** Backups succeed or fail together. Default false. */
@@ -163,6 +163,11 @@ export class Engine {
     };
     this.#jobs = new Piscina({ ...common, minThreads: this.workers, maxThreads: MAX_JOB_THREADS });
     this.#requests = new Piscina({ ...common, minThreads: 0, maxThreads: options.requestThreads ?? 4 });
+  }
+
+  /** @internal */
+  get kernels(): Runtime['kernels'] {
+    return this.#runtime.kernels;
   }
 
   /** @internal A number never used before in this engine. */

@@ -34,6 +34,9 @@ export interface JobError {
   readonly error: PlainError;
 }
 
+/** A limit that changes wakes who waits for it; this is for clocks. */
+const LONGEST_WAIT_MS = 60_000;
+
 function nowMs(): number {
   return Number(process.hrtime.bigint() / 1000n) / 1000;
 }
@@ -201,25 +204,35 @@ export class JobControl {
     return error;
   }
 
-  /** Blocks until the rate limit lets the next run go; returns early when the job is interrupted. */
-  throttle(): void {
+  /**
+   * Blocks until the rate limit lets the next run go; returns early when the job is interrupted.
+   *
+   * @returns where there is a limit, when the run goes, and it alone until {@link account} says how much it was
+   */
+  throttle(): number | undefined {
+    const index = (this.pointer + NEXT_ALLOWED_MS) / 8;
     for (;;) {
       const sequence = this.#load(WAKE);
-      if (this.speed === 0 || this.interrupted) return;
-      const waitMs = (this.#arena.f64[(this.pointer + NEXT_ALLOWED_MS) / 8] ?? 0) - nowMs();
-      if (waitMs <= 0) return;
-      waitWhile(this.#arena, this.pointer + WAKE, sequence, waitMs);
+      if (this.speed === 0 || this.interrupted) return undefined;
+      const now = nowMs();
+      let waitMs = 0;
+      withLock(this.#arena, this.pointer + RATE_LOCK, () => {
+        waitMs = (this.#arena.f64[index] ?? 0) - now;
+        if (waitMs <= 0) this.#arena.f64[index] = Number.POSITIVE_INFINITY;
+      });
+      if (waitMs <= 0) return now;
+      waitWhile(this.#arena, this.pointer + WAKE, sequence, Math.min(waitMs, LONGEST_WAIT_MS));
     }
   }
 
-  /** Counts `bytes` of copied data against the rate limit. */
-  account(bytes: number): void {
-    if (this.speed === 0 || bytes === 0) return;
+  /** Counts `bytes` of the run that went at `startMs` against the rate limit; the next one may go when they are paid for. */
+  account(startMs: number, bytes: number): void {
     withLock(this.#arena, this.pointer + RATE_LOCK, () => {
+      const { speed } = this;
       const index = (this.pointer + NEXT_ALLOWED_MS) / 8;
-      const from = Math.max(this.#arena.f64[index] ?? 0, nowMs());
-      this.#arena.f64[index] = from + (bytes / this.speed) * 1000;
+      this.#arena.f64[index] = speed === 0 ? 0 : startMs + (bytes / speed) * 1000;
     });
+    this.wake();
   }
 
   /** The word on which the job's threads sleep. */

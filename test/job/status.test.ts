@@ -81,8 +81,8 @@ describe('JobControl', () => {
     const control = make();
     control.pass = 1;
     control.speed = 1 << 20;
-    control.throttle();
-    control.account(100 * 1024);
+    const began = control.throttle();
+    control.account(began ?? 0, 100 * 1024);
     const start = performance.now();
     control.throttle();
     expect(performance.now() - start).toBeGreaterThan(60);

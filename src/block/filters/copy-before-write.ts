@@ -45,6 +45,12 @@ export interface FrameDescriptor {
   readonly skipUnallocated: boolean;
   /** The target takes compressed clusters: see `checkCompression`. */
   readonly compress: boolean;
+  /** Most bytes that the background copy moves in one step, in whole clusters; default 1 MiB (QMP `max-chunk`). */
+  readonly maxChunk?: number | undefined;
+  /** Zeroes count for the rate limit, so that a step of them is no longer than one of data. */
+  readonly paceZeroes?: boolean | undefined;
+  /** What was copied is discarded on the source (QMP `discard-source`). */
+  readonly discardSource?: boolean | undefined;
   readonly onCbwError: OnCbwError;
   /** How long a guest may be kept for its old data, in milliseconds; 0 and undefined: as long as it takes. */
   readonly cbwTimeoutMs?: number | undefined;
@@ -102,6 +108,16 @@ export class CopyError extends Error {
   }
 }
 
+/** What one step of the background copy did. */
+export interface CopiedRun {
+  /** Cluster after its last one. */
+  readonly end: number;
+  /** Bytes of data. */
+  readonly bytes: number;
+  /** Bytes of clusters without data that are part of the plan. */
+  readonly zeroes: number;
+}
+
 /** Memory for one thread's copying: a buffer and a mask, from the arena for as long as the thread lives. */
 export class CopyBuffer {
   readonly data: number;
@@ -132,6 +148,23 @@ export function readFrameCounters(
   };
 }
 
+/** Bytes of a frame's cluster states, with the bits behind them that say where guests have changed something. */
+export function frameStateBytes(clusters: number): number {
+  return stateBytes(clusters) + Math.ceil(clusters / 64) * 8;
+}
+
+function stateBytes(clusters: number): number {
+  return Math.ceil(clusters / 32) * 8;
+}
+
+/** Bytes of the clusters in which guests have changed something since the instant, in whole clusters. */
+export function changedByGuests(
+  kernels: Runtime['kernels'],
+  { states, clusters, clusterSize }: Pick<FrameDescriptor, 'states' | 'clusters' | 'clusterSize'>,
+): number {
+  return kernels.bitmapCount(states + stateBytes(clusters), 0, clusters) * clusterSize;
+}
+
 /** Gives a frame's memory back; nobody may look at its counters afterwards. */
 export function freeFrame(
   runtime: Pick<Runtime, 'arena'>,
@@ -151,6 +184,7 @@ export class Frame {
   readonly #buffer: CopyBuffer;
   readonly #holder: Frame | undefined;
   readonly #runClusters: number;
+  readonly #guestRunClusters: number;
   readonly #plan: DirtyBitmap | undefined;
 
   /** @param holder the frame that `source` reads the instant from, where that is not the disk itself */
@@ -174,12 +208,16 @@ export class Frame {
     this.#buffer = buffer;
     this.#holder = holder;
     this.#plan = descriptor.plan === undefined ? undefined : new DirtyBitmap(runtime, descriptor.plan);
-    this.#runClusters = Math.max(1, RUN_BYTES / descriptor.clusterSize);
+    const { clusterSize, maxChunk = RUN_BYTES } = descriptor;
+    this.#guestRunClusters = Math.max(1, RUN_BYTES / clusterSize);
+    this.#runClusters = Math.min(this.#guestRunClusters, Math.ceil(maxChunk / clusterSize));
   }
 
   /** Puts every cluster in the plan. Called once, before the frame is part of a disk. */
   static arm(runtime: Runtime, descriptor: FrameDescriptor): void {
-    runtime.kernels.clustersFill(descriptor.states, 0, descriptor.clusters, CLUSTER_TODO);
+    const { states, clusters } = descriptor;
+    runtime.kernels.clustersFill(states, 0, clusters, CLUSTER_TODO);
+    runtime.kernels.bitmapClear(states + stateBytes(clusters), 0, clusters);
     store(runtime.arena, descriptor.control + REMAINING, descriptor.clusters);
   }
 
@@ -208,18 +246,23 @@ export class Frame {
    */
   beforeWrite(offset: number, length: number): void {
     if (length === 0 || this.broken) return;
-    const { clusterSize, states, cbwTimeoutMs = 0 } = this.descriptor;
+    const { clusterSize, clusters, states, cbwTimeoutMs = 0 } = this.descriptor;
     const { kernels } = this.#runtime;
     const deadline = cbwTimeoutMs > 0 ? performance.now() + cbwTimeoutMs : Number.POSITIVE_INFINITY;
     const end = Math.ceil((offset + length) / clusterSize);
-    let cluster = Math.floor(offset / clusterSize);
+    const first = Math.floor(offset / clusterSize);
+    let cluster = first;
     for (;;) {
       cluster = kernels.clustersNextPending(states, cluster, end);
-      if (cluster < 0) return;
+      if (cluster < 0) break;
       try {
         if (deadline < Number.POSITIVE_INFINITY && performance.now() >= deadline) throw this.#late(cluster);
-        const count = kernels.clustersClaimAt(states, cluster, Math.min(end, cluster + this.#runClusters));
-        if (count > 0) this.#copyClaim(cluster, count, true);
+        const count = kernels.clustersClaimAt(
+          states,
+          cluster,
+          Math.min(end, cluster + this.#guestRunClusters),
+        );
+        if (count > 0) this.#copyClaim(cluster, count, 'guest');
         else this.#waitWhileBusy(cluster, deadline);
       } catch (error) {
         if (this.descriptor.onCbwError === 'break-snapshot') {
@@ -231,20 +274,23 @@ export class Frame {
         throw error instanceof CopyError ? error.cause : error;
       }
     }
+    kernels.bitmapSet(states + stateBytes(clusters), first, end - first);
   }
 
   /**
    * Copies the next run of the plan at or after `from`.
    *
-   * @returns where the run ended and how many bytes of data moved, or undefined when nothing is left to claim
+   * @param stepwise a run without data is no longer than one with
+   * @returns where the run ended and how many bytes of data and of zeroes it had, or undefined when nothing is left to
+   *   claim
    * @throws CopyError with the claim given back
    */
-  copyNext(from: number): { readonly end: number; readonly bytes: number } | undefined {
+  copyNext(from: number, stepwise = false): CopiedRun | undefined {
     const { states, clusters } = this.descriptor;
     const { kernels } = this.#runtime;
     const first = kernels.clustersClaimNext(states, from, clusters, this.#runClusters);
     if (first < 0) return undefined;
-    return this.#copyClaim(first, kernels.claimedCount, false);
+    return this.#copyClaim(first, kernels.claimedCount, stepwise ? 'step' : 'run');
   }
 
   /**
@@ -401,28 +447,37 @@ export class Frame {
   }
 
   /** Copies clusters this thread holds `busy`; those it could not copy are `todo` again. */
-  #copyClaim(first: number, count: number, guest: boolean): { end: number; bytes: number } {
+  #copyClaim(first: number, count: number, how: 'guest' | 'run' | 'step'): CopiedRun {
     const { states, clusterSize, clusters, length } = this.descriptor;
     const { kernels } = this.#runtime;
     const sparseRun = Math.ceil(SPARSE_RUN_BYTES / clusterSize);
     let cluster = first;
     let end = first + count;
     let bytes = 0;
+    let zeroes = 0;
     try {
       while (cluster < end) {
         const run = this.#classify(cluster, end);
-        if (run.kind === 'data') bytes += this.#copyData(cluster, run.count, guest);
+        if (run.kind === 'data') bytes += this.#copyData(cluster, run.count, how === 'guest');
         else this.#passOver(cluster, run.count, run.kind);
+        if (run.kind === 'zero') zeroes += run.count * clusterSize;
         cluster += run.count;
-        if (run.kind === 'data' || cluster < end || guest) continue;
+        if (how === 'step' && cluster < end && run.kind !== 'skip') {
+          // The rest waits for its turn.
+          this.#release(cluster, end - cluster);
+          end = cluster;
+          break;
+        }
+        if (run.kind === 'data' || cluster < end || how !== 'run') continue;
         // A hole usually goes on: follow it in growing steps. What the status says of a cluster before it is
         // claimed still holds once the claim succeeds, since `todo` means unchanged since the instant.
         for (let step = this.#runClusters; end < clusters; step = Math.min(step * 16, sparseRun)) {
-          const beyond = this.#kindAt(end * clusterSize, Math.min((end + step) * clusterSize, length));
-          const whole = this.#wholeClusters(end * clusterSize, beyond.length);
-          const claimed = beyond.kind === run.kind ? kernels.clustersClaimAt(states, end, end + whole) : 0;
+          const beyond = this.#kindBeyond(end * clusterSize, Math.min((end + step) * clusterSize, length));
+          const whole = this.#wholeClusters(end * clusterSize, beyond?.length ?? 0);
+          const claimed = beyond?.kind === run.kind ? kernels.clustersClaimAt(states, end, end + whole) : 0;
           end += claimed;
           if (claimed > 0) this.#passOver(cluster, claimed, run.kind);
+          if (run.kind === 'zero') zeroes += claimed * clusterSize;
           cluster = end;
           if (claimed < step) break;
         }
@@ -431,7 +486,7 @@ export class Frame {
       this.#release(cluster, end - cluster);
       throw error;
     }
-    return { end, bytes };
+    return { end, bytes, zeroes };
   }
 
   #passOver(cluster: number, count: number, kind: 'skip' | 'zero'): void {
@@ -444,6 +499,7 @@ export class Frame {
     const bytes = Math.min(count * clusterSize, length - start);
     if (!targetReadsZero) this.#onTarget(() => this.target.writeZeroes(start, bytes, true));
     const last = start + bytes === length ? length - (cluster + count - 1) * clusterSize : clusterSize;
+    this.#discardSource(start, bytes);
     this.#count('checksum', this.#runtime.kernels.zeroLeaves(clusterSize, last, cluster, count));
     this.#count('zero', count);
     this.#finish(cluster, count, CLUSTER_DONE);
@@ -467,6 +523,7 @@ export class Frame {
       if (zero > 0 && !targetReadsZero) this.#zeroUnits(start, bytes, count);
       if (zero < count) written = this.#writeData(start, bytes);
     });
+    this.#discardSource(start, bytes);
     this.#count('checksum', leaves);
     this.#count('bytesRead', bytes);
     this.#count('bytesWritten', written);
@@ -524,6 +581,17 @@ export class Frame {
       const from = unit * clusterSize;
       this.target.writeZeroes(start + from, Math.min(end * clusterSize, bytes) - from, true);
       unit = end < count ? kernels.bitmapNextSet(mask, end, count) : -1;
+    }
+  }
+
+  /** While the clusters are still held: no guest has anything of its own there. */
+  #discardSource(start: number, bytes: number): void {
+    if (this.descriptor.discardSource !== true) return;
+    try {
+      this.#source.discard(start, bytes);
+    } catch (error) {
+      // It only takes space for longer.
+      if (!(error instanceof StillframeError)) throw error;
     }
   }
 
@@ -588,6 +656,16 @@ export class Frame {
       if (kind === 'data') break;
     }
     return { kind: kind ?? 'data', length: position - start };
+  }
+
+  /** The same of clusters that are not claimed: of some nothing can be said any more, since another thread was there. */
+  #kindBeyond(start: number, stop: number): { readonly kind: Kind; readonly length: number } | undefined {
+    try {
+      return this.#kindAt(start, stop);
+    } catch (error) {
+      if (error instanceof CopyError) return undefined;
+      throw error;
+    }
   }
 
   #extentAt(offset: number, length: number): { readonly kind: Kind; readonly length: number } {

@@ -18,7 +18,7 @@ const STATUS_BYTES = 64 * 1024 * 1024;
 /**
  * The drive as a frame holds it: what was saved comes from the frame's target, the rest from the live disk, which has
  * not changed there since the instant. What is read from the disk is kept from being changed for as long as that takes.
- * Clusters that are not in the frame's plan are not there to be read; their status says that nothing is allocated.
+ * Clusters that are not in the frame's plan, or were discarded, cannot be read.
  */
 export class SnapshotAccess implements BlockNode {
   readonly descriptor: NodeDescriptor;
@@ -44,7 +44,8 @@ export class SnapshotAccess implements BlockNode {
     for (let at = offset; at < end; ) {
       const { found, stop } = this.#run(at, end);
       const to = pointer + at - offset;
-      if (found !== 'live') this.#frame.target.read(at, to, stop - at);
+      if (found === 'nowhere') throw this.#gone(at);
+      if (found === 'saved') this.#frame.target.read(at, to, stop - at);
       else this.#disk.undisturbed(at, stop - at, () => this.#readHeld(at, to, stop));
       at = stop;
     }
@@ -55,6 +56,7 @@ export class SnapshotAccess implements BlockNode {
   #readHeld(offset: number, pointer: number, end: number): void {
     for (let at = offset; at < end; ) {
       const { found, stop } = this.#run(at, end);
+      if (found === 'nowhere') throw this.#gone(at);
       const node = found === 'live' ? this.#disk.node : this.#frame.target;
       node.read(at, pointer + at - offset, stop - at);
       at = stop;
@@ -97,7 +99,10 @@ export class SnapshotAccess implements BlockNode {
   }
 
   #extent(found: 'live' | 'saved' | 'nowhere', offset: number, length: number): Extent {
-    if (found === 'nowhere') return { length, flags: 0, hostOffset: -1 };
+    if (found === 'nowhere') {
+      if (!this.#frame.descriptor.skipUnallocated) throw this.#gone(offset);
+      return { length, flags: 0, hostOffset: -1 };
+    }
     // Of frames that plan only what the topmost image holds, what is saved was there.
     const top = found === 'live' && this.#frame.descriptor.skipUnallocated;
     const node = found === 'live' ? this.#disk.node : this.#frame.target;
@@ -121,12 +126,24 @@ export class SnapshotAccess implements BlockNode {
     this.#refuse();
   }
 
-  discard(): void {
-    this.#refuse();
+  /** Nobody will want the range any more: whole clusters of it are not held from now on (QEMU's `snapshot-access`). */
+  discard(offset: number, length: number): void {
+    const { clusterSize, clusters } = this.#frame.descriptor;
+    const first = Math.ceil(offset / clusterSize);
+    const end = offset + length === this.length ? clusters : Math.floor((offset + length) / clusterSize);
+    if (end > first) this.#frame.forget(first, end - first);
   }
 
   flush(): void {
     // Nothing of ours is to be made durable.
+  }
+
+  #gone(offset: number): StillframeError {
+    return new StillframeError(
+      'ERR_STILLFRAME_PERMISSION',
+      `'${this.#disk.descriptor.node.path}', as it is frozen, cannot be read at ${offset}: that place is not held, or was given up`,
+      { errno: 'EACCES' },
+    );
   }
 
   #refuse(): never {

@@ -560,9 +560,14 @@ export function storeBitmaps(
   file: FileNode,
   metadata: Metadata,
 ): void {
-  const kept = bitmapsOf(runtime, descriptor)
+  const persistent = bitmapsOf(runtime, descriptor)
     .all()
     .filter((bitmap) => bitmap.persistent);
+  // As QEMU stores them: those that were there in their order, then new ones, the youngest first.
+  const kept = [
+    ...persistent.filter(({ place }) => place >= 0).sort((one, other) => one.place - other.place),
+    ...persistent.filter(({ place }) => place < 0).reverse(),
+  ];
   const { state } = metadata;
   // What is in use in a damaged image stays so.
   if (state.damaged || (kept.length === 0 && state.get('bitmapsBytes') === 0)) return;

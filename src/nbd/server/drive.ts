@@ -53,7 +53,7 @@ class FrozenDrive implements Drive {
   }
 
   discard(): void {
-    this.#node.discard();
+    this.#node.writeZeroes();
   }
 
   flush(): void {

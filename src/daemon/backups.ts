@@ -1,0 +1,250 @@
+import { basename } from 'node:path';
+import { COPY_BUFFER_BYTES } from '../block/filters/copy-before-write.js';
+import type { BackupHandle } from '../engine/backup.js';
+import type { BackupOptions } from '../engine/disk.js';
+import type { Engine, TransactionItem } from '../engine/engine.js';
+import { StillframeError } from '../errors.js';
+import { QmpError, qmpText, strerror } from '../qmp/errors.js';
+import type { ArgumentsOf } from '../qmp/schema.js';
+import type { Exports } from './exports.js';
+import type { Graph, GraphNode } from './graph.js';
+import type { JobOptions, Jobs } from './jobs.js';
+import type { PreparedSnapshot } from './snapshots.js';
+
+/** An action of a transaction before it is carried out, with what becomes of a backup. */
+export interface Prepared {
+  readonly item?: TransactionItem | undefined;
+  readonly snapshot?: PreparedSnapshot | undefined;
+  readonly job?: PreparedJob | undefined;
+}
+
+interface PreparedJob {
+  readonly id: string;
+  readonly options: JobOptions;
+  readonly node: GraphNode;
+  /** Puts the job's filter over its source, or over what that has become in the same transaction. */
+  readonly begun: (handle: BackupHandle, node: GraphNode) => void;
+  /** Monitors are told that it was created and went, where the transaction fails. */
+  readonly refused: 'created' | 'speed' | undefined;
+}
+
+type Arguments = ArgumentsOf<'drive-backup'> | ArgumentsOf<'blockdev-backup'>;
+
+/** The backup jobs that monitors ask for (QMP `drive-backup`, `blockdev-backup`). */
+export class Backups {
+  readonly #engine: Engine;
+  readonly #graph: Graph;
+  readonly #jobs: Jobs;
+  readonly #exports: Exports;
+
+  constructor(engine: Engine, graph: Graph, jobs: Jobs, exports: Exports) {
+    this.#engine = engine;
+    this.#graph = graph;
+    this.#jobs = jobs;
+    this.#exports = exports;
+  }
+
+  /** QMP `drive-backup`. @throws QmpError where it names no node, or no format of ours */
+  async drive(given: ArgumentsOf<'drive-backup'>): Promise<Prepared> {
+    const node = this.#graph.lookUp(given.device);
+    const { format, mode = 'absolute-paths', target } = given;
+    if (format !== undefined && format !== 'raw' && format !== 'qcow2') {
+      throw new QmpError(`Unknown file format '${format}'`);
+    }
+    if (target === '') {
+      const verb = mode === 'existing' ? 'open' : 'create';
+      throw new QmpError(`Could not ${verb} '': No such file or directory`);
+    }
+    return await this.#prepare(given, node, undefined, {
+      target,
+      format,
+      existing: mode === 'existing',
+      // As QEMU does with what it makes.
+      force: true,
+    });
+  }
+
+  /** QMP `blockdev-backup`. @throws QmpError where it names no node */
+  async blockdev(given: ArgumentsOf<'blockdev-backup'>): Promise<Prepared> {
+    const node = this.#graph.lookUp(given.device);
+    const target = this.#graph.lookUp(given.target);
+    const disk = await this.#graph.disk(target);
+    const { path, readOnly } = target.descriptor;
+    const targetNode =
+      disk.descriptor.node.driver === 'qcow2'
+        ? disk.descriptor.node
+        : ({ driver: 'live', path, readOnly, length: disk.length, disk: disk.descriptor } as const);
+    return await this.#prepare(given, node, target, { target: target.name, targetNode });
+  }
+
+  async #prepare(
+    given: Arguments,
+    node: GraphNode,
+    target: GraphNode | undefined,
+    targetOptions: Pick<BackupOptions, 'target' | 'targetNode' | 'format' | 'existing' | 'force'>,
+  ): Promise<Prepared> {
+    const disk = await this.#graph.disk(node);
+    const { speed = 0, 'x-perf': perf } = given;
+    const id = given['job-id'] ?? node.device ?? '';
+    const nodes = told(() => this.#checkNodes(given, node, target));
+    const job = told(() => this.#checkJob(id, speed));
+    const key = {};
+    if (nodes === undefined && target !== undefined) target.users.set(key, 'target');
+    const maxWorkers = perf?.['max-workers'] ?? 0;
+    const options: BackupOptions = {
+      ...targetOptions,
+      jobId: job === undefined ? id : undefined,
+      sync: given.sync,
+      speed: Math.max(0, speed),
+      bitmap: given.bitmap,
+      bitmapMode: given['bitmap-mode'],
+      compress: given.compress,
+      workers: maxWorkers < 1 ? undefined : Math.min(maxWorkers, this.#engine.workers),
+      onSourceError: given['on-source-error'],
+      onTargetError: given['on-target-error'],
+      onCbwError: given['on-cbw-error'],
+      cbwTimeoutMs: (given['x-cbw-timeout'] ?? 0) * 1000,
+      fleece: (given['x-fleece'] ?? given['x-scratch'] !== undefined) && (given['x-scratch'] ?? true),
+      autoFinalize: given['auto-finalize'] ?? true,
+      // Until all monitors were told of its end.
+      autoDismiss: false,
+      internal: {
+        minClusterSize: perf?.['min-cluster-size'],
+        maxChunk: perf?.['max-chunk'],
+        paceZeroes: true,
+        discardSource: given['discard-source'],
+        refusals: { nodes, job },
+      },
+    };
+    let filter: GraphNode | undefined;
+    const begun = (handle: BackupHandle, source: GraphNode): void => {
+      const { kernels } = this.#engine;
+      filter = this.#graph.insertFilter(source, target, {
+        name: given['filter-node-name'],
+        key,
+        job: { ...handle.held, count: () => handle.heldCounts(kernels) },
+      });
+      this.#exports.moved(source, filter);
+    };
+    const onEnd = (): void => {
+      target?.users.delete(key);
+      if (filter !== undefined) this.#exports.moved(filter, this.#graph.removeFilter(filter));
+      filter = undefined;
+    };
+    const { autoFinalize = true } = options;
+    const autoDismiss = given['auto-dismiss'] ?? true;
+    const refused = job === undefined ? 'created' : speed < 0 ? 'speed' : undefined;
+    return {
+      item: { type: 'backup', disk, options },
+      job: { id, node, options: { speed, autoFinalize, autoDismiss, onEnd }, begun, refused },
+    };
+  }
+
+  /** What QEMU looks at before and while it puts its filter over the source, in its order. */
+  #checkNodes(given: Arguments, node: GraphNode, target: GraphNode | undefined): void {
+    const { 'x-perf': perf, 'filter-node-name': filter } = given;
+    if (node === target) throw new QmpError('Source and target cannot be the same');
+    if (given.compress === true && target !== undefined && target.driver !== 'qcow2') {
+      throw new QmpError(`Compression is not supported for this drive ${target.device ?? ''}`);
+    }
+    const isOfJob = (of: GraphNode): boolean => [...of.users.values()].some((use) => use !== 'export');
+    for (const busy of [node, target]) {
+      if (busy === undefined || !isOfJob(busy)) continue;
+      const name = busy.device ?? busy.name;
+      throw new QmpError(`Node '${name}' is busy: block device is in use by block job: backup`);
+    }
+    const { 'max-workers': workers = 64, 'max-chunk': chunk = 0, 'min-cluster-size': cluster } = perf ?? {};
+    if (workers < 1 || workers > 2 ** 31 - 1) {
+      throw new QmpError('max-workers must be between 1 and 2147483647');
+    }
+    if (chunk < 0) throw new QmpError('max-chunk must be zero (which means no limit) or positive');
+    if (target !== undefined && lengthOf(node) !== lengthOf(target)) {
+      throw new QmpError('Source and target image have different sizes');
+    }
+    try {
+      if (filter !== undefined) this.#graph.checkName(filter);
+      if (target !== undefined) this.#checkTarget(target, filter);
+    } catch (error) {
+      throw new QmpError(`Could not create node: ${qmpText(error)}`);
+    }
+    if (cluster !== undefined && (cluster === 0 || !Number.isInteger(Math.log2(cluster)))) {
+      throw new QmpError('Cannot create block-copy-state: min-cluster-size needs to be a power of 2');
+    }
+    if (cluster !== undefined && cluster > COPY_BUFFER_BYTES) {
+      throw new QmpError(
+        `Cannot create block-copy-state: min-cluster-size too large: ${cluster} > ${COPY_BUFFER_BYTES}`,
+      );
+    }
+    if (given['discard-source'] === true && node.driver !== 'snapshot-access') {
+      throw new QmpError(
+        `'discard-source' is for nodes of the driver snapshot-access: nothing is discarded on '${node.name}'`,
+      );
+    }
+  }
+
+  #checkTarget(target: GraphNode, filter: string | undefined): void {
+    if (target.descriptor.readOnly) throw new QmpError('Block node is read-only');
+    const name = `node '${filter ?? this.#graph.nextImplicitName}'`;
+    this.#exports.checkWritable(target, true, { name, role: 'target' });
+  }
+
+  #checkJob(id: string, speed: number): void {
+    this.#jobs.checkFree(id);
+    if (speed < 0) throw new QmpError("Parameter 'speed' expects a non-negative value");
+  }
+
+  /** Tells of jobs that were made before something else of their transaction failed. */
+  tellOfRefused(prepared: readonly Prepared[], error: unknown): void {
+    if (!(error instanceof StillframeError) || error.action === undefined) return;
+    const { action } = error;
+    const carriedOut = prepared.filter(({ item }) => item !== undefined);
+    this.#jobs.neverStarted(carriedOut.slice(0, action).flatMap(({ job }) => job?.id ?? []));
+    const failed = carriedOut[action]?.job;
+    if (failed?.refused === 'speed' && error.message.includes("'speed'")) this.#jobs.refused(failed.id);
+  }
+}
+
+/** What `body` throws, as monitors are told. */
+function told(body: () => void): string | undefined {
+  try {
+    body();
+    return undefined;
+  } catch (error) {
+    return qmpText(error);
+  }
+}
+
+function lengthOf({ descriptor }: GraphNode): number | undefined {
+  return 'length' in descriptor ? descriptor.length : undefined;
+}
+
+/** No two jobs of a transaction have one name. */
+export function distinct(prepared: readonly Prepared[]): readonly Prepared[] {
+  const ids = new Set<string>();
+  return prepared.map((one): Prepared => {
+    const { item, job } = one;
+    if (job === undefined || item?.type !== 'backup' || !ids.has(job.id)) {
+      if (job !== undefined) ids.add(job.id);
+      return one;
+    }
+    const { internal } = item.options;
+    const refusals = { ...internal?.refusals, job: `Job ID '${job.id}' already in use` };
+    return {
+      job,
+      item: {
+        ...item,
+        options: { ...item.options, jobId: undefined, internal: { ...internal, refusals } },
+      },
+    };
+  });
+}
+
+/** An error of making or opening the target of `drive-backup`, in QEMU's words. */
+export function targetError(error: unknown, item: TransactionItem): unknown {
+  if (item.type !== 'backup' || !(error instanceof StillframeError)) return error;
+  const { target, existing, targetNode } = item.options;
+  const words = strerror(error);
+  if (words === undefined || targetNode !== undefined || !error.message.includes(basename(target)))
+    return error;
+  return new QmpError(`Could not ${existing === true ? 'open' : 'create'} '${target}': ${words}`);
+}
