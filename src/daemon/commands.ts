@@ -4,7 +4,8 @@ import type { DiskHandle } from '../engine/disk.js';
 import type { Engine, TransactionItem } from '../engine/engine.js';
 import type { FrozenDisk } from '../engine/frozen-disk.js';
 import type { JobHandle } from '../engine/job.js';
-import { QmpError, qmpText } from '../qmp/errors.js';
+import { toStillframeError } from '../errors.js';
+import { QmpError, qmpText, strerror } from '../qmp/errors.js';
 import type { Handlers, QmpEvent } from '../qmp/monitor.js';
 import type { ArgumentsOf, ArgumentsOfAction } from '../qmp/schema.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
@@ -360,6 +361,9 @@ export class Daemon {
   /** QMP `blockdev-create` */
   #create(given: ArgumentsOf<'blockdev-create'>): void {
     const { 'job-id': id, options } = given;
+    if (options['driver'] !== 'file' && options['driver'] !== 'qcow2') {
+      throw new QmpError('Driver does not support blockdev-create');
+    }
     this.jobs.checkFree(id);
     this.jobs.create(id, async () => {
       const size = Number(options['size']);
@@ -367,7 +371,12 @@ export class Daemon {
       const space = { preallocation: preallocation as CreateImageOptions['preallocation'] };
       if (options['driver'] === 'file') {
         const path = String(options['filename']);
-        await this.#engine.createImage(path, { format: 'raw', length: size, force: true, ...space });
+        try {
+          await this.#engine.createImage(path, { format: 'raw', length: size, force: true, ...space });
+        } catch (error) {
+          const words = strerror(toStillframeError(error));
+          throw words === undefined ? error : new QmpError(`Could not create '${path}': ${words}`);
+        }
         return;
       }
       const file = options['file'];

@@ -7,7 +7,7 @@ import type { QmpEvent } from '../qmp/monitor.js';
 import type { JsonObject } from '../qmp/types.js';
 
 /** How long an answer waits for what a job makes of a command, in milliseconds. */
-const SETTLE_MS = 250;
+const SETTLE_MS = 1000;
 
 /** How a job was made that its own handle does not tell. */
 export interface JobOptions {

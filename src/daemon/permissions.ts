@@ -32,7 +32,8 @@ export function checkUnblocked(node: GraphNode): void {
   if (overlay !== undefined) {
     throw new QmpError(`Node '${node.name}' is busy: node is used as backing hd of '${overlay.name}'`);
   }
-  for (const use of node.users.values()) {
+  const filtered = [...node.parents].some(({ job }) => job !== undefined);
+  for (const use of [...node.users.values(), ...(filtered ? ['source'] : [])]) {
     if (use !== 'export') {
       throw new QmpError(`Node '${node.name}' is busy: block device is in use by block job: backup`);
     }

@@ -232,7 +232,8 @@ const PREALLOCATION = ['off', 'metadata', 'falloc', 'full'] as const;
 /** How an image is made (QMP `blockdev-create`). */
 export const CREATE: UnionKind = {
   union: 'driver',
-  members: { driver: required(['file', 'qcow2']) },
+  // Only some of them can be made.
+  members: { driver: required([...Object.keys(DRIVERS), 'host_device']) },
   variants: {
     file: {
       filename: required('str'),

@@ -1,127 +1,23 @@
 /** The same sessions with our daemon and with QEMU's: answers, and the events of each job, are the same. */
-import { type ChildProcess, spawn } from 'node:child_process';
-import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
-import { afterAll, describe, expect, it } from 'vitest';
-import { CLI } from '../support/cli.js';
-import { hasPeer, run } from '../support/peers.js';
-import { type Message, QmpClient } from '../support/qmp.js';
+import { describe, it } from 'vitest';
+import type { Message } from '../support/qmp.js';
+import { hasQemu, MiB, qcow2, type Session, type Step, same, until } from '../support/sessions.js';
 
-const folder = mkdtempSync(join(tmpdir(), 'stillframe-golden-'));
-afterAll(() => rmSync(folder, { recursive: true, force: true }));
+const plays = (prepare: string, steps: readonly Step[]): Session => ({ prepare, steps, drains: true });
 
-const MiB = 1 << 20;
-
-/** A command with its arguments, or a job that is to have one of these statuses before anything else happens. */
-type Step =
-  | readonly [command: string, given?: Message]
-  | { readonly job: string; readonly is: readonly string[] };
-
-/** `null`: there is no such job. */
-const until = (job: string, ...is: readonly string[]): Step => ({ job, is });
-
-interface Played {
-  readonly answers: readonly unknown[];
-  /** Events of each job, and others. */
-  readonly events: Readonly<Record<string, readonly unknown[]>>;
-}
-
-/** Plays a session in a folder of its own. */
-async function play(
-  who: 'qemu' | 'stillframe',
-  prepare: (at: (name: string) => string) => void,
-  session: readonly Step[],
-): Promise<Played> {
-  const place = join(folder, who);
-  rmSync(place, { recursive: true, force: true });
-  mkdirSync(place);
-  prepare((name) => join(place, name));
-  const [command, ...words] = who === 'qemu' ? ['qemu-storage-daemon'] : [process.execPath, CLI, 'daemon'];
-  const options = ['--chardev', 'socket,id=c,path=q.sock,server=on,wait=off', '--monitor', 'c'];
-  const daemon: ChildProcess = spawn(command ?? '', [...words, ...options], {
-    cwd: place,
-    stdio: ['ignore', 'ignore', 'pipe'],
-  });
-  let said = '';
-  daemon.stderr?.on('data', (data) => {
-    said += String(data);
-  });
-  const ended = new Promise<number | null>((resolve) => daemon.once('exit', resolve));
-  const client = await QmpClient.connect(join(place, 'q.sock'));
-  const answers: unknown[] = [];
-  for (const step of [['qmp_capabilities'] as const, ...session, ['quit'] as const]) {
-    if ('job' in step) await settle(client, step.job, step.is);
-    else {
-      const [execute, given = {}] = step;
-      const answer = await client.send(JSON.stringify({ execute, arguments: given }));
-      answers.push({ execute, given, answer: normalise(answer) });
-    }
-  }
-  expect(await ended, said).toBe(0);
-  const events: Record<string, unknown[]> = {};
-  for (const { event, data } of client.messages) {
-    if (event === undefined) continue;
-    const { id, device } = (data ?? {}) as Message;
-    const key = String(id ?? device ?? '');
-    events[key] = [...(events[key] ?? []), { event, data }];
-  }
-  client.close();
-  return { answers, events };
-}
-
-/** Resolves when a job has one of these statuses, and events of it had time to come. */
-async function settle(client: QmpClient, job: string, statuses: readonly string[]): Promise<void> {
-  for (;;) {
-    const jobs = (await client.execute('query-jobs')) as readonly Message[];
-    const found = jobs.find(({ id }) => id === job);
-    if (statuses.includes(String(found?.['status'] ?? null))) break;
-    await new Promise((resolve) => setTimeout(resolve, 20));
-  }
-  await new Promise((resolve) => setTimeout(resolve, 30));
-}
-
-/** Names that nobody chose, what a file system makes of a file, and flags that we set later, are no matter. */
-function normalise(answer: unknown): unknown {
-  const text = JSON.stringify(answer, (key, value) => {
-    if (key === 'actual-size') return undefined;
-    if (key === 'flags' && Array.isArray(value)) return value.filter((flag) => flag !== 'in-use');
-    return value;
-  });
-  return JSON.parse(text.replaceAll(/#block\d+/g, '#block'));
-}
-
-async function same(
-  prepare: (at: (name: string) => string) => void,
-  session: readonly Step[],
-): Promise<void> {
-  const theirs = await play('qemu', prepare, session);
-  const ours = await play('stillframe', prepare, session);
-  expect(ours.answers).toEqual(theirs.answers);
-  expect(ours.events).toEqual(theirs.events);
-}
-
-const qcow2 = (name: string): Message => ({
-  driver: 'qcow2',
-  'node-name': name,
-  file: { driver: 'file', filename: `${name}.qcow2` },
-});
-
-describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasPeer('qemu-io'))(
-  'a session',
-  () => {
-    it('with nodes, exports and the verbs of a job', async () => {
-      const job = { id: 'j' };
-      await same(
-        (at) => {
-          run('qemu-img', ['create', '-q', '-f', 'qcow2', at('base.qcow2'), '4M']);
-          run('sh', ['-c', `cd ${at('.')} && qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 d.qcow2`]);
-          run('qemu-img', ['bitmap', '--add', at('d.qcow2'), 'pb']);
-          run('qemu-img', ['create', '-q', '-f', 'qcow2', at('t.qcow2'), '4M']);
-          run('qemu-io', ['-c', 'write -P 1 0 1M', at('d.qcow2')]);
-        },
+describe.skipIf(!hasQemu())('a session', () => {
+  it('with nodes, exports and the verbs of a job', async () => {
+    const job = { id: 'j' };
+    await same(
+      plays(
+        `
+          qemu-img create -q -f qcow2 base.qcow2 4M
+          qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 d.qcow2
+          qemu-img bitmap --add d.qcow2 pb
+          qemu-img create -q -f qcow2 t.qcow2 4M
+          qemu-io -c 'write -P 1 0 1M' d.qcow2 >/dev/null`,
         [
-          ['blockdev-add', qcow2('d')],
+          qcow2('d'),
           [
             'blockdev-add',
             {
@@ -206,29 +102,29 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
           ['blockdev-del', { 'node-name': 'd' }],
           ['query-named-block-nodes'],
         ],
-      );
-    });
+      ),
+    );
+  });
 
-    it('with dirty bitmaps, bitmap modes and wrong arguments', async () => {
-      const bitmap = (action: string, given: Message): Step => [`block-dirty-bitmap-${action}`, given];
-      const d = (name: string): Message => ({ node: 'd', name });
-      const backup = (given: Message): Step[] => [
-        ['blockdev-backup', { device: 'd', target: 't', 'job-id': 'j', ...given }],
-        until('j', 'null', 'pending'),
-      ];
-      const nodes: Step = ['query-named-block-nodes', { flat: true }];
-      await same(
-        (at) => {
-          run('qemu-img', ['create', '-q', '-f', 'qcow2', at('d.qcow2'), '4M']);
-          run('qemu-img', ['bitmap', '--add', at('d.qcow2'), 'pb']);
-          run('qemu-io', ['-c', 'write -P 1 0 1M', at('d.qcow2')]);
-          for (const name of ['t', 't2'])
-            run('qemu-img', ['create', '-q', '-f', 'qcow2', at(`${name}.qcow2`), '4M']);
-          run('qemu-img', ['create', '-q', '-f', 'qcow2', at('t3.qcow2'), '5M']);
-          run('qemu-img', ['create', '-q', '-f', 'raw', at('r.raw'), '4M']);
-        },
+  it('with dirty bitmaps, bitmap modes and wrong arguments', async () => {
+    const bitmap = (action: string, given: Message): Step => [`block-dirty-bitmap-${action}`, given];
+    const d = (name: string): Message => ({ node: 'd', name });
+    const backup = (given: Message): Step[] => [
+      ['blockdev-backup', { device: 'd', target: 't', 'job-id': 'j', ...given }],
+      until('j', 'null', 'pending'),
+    ];
+    const nodes: Step = ['query-named-block-nodes', { flat: true }];
+    await same(
+      plays(
+        `
+          qemu-img create -q -f qcow2 d.qcow2 4M
+          qemu-img bitmap --add d.qcow2 pb
+          qemu-io -c 'write -P 1 0 1M' d.qcow2 >/dev/null
+          for i in t t2; do qemu-img create -q -f qcow2 $i.qcow2 4M; done
+          qemu-img create -q -f qcow2 t3.qcow2 5M
+          qemu-img create -q -f raw r.raw 4M`,
         [
-          ...['d', 't', 't2', 't3'].map((name): Step => ['blockdev-add', qcow2(name)]),
+          ...['d', 't', 't2', 't3'].map((name) => qcow2(name)),
           ['blockdev-add', { driver: 'raw', 'node-name': 'r', file: { driver: 'file', filename: 'r.raw' } }],
           bitmap('add', d('b0')),
           bitmap('add', d('b0')),
@@ -299,46 +195,45 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
           ...backup({ sync: 'full', bitmap: 'b0', 'bitmap-mode': 'always' }),
           nodes,
         ],
-      );
-    });
+      ),
+    );
+  });
 
-    it('with transactions and jobs that make images', async () => {
-      const transaction = (actions: readonly Message[], properties?: Message): Step[] => [
-        ['transaction', { actions, ...(properties === undefined ? {} : { properties }) }],
-        ...actions.flatMap(({ data }): readonly Step[] => {
-          const id = (data as Message)['job-id'];
-          return id === undefined ? [] : [until(String(id), 'null', 'pending', ...statusOf(String(id)))];
-        }),
-      ];
-      // Those that wait for others, and those that never end by themselves.
-      const statusOf = (id: string): readonly string[] =>
-        id === 'a5' ? ['waiting'] : id === 'b5' ? ['running'] : [];
-      const grouped = { 'completion-mode': 'grouped' };
-      const backup = (device: string, target: string, id: string, more: Message = {}): Message => ({
-        type: 'blockdev-backup',
-        data: { device, target, sync: 'full', 'job-id': id, ...more },
-      });
-      const bitmap = (action: string, name: string): Message => ({
-        type: `block-dirty-bitmap-${action}`,
-        data: { node: 'd', name },
-      });
-      const nodes: Step = ['query-named-block-nodes', { flat: true }];
-      const create = (options: Message): Step[] => [
-        ['blockdev-create', { 'job-id': 'c', options }],
-        until('c', 'concluded'),
-        ['query-jobs'],
-        ['job-dismiss', { id: 'c' }],
-      ];
-      await same(
-        (at) => {
-          for (const name of ['d', 't', 't2']) {
-            run('qemu-img', ['create', '-q', '-f', 'qcow2', at(`${name}.qcow2`), '4M']);
-          }
-          run('qemu-io', ['-c', 'write -P 1 0 1M', at('d.qcow2')]);
-          run('qemu-img', ['create', '-q', '-f', 'raw', at('r.raw'), '4M']);
-        },
+  it('with transactions and jobs that make images', async () => {
+    const transaction = (actions: readonly Message[], properties?: Message): Step[] => [
+      ['transaction', { actions, ...(properties === undefined ? {} : { properties }) }],
+      ...actions.flatMap(({ data }): readonly Step[] => {
+        const id = (data as Message)['job-id'];
+        return id === undefined ? [] : [until(String(id), 'null', 'pending', ...statusOf(String(id)))];
+      }),
+    ];
+    // Those that wait for others, and those that never end by themselves.
+    const statusOf = (id: string): readonly string[] =>
+      id === 'a5' ? ['waiting'] : id === 'b5' ? ['running'] : [];
+    const grouped = { 'completion-mode': 'grouped' };
+    const backup = (device: string, target: string, id: string, more: Message = {}): Message => ({
+      type: 'blockdev-backup',
+      data: { device, target, sync: 'full', 'job-id': id, ...more },
+    });
+    const bitmap = (action: string, name: string): Message => ({
+      type: `block-dirty-bitmap-${action}`,
+      data: { node: 'd', name },
+    });
+    const nodes: Step = ['query-named-block-nodes', { flat: true }];
+    const create = (options: Message): Step[] => [
+      ['blockdev-create', { 'job-id': 'c', options }],
+      until('c', 'concluded'),
+      ['query-jobs'],
+      ['job-dismiss', { id: 'c' }],
+    ];
+    await same(
+      plays(
+        `
+          for i in d t t2; do qemu-img create -q -f qcow2 $i.qcow2 4M; done
+          qemu-io -c 'write -P 1 0 1M' d.qcow2 >/dev/null
+          qemu-img create -q -f raw r.raw 4M`,
         [
-          ...['d', 't', 't2'].map((name): Step => ['blockdev-add', qcow2(name)]),
+          ...['d', 't', 't2'].map((name) => qcow2(name)),
           ['blockdev-add', { driver: 'raw', 'node-name': 'r', file: { driver: 'file', filename: 'r.raw' } }],
           ...transaction([{ type: 'abort', data: {} }]),
           ...transaction([{ type: 'nope', data: {} }]),
@@ -386,53 +281,54 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
           ['drive-backup', { device: 'd', target: 'no', sync: 'full', mode: 'existing', 'job-id': 'x2' }],
           ['drive-backup', { device: 'd', target: 'db2', sync: 'full', format: 'bogus', 'job-id': 'x2' }],
         ],
-      );
-    });
+      ),
+    );
+  });
 
-    it('with errors of the target under every policy', async () => {
-      const steps = (['report', 'stop', 'enospc', 'auto'] as const).flatMap((policy) =>
-        [5, 28].flatMap((errno): Step[] => {
-          const id = `${policy}${errno}`;
-          const stops = policy === 'stop' || (errno === 28 && policy !== 'report');
-          return [
-            [
-              'blockdev-add',
-              {
-                driver: 'blkdebug',
-                'node-name': `bd-${id}`,
-                image: { driver: 'null-co', size: 65536 },
-                'inject-error': [{ event: 'none', iotype: 'write', errno, once: true }],
-              },
-            ],
-            [
-              'blockdev-backup',
-              {
-                ...{ device: 'r', target: `bd-${id}`, sync: 'full', 'job-id': id, 'auto-dismiss': false },
-                'on-target-error': policy,
-                // Nobody else has another try at what has failed.
-                'x-perf': { 'max-workers': 1 },
-              },
-            ],
-            until(id, stops ? 'paused' : 'concluded'),
-            ['query-jobs'],
-            ['query-block-jobs'],
-            ...(stops
-              ? ([['job-resume', { id }], until(id, 'concluded'), ['query-jobs']] satisfies readonly Step[])
-              : []),
-            ['job-dismiss', { id }],
-          ];
-        }),
-      );
-      await same(
-        (at) => {
-          run('qemu-img', ['create', '-q', '-f', 'raw', at('r.raw'), '64k']);
-          run('qemu-io', ['-f', 'raw', '-c', 'write -P 1 0 64k', at('r.raw')]);
-        },
+  it('with errors of the target under every policy', async () => {
+    const steps = (['report', 'stop', 'enospc', 'auto'] as const).flatMap((policy) =>
+      [5, 28].flatMap((errno): Step[] => {
+        const id = `${policy}${errno}`;
+        const stops = policy === 'stop' || (errno === 28 && policy !== 'report');
+        return [
+          [
+            'blockdev-add',
+            {
+              driver: 'blkdebug',
+              'node-name': `bd-${id}`,
+              image: { driver: 'null-co', size: 65536 },
+              'inject-error': [{ event: 'none', iotype: 'write', errno, once: true }],
+            },
+          ],
+          [
+            'blockdev-backup',
+            {
+              ...{ device: 'r', target: `bd-${id}`, sync: 'full', 'job-id': id, 'auto-dismiss': false },
+              'on-target-error': policy,
+              // Nobody else has another try at what has failed.
+              'x-perf': { 'max-workers': 1 },
+            },
+          ],
+          until(id, stops ? 'paused' : 'concluded'),
+          ['query-jobs'],
+          ['query-block-jobs'],
+          ...(stops
+            ? ([['job-resume', { id }], until(id, 'concluded'), ['query-jobs']] satisfies readonly Step[])
+            : []),
+          ['job-dismiss', { id }],
+        ];
+      }),
+    );
+    await same(
+      plays(
+        `
+          qemu-img create -q -f raw r.raw 64k
+          qemu-io -f raw -c 'write -P 1 0 64k' r.raw >/dev/null`,
         [
           ['blockdev-add', { driver: 'raw', 'node-name': 'r', file: { driver: 'file', filename: 'r.raw' } }],
           ...steps,
         ],
-      );
-    });
-  },
-);
+      ),
+    );
+  });
+});

@@ -318,10 +318,10 @@ export const mutants: readonly Mutant[] = [
     find: `      this.#release(cluster, end - cluster);
       throw error;
     }
-    return { end, bytes };`,
+    return { end, bytes, zeroes };`,
     replace: `      throw error;
     }
-    return { end, bytes };`,
+    return { end, bytes, zeroes };`,
   },
   {
     name: 'skipped-remain',
@@ -338,7 +338,7 @@ export const mutants: readonly Mutant[] = [
     name: 'hole-swallows-data',
     what: 'data behind a hole is passed over with it',
     file: FRAME,
-    find: 'const claimed = beyond.kind === run.kind ? kernels.clustersClaimAt(states, end, end + whole) : 0;',
+    find: 'const claimed = beyond?.kind === run.kind ? kernels.clustersClaimAt(states, end, end + whole) : 0;',
     replace: 'const claimed = kernels.clustersClaimAt(states, end, end + Math.max(1, whole));',
   },
   {
@@ -625,10 +625,8 @@ export const mutants: readonly Mutant[] = [
     name: 'instant-not-looked-at-again',
     what: 'what was saved while a read of the instant waited is read from the live disk',
     file: SNAPSHOT,
-    find: `const { found, stop } = this.#run(at, end);
-      const node = found === 'live' ? this.#disk.node : this.#frame.target;`,
-    replace: `const { stop } = this.#run(at, end);
-      const node = this.#disk.node;`,
+    find: "const node = found === 'live' ? this.#disk.node : this.#frame.target;\n      node.read",
+    replace: 'const node = this.#disk.node;\n      node.read',
     tests: [...threads, ...fleece],
   },
   {
@@ -645,10 +643,10 @@ export const mutants: readonly Mutant[] = [
     name: 'forgotten-too-early',
     what: 'guests need not save any more what is about to be copied',
     file: FRAME,
-    find: 'return this.#copyClaim(first, kernels.claimedCount, false);',
+    find: "return this.#copyClaim(first, kernels.claimedCount, stepwise ? 'step' : 'run');",
     replace: `const claimed = kernels.claimedCount;
     this.#holder?.forget(first, claimed);
-    return this.#copyClaim(first, claimed, false);`,
+    return this.#copyClaim(first, claimed, 'run');`,
     tests: fleece,
   },
   {
@@ -671,8 +669,9 @@ export const mutants: readonly Mutant[] = [
     name: 'not-in-the-plan',
     what: 'what guests wrote first is taken for a part of the topmost image',
     file: SNAPSHOT,
-    find: "if (found === 'nowhere') return { length, flags: 0, hostOffset: -1 };",
-    replace: '',
+    find: `      return { length, flags: 0, hostOffset: -1 };
+    }`,
+    replace: '    }',
     tests: fleece,
   },
   {

@@ -3,9 +3,12 @@
  * in common: answers, what commands of the shell print, and the events of each job in their order.
  */
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
-import { mkdirSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { expect } from 'vitest';
 import { CLI } from './cli.js';
+import { hasPeer } from './peers.js';
 import { type Message, QmpClient } from './qmp.js';
 
 export const KiB = 1024;
@@ -16,15 +19,98 @@ export const MiB = 1024 * KiB;
  * that is to have come since the step before; or a line for the shell in the session's folder.
  */
 export type Step =
-  | readonly [command: string, given?: Message]
+  | Command
   | { readonly job: string; readonly is: readonly string[] }
   | { readonly event: string; readonly data: Message }
   | { readonly sh: string };
+
+export type Command = readonly [command: string, given?: Message];
 
 /** `null`: there is no such job, or no more. */
 export const until = (job: string, ...is: readonly string[]): Step => ({ job, is });
 export const event = (name: string, data: Message = {}): Step => ({ event: name, data });
 export const sh = (line: string): Step => ({ sh: line });
+
+/** A node with an image of its own name. */
+export const qcow2 = (name: string, more: Message = {}): Command => [
+  'blockdev-add',
+  { driver: 'qcow2', 'node-name': name, file: { driver: 'file', filename: `${name}.qcow2` }, ...more },
+];
+export const raw = (name: string, more: Message = {}): Command => [
+  'blockdev-add',
+  { driver: 'raw', 'node-name': name, file: { driver: 'file', filename: `${name}.raw` }, ...more },
+];
+/** A node that fails requests as the rules say. */
+export const blkdebug = (name: string, image: string, ...rules: readonly Message[]): Command => [
+  'blockdev-add',
+  {
+    ...{ driver: 'blkdebug', 'node-name': name, image },
+    'inject-error': rules.map((rule) => ({ event: 'none', ...rule })),
+  },
+];
+export const del = (name: string): Command => ['blockdev-del', { 'node-name': name }];
+/** A full backup of `d` to `t` by the job `j`, but for what is said. */
+export const backup = (given: Message = {}): Command => [
+  'blockdev-backup',
+  { device: 'd', target: 't', sync: 'full', 'job-id': 'j', ...given },
+];
+export const bitmap = (action: string, name: string, more: Message = {}): Command => [
+  `block-dirty-bitmap-${action}`,
+  { node: 'd', name, ...more },
+];
+export const sha256 = (name: string, node = 'd'): Command => [
+  'x-debug-block-dirty-bitmap-sha256',
+  { node, name },
+];
+export const nodes: Step = ['query-named-block-nodes', { flat: true }];
+export const jobs: readonly Step[] = [['query-jobs'], ['query-block-jobs']];
+export const transaction = (actions: readonly unknown[], mode?: 'grouped'): Command => [
+  'transaction',
+  { actions, ...(mode === undefined ? {} : { properties: { 'completion-mode': mode } }) },
+];
+/** The same as an action of a transaction. */
+export const action = (step: Command): Message => ({
+  type: step[0],
+  data: step[1] ?? {},
+});
+/** Starts an NBD server, and exports nodes by their names for writing. */
+export const serve = (...names: readonly string[]): readonly Step[] => [
+  ['nbd-server-start', { addr: { type: 'unix', data: { path: 'n.sock' } } }],
+  ...names.map((name): Step => ['block-export-add', { ...exported(name), writable: true }]),
+];
+export const exported = (node: string, more: Message = {}): Message => ({
+  ...{ type: 'nbd', id: `e-${node}`, 'node-name': node },
+  ...more,
+});
+/** A client of that server. */
+export const guest = (name: string, ...commands: readonly string[]): Step => {
+  const words = commands.map((command) => `-c '${command}'`).join(' ');
+  return sh(`qemu-io -f raw ${words} 'nbd+unix:///${name}?socket=n.sock'`);
+};
+
+const NEEDED = ['qemu-storage-daemon', 'qemu-system-x86_64', 'qemu-img', 'qemu-io', 'qemu-nbd'];
+
+/** Whether QEMU is here to play the other side. */
+export function hasQemu(): boolean {
+  return NEEDED.map((tool) => hasPeer(tool)).every((present) => present);
+}
+
+/** Plays a session to both, and compares. */
+export async function same(session: Session): Promise<void> {
+  const folder = mkdtempSync(join(tmpdir(), 'stillframe-session-'));
+  try {
+    const peer = session.peer ?? 'qemu-storage-daemon';
+    const [theirs, ours] = await Promise.all([
+      play(peer, join(folder, 'qemu'), session),
+      play('stillframe', join(folder, 'ours'), session),
+    ]);
+    // One by one: what is different first is what matters.
+    for (const [index, answer] of theirs.answers.entries()) expect(ours.answers[index]).toEqual(answer);
+    expect(ours.events).toEqual(theirs.events);
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
 
 /** What QEMU's side is: its storage daemon, or (for devices and the human monitor) the emulator without a machine. */
 export type Peer = 'qemu-storage-daemon' | 'qemu-system-x86_64';
@@ -165,12 +251,18 @@ function happened(
   });
 }
 
-/** Names that nobody chose, what a file system makes of a file, and flags that we set later, are no matter. */
+/**
+ * Names that nobody chose, what a file system makes of a file, and flags that we set later, are no matter; nor is how a
+ * node with rules is called by its options.
+ */
 function normalise(answer: unknown): unknown {
   const text = JSON.stringify(answer, (key, value) => {
     if (key === 'actual-size') return undefined;
     if (key === 'image' && value?.format === 'file') return { ...value, 'virtual-size': 0 };
     if (key === 'flags' && Array.isArray(value)) return value.filter((flag) => flag !== 'in-use');
+    if (value?.drv === 'blkdebug') {
+      return { ...value, file: 'rules', image: { ...value.image, filename: 'rules' } };
+    }
     return value;
   });
   return JSON.parse(text.replaceAll(/#block\d+/g, '#block'));
