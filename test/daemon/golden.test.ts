@@ -204,12 +204,12 @@ describe.skipIf(!hasQemu())('a session', () => {
       ['transaction', { actions, ...(properties === undefined ? {} : { properties }) }],
       ...actions.flatMap(({ data }): readonly Step[] => {
         const id = (data as Message)['job-id'];
-        return id === undefined ? [] : [until(String(id), 'null', 'pending', ...statusOf(String(id)))];
+        return id === undefined ? [] : [until(String(id), statusOf(String(id)))];
       }),
     ];
     // Those that wait for others, and those that never end by themselves.
-    const statusOf = (id: string): readonly string[] =>
-      id === 'a5' ? ['waiting'] : id === 'b5' ? ['running'] : [];
+    const statusOf = (id: string): string =>
+      ({ a3: 'pending', b3: 'pending', a5: 'waiting', b5: 'running' })[id] ?? 'null';
     const grouped = { 'completion-mode': 'grouped' };
     const backup = (device: string, target: string, id: string, more: Message = {}): Message => ({
       type: 'blockdev-backup',
