@@ -2,7 +2,12 @@ import { BITMAP_SET_BYTES, BitmapSet } from '../bitmap/bitmap-set.js';
 import { StillframeError } from '../errors.js';
 import { advance, load, store, waitWhile } from '../kernels/futex.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { type CopyBuffer, Frame, type FrameDescriptor } from './filters/copy-before-write.js';
+import {
+  type CopyBuffer,
+  Frame,
+  type FrameDescriptor,
+  type FrameSource,
+} from './filters/copy-before-write.js';
 import { SnapshotAccess } from './filters/snapshot-access.js';
 import { attachNode } from './graph.js';
 import type { BlockNode, HostRange, NodeDescriptor } from './node.js';
@@ -183,21 +188,27 @@ export class Disk {
 
   /** Runs `body`, which may change what the disk lies on with {@link changeRoot}, while nobody uses it. */
   exclusive<T>(body: () => T): T {
-    return this.drained(() => {
-      const { arena } = this.#runtime;
-      store(arena, this.#control + CHANGING, 1);
-      try {
-        for (;;) {
-          const sequence = load(arena, this.#control + SEQUENCE);
-          if (load(arena, this.#control + USERS) === 0) break;
-          waitWhile(arena, this.#control + SEQUENCE, sequence);
-        }
-        return this.#holding(body);
-      } finally {
-        store(arena, this.#control + CHANGING, 0);
-        advance(arena, this.#control + SEQUENCE);
-      }
-    });
+    const { arena } = this.#runtime;
+    const changing = (this.#control + CHANGING) >> 2;
+    this.#sequenced(() => Atomics.compareExchange(arena.i32, changing, 0, 1) === 0);
+    try {
+      // Before the drain: a user may be on its way to a request that the drain would keep out.
+      this.#sequenced(() => load(arena, this.#control + USERS) === 0);
+      return this.drained(body);
+    } finally {
+      store(arena, this.#control + CHANGING, 0);
+      advance(arena, this.#control + SEQUENCE);
+    }
+  }
+
+  /** Blocks until `attempt` says true. */
+  #sequenced(attempt: () => boolean): void {
+    const { arena } = this.#runtime;
+    for (;;) {
+      const sequence = load(arena, this.#control + SEQUENCE);
+      if (attempt()) return;
+      waitWhile(arena, this.#control + SEQUENCE, sequence);
+    }
   }
 
   /**
@@ -298,7 +309,8 @@ export class Disk {
     return this.#requests.drained(() => {
       this.#held = true;
       try {
-        return body();
+        // Whoever waits to change what the disk lies on waits for this as well.
+        return this.#holding(body);
       } finally {
         this.#held = false;
       }
@@ -419,11 +431,12 @@ export class Disk {
   attachFrame(descriptor: FrameDescriptor): Frame {
     const target = attachNode(this.#runtime, descriptor.target);
     if (descriptor.holder === undefined) {
-      return new Frame(this.#runtime, descriptor, this.node, target, this.#buffer());
+      return new Frame(this.#runtime, descriptor, this, target, this.#buffer());
     }
     const holder = this.attachFrame(descriptor.holder);
     const instant = new SnapshotAccess(this.#runtime, this, holder);
-    return new Frame(this.#runtime, descriptor, instant, target, this.#buffer(), holder);
+    const source: FrameSource = { use: (body) => body(instant) };
+    return new Frame(this.#runtime, descriptor, source, target, this.#buffer(), holder);
   }
 
   #check(what: string, offset: number, length: number): void {

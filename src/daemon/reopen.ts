@@ -61,7 +61,10 @@ export async function reopenNodes(
 ): Promise<void> {
   const wanted = list.flatMap((options) => nodesIn(graph, options));
   const reopenings = wanted.map(([node, options]) => prepare(graph, objects, node, options));
-  for (const { node, readOnly } of reopenings) checkWriters(node, readOnly);
+  for (const { node, readOnly } of reopenings) {
+    checkWriters(node, readOnly);
+    checkNoTarget(node);
+  }
   if (reopenings.length === 0) return;
   const nodes = reopenings.flatMap(({ node, children }) => [
     node,
@@ -198,6 +201,14 @@ function prepareChild(
 /** Whether a node lies on `node`, or is it. */
 function isAbove(node: GraphNode, other: GraphNode): boolean {
   return node === other || other.children.some(({ node: child }) => isAbove(node, child));
+}
+
+/** A job's threads have its target, and what that lies on, open as they are. */
+function checkNoTarget(node: GraphNode): void {
+  if ([...node.users.values()].includes('target')) {
+    throw new QmpError(`Node '${node.name}' is busy: block device is in use by block job: backup`);
+  }
+  for (const parent of node.parents) checkNoTarget(parent);
 }
 
 /** Whoever writes has to be able to go on. */

@@ -24,7 +24,7 @@ it(`${ROUNDS} backups under four clients that write over each other, 32 requests
     await engine.close();
     rmSync(folder, { recursive: true });
   }
-}, 60_000);
+}, 180_000);
 
 describe('the judge of those backups', () => {
   // Two requests for different places, the second one sent when the first one had been answered; the instant may be

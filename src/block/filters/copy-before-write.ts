@@ -175,12 +175,17 @@ export function freeFrame(
   if (frame.holder !== undefined) freeFrame(runtime, frame.holder);
 }
 
+/** Where a frame's old data is read from: what a disk lies on, which stays the same for as long as a body runs. */
+export interface FrameSource {
+  use<T>(body: (node: BlockNode) => T): T;
+}
+
 /** One thread's view of a frame. */
 export class Frame {
   readonly descriptor: FrameDescriptor;
   readonly target: BlockNode;
   readonly #runtime: Runtime;
-  readonly #source: BlockNode;
+  readonly #source: FrameSource;
   readonly #buffer: CopyBuffer;
   readonly #holder: Frame | undefined;
   readonly #runClusters: number;
@@ -191,7 +196,7 @@ export class Frame {
   constructor(
     runtime: Runtime,
     descriptor: FrameDescriptor,
-    source: BlockNode,
+    source: FrameSource,
     target: BlockNode,
     buffer: CopyBuffer,
     holder?: Frame,
@@ -288,9 +293,10 @@ export class Frame {
   copyNext(from: number, stepwise = false): CopiedRun | undefined {
     const { states, clusters } = this.descriptor;
     const { kernels } = this.#runtime;
-    const first = kernels.clustersClaimNext(states, from, clusters, this.#runClusters);
-    if (first < 0) return undefined;
-    return this.#copyClaim(first, kernels.claimedCount, stepwise ? 'step' : 'run');
+    return this.#source.use(() => {
+      const first = kernels.clustersClaimNext(states, from, clusters, this.#runClusters);
+      return first < 0 ? undefined : this.#copyClaim(first, kernels.claimedCount, stepwise ? 'step' : 'run');
+    });
   }
 
   /**
@@ -300,6 +306,10 @@ export class Frame {
    * @returns where to go on, or undefined when the end was reached
    */
   scanNext(from: number): number | undefined {
+    return this.#source.use(() => this.#scan(from));
+  }
+
+  #scan(from: number): number | undefined {
     const { states, clusters } = this.descriptor;
     const { kernels } = this.#runtime;
     const first = kernels.clustersClaimNext(states, from, clusters, SCAN_CLUSTERS);
@@ -512,7 +522,7 @@ export class Frame {
     const start = cluster * clusterSize;
     const bytes = Math.min(count * clusterSize, length - start);
     try {
-      this.#source.read(start, data, bytes);
+      this.#source.use((node) => node.read(start, data, bytes));
     } catch (error) {
       throw new CopyError('read', error);
     }
@@ -671,11 +681,11 @@ export class Frame {
   #extentAt(offset: number, length: number): { readonly kind: Kind; readonly length: number } {
     try {
       if (this.descriptor.skipUnallocated) {
-        const own = this.#source.status(offset, length);
+        const own = this.#source.use((node) => node.status(offset, length));
         if ((own.flags & STATUS_ALLOCATED) === 0) return { kind: 'skip', length: own.length };
         return { kind: own.flags & STATUS_ZERO ? 'zero' : 'data', length: own.length };
       }
-      const extent = chainStatus(this.#source, offset, length);
+      const extent = this.#source.use((node) => chainStatus(node, offset, length));
       return { kind: extent.flags & STATUS_ZERO ? 'zero' : 'data', length: extent.length };
     } catch (error) {
       throw new CopyError('read', error);
