@@ -598,7 +598,7 @@ export class Frame {
   #discardSource(start: number, bytes: number): void {
     if (this.descriptor.discardSource !== true) return;
     try {
-      this.#source.discard(start, bytes);
+      this.#source.use((node) => node.discard(start, bytes));
     } catch (error) {
       // It only takes space for longer.
       if (!(error instanceof StillframeError)) throw error;
