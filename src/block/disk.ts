@@ -257,6 +257,25 @@ export class Disk {
     this.mutate('write', offset, length, (node) => node.write(offset, pointer, length));
   }
 
+  /** As {@link BlockNode.writeCompressed}, with the errors that QEMU has. */
+  writeCompressed(offset: number, pointer: number, length: number): void {
+    this.mutate('write', offset, length, (node) => {
+      const { clusterSize = 1 } = node;
+      const whole =
+        offset % clusterSize === 0 && (length % clusterSize === 0 || offset + length === node.length);
+      if (whole && node.writeCompressed !== undefined) {
+        node.writeCompressed(offset, pointer, length);
+        return;
+      }
+      const errno = node.writeCompressed === undefined ? 'ENOTSUP' : 'EINVAL';
+      throw new StillframeError(
+        'ERR_STILLFRAME_INVALID_ARGUMENT',
+        `cannot write ${length} bytes at ${offset} of '${node.descriptor.path}' compressed: ${errno}`,
+        { errno },
+      );
+    });
+  }
+
   writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
     this.mutate('write zeroes', offset, length, (node) => node.writeZeroes(offset, length, mayUnmap));
   }

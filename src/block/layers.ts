@@ -1,7 +1,8 @@
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import type { DiskDescriptor } from './disk.js';
-import { type BlkdebugRule, blkdebugBytes, resetBlkdebug } from './filters/blkdebug.js';
+import type { BlkdebugLimits } from './filters/blkdebug.js';
+import { type BlkdebugRule, BlkdebugState, blkdebugBytes } from './filters/blkdebug-state.js';
 import type { FrameDescriptor } from './filters/copy-before-write.js';
 import { checkParent, foreignDescriptor, openForeign } from './foreign/index.js';
 import {
@@ -49,7 +50,12 @@ export type Layer =
     }
   | { readonly driver: ForeignName; readonly file: NodeDescriptor }
   | { readonly driver: 'throttle'; readonly child: NodeDescriptor; readonly group: number }
-  | { readonly driver: 'blkdebug'; readonly child: NodeDescriptor; readonly rules: readonly BlkdebugRule[] }
+  | {
+      readonly driver: 'blkdebug';
+      readonly child: NodeDescriptor;
+      readonly rules: readonly BlkdebugRule[];
+      readonly limits: BlkdebugLimits;
+    }
   | { readonly driver: 'compress'; readonly child: NodeDescriptor }
   | { readonly driver: 'snapshot-access'; readonly disk: DiskDescriptor; readonly frame: FrameDescriptor };
 
@@ -97,10 +103,10 @@ export function openNodeLayer(runtime: Runtime, layer: Layer): NodeDescriptor {
       return { ...filterOf(runtime, child), driver: 'compress', child };
     }
     case 'blkdebug': {
-      const { child, rules } = layer;
+      const { child, rules, limits } = layer;
       const state = runtime.arena.alloc(blkdebugBytes(rules.length), 'state of a blkdebug node');
-      resetBlkdebug(runtime, state);
-      return { ...filterOf(runtime, child), driver: 'blkdebug', child, rules, state };
+      new BlkdebugState(runtime.arena, state, rules).initialise();
+      return { ...filterOf(runtime, child), driver: 'blkdebug', child, rules, limits, state };
     }
     case 'snapshot-access': {
       const { disk, frame } = layer;

@@ -3,7 +3,8 @@ import { type PlainError, StillframeError, toStillframeError } from '../errors.j
 import type { Runtime } from '../kernels/runtime.js';
 import { DISK_BITMAPS, type DiskDescriptor } from './disk.js';
 import { bitmapsOfDisk, closeDiskBitmaps, openDiskBitmaps } from './disk-bitmaps.js';
-import { blkdebugBytes, resetBlkdebug } from './filters/blkdebug.js';
+import { NO_LIMITS } from './filters/blkdebug.js';
+import { type BlkdebugRule, BlkdebugState, blkdebugBytes } from './filters/blkdebug-state.js';
 import { attachNode } from './graph.js';
 import type { NodeDescriptor, Qcow2Descriptor, RawDescriptor } from './node.js';
 import { closeQcow2, openQcow2, resizeQcow2 } from './qcow2/index.js';
@@ -129,25 +130,18 @@ function failureOf(body: () => void): PlainError | undefined {
 
 /** What stands in for an image that could not be opened again: every request fails. */
 function failedNode(runtime: Runtime, { path, length }: Qcow2Descriptor): NodeDescriptor {
-  const state = runtime.arena.alloc(blkdebugBytes(1), 'state of a node that failed');
-  resetBlkdebug(runtime, state);
+  const common = { kind: 'inject-error', event: 'none', state: 0, errno: EIO } as const;
+  const rules: readonly BlkdebugRule[] = [{ ...common, iotype: undefined, offset: undefined, once: false }];
+  const state = runtime.arena.alloc(blkdebugBytes(rules.length), 'state of a node that failed');
+  new BlkdebugState(runtime.arena, state, rules).initialise();
   return {
     driver: 'blkdebug',
     path,
     readOnly: true,
     length,
     child: { driver: 'null-co', path, readOnly: true, length, readsZero: true, latencyMs: 0 },
-    rules: [
-      {
-        kind: 'inject-error',
-        event: 'none',
-        state: undefined,
-        iotype: undefined,
-        errno: EIO,
-        offset: undefined,
-        once: false,
-      },
-    ],
+    rules,
+    limits: NO_LIMITS,
     state,
   };
 }

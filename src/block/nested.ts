@@ -1,5 +1,6 @@
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
+import type { BlkdebugEvent } from './filters/blkdebug-events.js';
 import { FilterNode } from './filters/filter.js';
 import type { BlockNode, FileNode, NestedDescriptor } from './node.js';
 
@@ -24,6 +25,14 @@ export class NestedFile extends FilterNode implements FileNode {
     const most = this.#file === undefined ? there : length;
     if (most > 0) super.read(offset, pointer, most);
     this.#runtime.arena.u8.fill(0, pointer + most, pointer + length);
+  }
+
+  override flush(): void {
+    this.child.flush();
+  }
+
+  event(name: BlkdebugEvent): void {
+    this.child.event?.(name);
   }
 
   readBytes(offset: number, bytes: Uint8Array): void {

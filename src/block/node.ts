@@ -1,5 +1,7 @@
 import type { DiskDescriptor } from './disk.js';
-import type { BlkdebugRule } from './filters/blkdebug.js';
+import type { BlkdebugLimits } from './filters/blkdebug.js';
+import type { BlkdebugEvent } from './filters/blkdebug-events.js';
+import type { BlkdebugRule } from './filters/blkdebug-state.js';
 import type { FrameDescriptor } from './filters/copy-before-write.js';
 import type { VdiLayout } from './foreign/vdi.js';
 import type { VhdxLayout } from './foreign/vhdx.js';
@@ -85,6 +87,14 @@ export interface BlockNode {
    * @returns undefined where they do not; a driver without this method has no such places
    */
   hostRange?(offset: number, length: number): HostRange | undefined;
+
+  /**
+   * Tells the node where the driver that lies on it is in its work, before it does what the event is named for. Only
+   * nodes that can fail or stop it there want to know.
+   *
+   * @throws StillframeError never: what is to fail is the next request
+   */
+  event?(name: BlkdebugEvent): void;
 
   /**
    * What this layer alone says of the range that starts at `offset`: one extent that starts there, at least 1
@@ -305,7 +315,8 @@ export interface BlkdebugDescriptor extends DescriptorBase {
   readonly child: NodeDescriptor;
   readonly length: number;
   readonly rules: readonly BlkdebugRule[];
-  /** Arena pointer to its state: see `filters/blkdebug.ts`. */
+  readonly limits: BlkdebugLimits;
+  /** Arena pointer to its state: see `filters/blkdebug-state.ts`. */
   readonly state: number;
 }
 

@@ -13,10 +13,11 @@ import { Backups, distinct, type Prepared, targetError } from './backups.js';
 import { Exports } from './exports.js';
 import { Graph } from './graph.js';
 import { GraphChanges } from './graph-changes.js';
+import { humanMonitorCommand } from './human-monitor.js';
 import { Jobs } from './jobs.js';
 import { Objects } from './objects.js';
 import { checkResizable } from './permissions.js';
-import { monitorCommand } from './qemu-io.js';
+import { QemuIo } from './qemu-io.js';
 import { Queries } from './query.js';
 import { reopenNodes } from './reopen.js';
 import { Snapshots } from './snapshots.js';
@@ -59,6 +60,12 @@ export class Daemon {
     this.#changes = new GraphChanges(engine, this.graph, (from, to) => this.exports.moved(from, to));
     this.#snapshots = new Snapshots(engine, this.graph, this.#changes);
     const { graph, jobs, exports, objects } = this;
+    const io = new QemuIo(
+      engine,
+      graph,
+      { out: (text) => process.stdout.write(text), errors: (text) => process.stderr.write(text) },
+      { resize: (node, size) => this.#resize({ 'node-name': node.name, size }) },
+    );
     const edit = (node: string, action: Parameters<DiskHandle['editBitmap']>[0]): Promise<void> =>
       this.#editBitmap(node, action);
     this.handlers = {
@@ -136,8 +143,7 @@ export class Daemon {
         jobs.blockJob(id);
         jobs.dismiss(id);
       },
-      'human-monitor-command': (given) =>
-        monitorCommand(graph, given['command-line'], (text) => process.stdout.write(text)),
+      'human-monitor-command': (given) => humanMonitorCommand(graph, io, given['command-line']),
       'x-freeze': (given) => this.#freeze(given),
       'x-thaw': (given) => this.#thaw(given),
     };
@@ -145,6 +151,8 @@ export class Daemon {
 
   /** Ends everything: jobs, exports, nodes, objects. */
   async close(): Promise<void> {
+    // Nobody could end what a breakpoint has suspended.
+    this.graph.resumeAll();
     await this.jobs.close();
     try {
       // What is no export may be a client of one: it takes its leave first.

@@ -1,7 +1,6 @@
-import { constants as osConstants } from 'node:os';
 import { resolve } from 'node:path';
 import type { DiskDescriptor } from '../block/disk.js';
-import type { BlkdebugRule, IoType } from '../block/filters/blkdebug.js';
+import { BlkdebugState } from '../block/filters/blkdebug-state.js';
 import { combineNames, IMAGE_FORMATS, type ImageFormat } from '../block/graph.js';
 import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
 import type { NodeDescriptor } from '../block/node.js';
@@ -11,6 +10,8 @@ import type { Engine } from '../engine/engine.js';
 import type { FrozenDisk } from '../engine/frozen-disk.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
+import { blkdebugOptions } from './blkdebug-options.js';
+import { Breakpoints } from './breakpoints.js';
 import type { DaemonObject, Objects } from './objects.js';
 import { checkUnblocked } from './permissions.js';
 
@@ -37,6 +38,8 @@ export interface GraphNode {
   /** Of a `copy-before-write` node: the instant it holds. */
   readonly frozen?: FrozenDisk | undefined;
   group?: DaemonObject | undefined;
+  /** Of a `blkdebug` node. */
+  readonly breakpoints?: Breakpoints | undefined;
   disk?: Promise<DiskHandle> | undefined;
   /** Somebody else has opened it and will close it. */
   readonly adopted?: true;
@@ -77,7 +80,8 @@ const PASSING: ReadonlySet<string> = new Set([
 ]);
 
 /** What opening a node gives. */
-type Opened = Pick<GraphNode, 'descriptor' | 'frozen' | 'group'> & Partial<Pick<GraphNode, 'sequence'>>;
+type Opened = Pick<GraphNode, 'descriptor' | 'frozen' | 'group' | 'breakpoints'> &
+  Partial<Pick<GraphNode, 'sequence'>>;
 
 /**
  * The name by which people know a node and can open it again: that of the file at its bottom, as it was given; `json:` and
@@ -365,6 +369,7 @@ export class Graph {
 
   /** Closes every node that nobody else uses, those on top first. */
   async close(): Promise<void> {
+    this.resumeAll();
     let failure: unknown;
     for (;;) {
       const node = this.all().find(({ parents, users }) => parents.size === 0 && users.size === 0);
@@ -378,8 +383,14 @@ export class Graph {
     if (failure !== undefined) throw failure;
   }
 
+  /** Lets everybody go on whom breakpoints have suspended, and suspends nobody any more. */
+  resumeAll(): void {
+    for (const { breakpoints } of this.all()) breakpoints?.close();
+  }
+
   async #close(node: GraphNode): Promise<void> {
     this.#nodes.delete(node.name);
+    resumeBelow(node);
     if (node.adopted === true) return;
     try {
       await node.frozen?.close();
@@ -533,8 +544,10 @@ export class Graph {
       case 'copy-on-read':
         return { descriptor: await this.#live(await child('file')) };
       case 'blkdebug': {
+        const rules = blkdebugOptions(options);
         const { descriptor: below } = await child('image');
-        return await this.#layer({ driver, child: below, rules: rulesOf(options) });
+        const opened = await this.#layer({ driver, child: below, ...rules });
+        return { ...opened, breakpoints: this.#breakpoints(opened.descriptor) };
       }
       case 'copy-before-write':
         return await this.#openCopyBeforeWrite(options, await child('file'), await child('target'));
@@ -556,6 +569,11 @@ export class Graph {
       default:
         throw new QmpError(`Unknown driver '${driver}'`);
     }
+  }
+
+  #breakpoints(descriptor: NodeDescriptor): Breakpoints | undefined {
+    if (descriptor.driver !== 'blkdebug') return undefined;
+    return new Breakpoints(new BlkdebugState(this.#engine.arena, descriptor.state, descriptor.rules));
   }
 
   async #openFile(
@@ -690,6 +708,12 @@ function replaceChild(parent: GraphNode, from: GraphNode, to: GraphNode): void {
   to.parents.add(parent);
 }
 
+/** Lets requests go on that breakpoints have suspended: a node above them is to be closed, and waits for their end. */
+function resumeBelow({ breakpoints, children }: GraphNode): void {
+  breakpoints?.release();
+  for (const { node } of children) resumeBelow(node);
+}
+
 export function isFormat(name: string): name is ImageFormat {
   return IMAGE_FORMATS.some((format) => format === name);
 }
@@ -732,32 +756,4 @@ function nbdName(options: JsonObject, objects: Objects): string {
   const place = host.includes(':') ? `[${host}]` : host;
   const query = parameters.size === 0 ? '' : `?${parameters}`;
   return `${scheme}://${place}:${String(server['port'])}/${path}${query}`;
-}
-
-const IOTYPES: readonly IoType[] = ['read', 'write', 'write-zeroes', 'discard', 'flush', 'block-status'];
-
-function rulesOf(options: JsonObject): BlkdebugRule[] {
-  const list = (key: string): JsonObject[] => {
-    const value = options[key];
-    return Array.isArray(value) ? value.filter(isObject) : [];
-  };
-  const stateOf = ({ state }: JsonObject): number | undefined =>
-    state === undefined ? undefined : Number(state);
-  const injections = list('inject-error').map((rule): BlkdebugRule => {
-    const sector = Number(rule['sector'] ?? -1);
-    return {
-      kind: 'inject-error',
-      event: String(rule['event']),
-      state: stateOf(rule),
-      iotype: IOTYPES.find((type) => type === rule['iotype']),
-      errno: Number(rule['errno'] ?? osConstants.errno.EIO),
-      offset: sector < 0 ? undefined : sector * SECTOR,
-      once: rule['once'] === true,
-    };
-  });
-  const changes = list('set-state').map((rule): BlkdebugRule => {
-    const newState = Number(rule['new_state']);
-    return { kind: 'set-state', event: String(rule['event']), state: stateOf(rule), newState };
-  });
-  return [...injections, ...changes];
 }

@@ -4,6 +4,7 @@ import type { TargetOptions } from '../backup/target.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapStatus, DiskBitmapAction } from '../block/disk-bitmaps.js';
 import type { OnCbwError } from '../block/filters/copy-before-write.js';
+import type { Extent } from '../block/node.js';
 import { closedError, StillframeError } from '../errors.js';
 import type { OnError } from '../job/job.js';
 import { type BackupHandle, startBackups } from './backup.js';
@@ -257,6 +258,16 @@ export class DiskHandle {
       if (this.#slots !== undefined) this.#engine.arena.free(this.#slots.base);
       this.#onClose();
     }
+  }
+
+  /** @internal Carries one request out as it is, on memory of the arena. */
+  request(request: GuestRequest): Promise<void> {
+    return this.#request(request);
+  }
+
+  /** @internal As `BlockNode.status` of the disk's node. */
+  status(offset: number, length: number): Promise<Extent> {
+    return this.#engine.run<Extent>({ kind: 'disk-status', disk: this.descriptor, offset, length });
   }
 
   #checkRange(what: string, offset: number, length: number): void {

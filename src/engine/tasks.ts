@@ -44,7 +44,7 @@ import { openRaw } from '../block/raw/raw.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
 import { type Links, relinkNode } from '../block/relink.js';
 import { type ResizeOptions, resizeImage } from '../block/resize.js';
-import { type PlainError, toStillframeError } from '../errors.js';
+import { type PlainError, StillframeError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
 import { Team, type TeamMemory } from '../job/team.js';
 import type { Runtime } from '../kernels/runtime.js';
@@ -89,6 +89,12 @@ export type Task =
     }
   | { readonly kind: 'thaw'; readonly disk: DiskDescriptor; readonly frozen: FrozenDescriptor }
   | { readonly kind: 'end-export'; readonly exported: ExportDescriptor }
+  | {
+      readonly kind: 'disk-status';
+      readonly disk: DiskDescriptor;
+      readonly offset: number;
+      readonly length: number;
+    }
   | { readonly kind: 'request'; readonly disk: DiskDescriptor; readonly request: GuestRequest }
   | {
       readonly kind: 'backup';
@@ -217,12 +223,19 @@ export interface OpenDiskTask extends OpenImageOptions {
 /** A request on a live disk; `pointer` is the buffer in the arena, offsets and lengths are bytes. */
 export type GuestRequest =
   | {
-      readonly op: 'read' | 'write';
+      readonly op: 'read' | 'write' | 'write-compressed';
       readonly offset: number;
       readonly pointer: number;
       readonly length: number;
     }
-  | { readonly op: 'zeroes'; readonly offset: number; readonly length: number; readonly unmap: boolean }
+  | {
+      readonly op: 'zeroes';
+      readonly offset: number;
+      readonly length: number;
+      readonly unmap: boolean;
+      /** Only where no data has to be written. */
+      readonly fast?: boolean;
+    }
   | { readonly op: 'discard'; readonly offset: number; readonly length: number }
   | { readonly op: 'flush' };
 
@@ -315,6 +328,8 @@ export class TaskRunner {
         return thaw(this.#runtime, this.#disk(task.disk), task.frozen);
       case 'end-export':
         return freeExport(this.#runtime, task.exported);
+      case 'disk-status':
+        return this.#disk(task.disk).node.status(task.offset, task.length);
       case 'request':
         return this.#request(this.#disk(task.disk), task.request);
       case 'backup':
@@ -458,7 +473,10 @@ export class TaskRunner {
         disk.write(request.offset, request.pointer, request.length);
         break;
       case 'zeroes':
-        disk.writeZeroes(request.offset, request.length, request.unmap);
+        zeroes(disk, request);
+        break;
+      case 'write-compressed':
+        disk.writeCompressed(request.offset, request.pointer, request.length);
         break;
       case 'discard':
         disk.discard(request.offset, request.length);
@@ -579,5 +597,19 @@ export class TaskRunner {
   #comparePart(task: Omit<Extract<Task, { kind: 'help-compare' }>, 'kind'>): Finding | undefined {
     const team = new Team(task.team);
     return comparePart(this.#runtime, task.comparison, team, this.#copyBuffer().data, progressTo(task.port));
+  }
+}
+
+function zeroes(
+  disk: Disk,
+  { offset, length, unmap, fast }: Extract<GuestRequest, { readonly op: 'zeroes' }>,
+): void {
+  if (fast !== true) disk.writeZeroes(offset, length, unmap);
+  else if (!disk.writeZeroesFast(offset, length, unmap)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+      `${length} bytes at ${offset} of '${disk.descriptor.node.path}' cannot be made zeroes without writing data`,
+      { errno: 'ENOTSUP' },
+    );
   }
 }

@@ -1,4 +1,5 @@
 /** Options of nodes and objects. Source: QAPI `BlockdevOptions` and its drivers (qapi/block-core.json), qapi/qom.json. */
+import { BLKDEBUG_EVENTS } from '../block/filters/blkdebug-events.js';
 import type { Kind, Members, UnionKind } from './types.js';
 
 const optional = <K extends Kind>(kind: K): { readonly kind: K; readonly optional: true } => ({
@@ -45,6 +46,8 @@ export const SOCKET_ADDRESS_LEGACY: UnionKind = {
 };
 
 const IOTYPES = ['read', 'write', 'write-zeroes', 'discard', 'flush', 'block-status'] as const;
+
+const PERMISSIONS = ['consistent-read', 'write', 'write-unchanged', 'resize'] as const;
 
 const DRIVERS: Readonly<Record<string, Members>> = {
   file: {
@@ -107,7 +110,7 @@ const DRIVERS: Readonly<Record<string, Members>> = {
     'inject-error': optional({
       list: {
         struct: {
-          event: required('str'),
+          event: required(BLKDEBUG_EVENTS),
           state: optional('int'),
           iotype: optional(IOTYPES),
           errno: optional('int'),
@@ -118,10 +121,12 @@ const DRIVERS: Readonly<Record<string, Members>> = {
       },
     }),
     'set-state': optional({
-      list: { struct: { event: required('str'), state: optional('int'), new_state: required('int') } },
+      list: {
+        struct: { event: required(BLKDEBUG_EVENTS), state: optional('int'), new_state: required('int') },
+      },
     }),
-    'take-child-perms': optional({ list: 'str' }),
-    'unshare-child-perms': optional({ list: 'str' }),
+    'take-child-perms': optional({ list: PERMISSIONS }),
+    'unshare-child-perms': optional({ list: PERMISSIONS }),
   },
   vmdk: { file: required(ref), backing: optional(refOrNull) },
   vhdx: { file: required(ref) },

@@ -7,6 +7,7 @@ import { join } from 'node:path';
 import { afterAll, afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { type CreateImageOptions, createImage } from '#src/block/create.js';
 import { DISK_CONTROL_BYTES } from '#src/block/disk.js';
+import { NO_LIMITS } from '#src/block/filters/blkdebug.js';
 import { setLimits, THROTTLE_GROUP_BYTES } from '#src/block/filters/throttle.js';
 import { attachNode, closeLayer, closeNode, openImage } from '#src/block/graph.js';
 import { openNodeLayer } from '#src/block/layers.js';
@@ -64,7 +65,8 @@ const raw =
     openNodeLayer(runtime, { driver: 'raw', file, readOnly, ...part });
 const qcow2: Above = (file, readOnly) =>
   openNodeLayer(runtime, { driver: 'qcow2', file, readOnly, backing: undefined, dataFile: undefined });
-const blkdebug: Above = (child) => openNodeLayer(runtime, { driver: 'blkdebug', child, rules: [] });
+const blkdebug: Above = (child) =>
+  openNodeLayer(runtime, { driver: 'blkdebug', child, rules: [], limits: NO_LIMITS });
 const compress: Above = (child) => openNodeLayer(runtime, { driver: 'compress', child });
 /** The group and the control block are there from the beginning, so that they are no leak. */
 const group = arena.alloc(THROTTLE_GROUP_BYTES, 'throttle group');

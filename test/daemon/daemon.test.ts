@@ -300,7 +300,7 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io') || !hasPeer('nbdcopy
       await client.execute('human-monitor-command', { 'command-line': 'qemu-io -d drive0 flush' });
       const nowhere = { 'command-line': 'qemu-io nowhere flush' };
       expect(await client.execute('human-monitor-command', nowhere)).toMatch(
-        /^Error: Cannot find device='nowhere'/,
+        /^Error: Cannot find device='' nor node-name='nowhere'/,
       );
       expect(await client.execute('human-monitor-command', { 'command-line': 'info' })).toMatch(
         /unknown command/,
@@ -308,7 +308,7 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io') || !hasPeer('nbdcopy
       expect(
         said
           .replaceAll(/\(.*\)/g, '(…)')
-          .replaceAll(/00:00:[\d.]+/g, '00')
+          .replaceAll(/00\.\d\d sec/g, '00')
           .split('\n'),
       ).toEqual([
         'wrote 65536/65536 bytes at offset 1048576',
@@ -320,9 +320,8 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io') || !hasPeer('nbdcopy
         'Pattern verification failed at offset 1048576, 65536 bytes',
         'read 65536/65536 bytes at offset 1048576',
         '64 KiB, 1 ops; 00 (…)',
-        'invalid pattern byte',
-        expect.stringMatching(/^write failed: cannot write 1 bytes at 8388608/),
-        'command "nonsense" not found',
+        '300 is not a valid pattern byte',
+        'write failed: Input/output error',
         '',
       ]);
       const nodes = (await client.execute('query-named-block-nodes')) as { 'node-name': string }[];

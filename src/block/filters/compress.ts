@@ -1,6 +1,7 @@
 import type { Runtime } from '../../kernels/runtime.js';
 import type { BlockNode, CompressDescriptor } from '../node.js';
 import { FilterNode } from './filter.js';
+import { eachRun } from './units.js';
 
 /** Writes whole clusters compressed, and parts of clusters as they are (QEMU: `compress`). */
 export class CompressNode extends FilterNode {
@@ -20,14 +21,8 @@ export class CompressNode extends FilterNode {
   }
 
   override writeUnits(offset: number, pointer: number, length: number, unit: number, skip: number): void {
-    const { kernels } = this.#runtime;
-    const units = Math.ceil(length / unit);
-    for (let first = kernels.bitmapNextClear(skip, 0, units); first >= 0; ) {
-      const next = kernels.bitmapNextSet(skip, first, units);
-      const end = next < 0 ? units : next;
-      const from = first * unit;
-      this.write(offset + from, pointer + from, Math.min(end * unit, length) - from);
-      first = end < units ? kernels.bitmapNextClear(skip, end, units) : -1;
-    }
+    eachRun(this.#runtime, length, unit, skip, (start, bytes) =>
+      this.write(offset + start, pointer + start, bytes),
+    );
   }
 }

@@ -4,7 +4,7 @@ import type { BlockNode, Extent, HostRange, NodeDescriptor } from '../node.js';
 export class FilterNode implements BlockNode {
   readonly descriptor: NodeDescriptor;
   readonly readOnly: boolean;
-  readonly clusterSize: number | undefined;
+  clusterSize: number | undefined;
   readonly backing: BlockNode | undefined;
   protected readonly child: BlockNode;
 
@@ -45,6 +45,8 @@ export class FilterNode implements BlockNode {
   }
 
   flush(): void {
+    this.child.event?.('flush_to_os');
+    this.child.event?.('flush_to_disk');
     this.child.flush();
   }
 

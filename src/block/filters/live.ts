@@ -1,5 +1,6 @@
 import type { Disk } from '../disk.js';
 import type { BlockNode, Extent, LiveDescriptor } from '../node.js';
+import type { BlkdebugEvent } from './blkdebug-events.js';
 import { FilterNode } from './filter.js';
 
 /** A live disk as another node's child: what is written passes its copy-before-write and is recorded. */
@@ -47,6 +48,10 @@ export class LiveNode extends FilterNode {
 
   override flush(): void {
     this.#disk.flush();
+  }
+
+  event(name: BlkdebugEvent): void {
+    this.#disk.use((node) => node.event?.(name));
   }
 }
 

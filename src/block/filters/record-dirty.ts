@@ -14,10 +14,10 @@ export class RecordDirty implements BlockNode {
   readonly clusterSize: number | undefined;
   readonly backing: BlockNode | undefined;
   readonly #runtime: Runtime;
-  readonly #node: Required<Omit<BlockNode, 'hostRange'>>;
+  readonly #node: Required<Omit<BlockNode, 'hostRange' | 'event'>>;
   readonly #bitmaps: BitmapSet;
 
-  constructor(runtime: Runtime, node: Required<Omit<BlockNode, 'hostRange'>>, bitmaps: BitmapSet) {
+  constructor(runtime: Runtime, node: Required<Omit<BlockNode, 'hostRange' | 'event'>>, bitmaps: BitmapSet) {
     this.descriptor = node.descriptor;
     this.length = node.length;
     this.readOnly = node.readOnly;

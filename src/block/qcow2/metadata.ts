@@ -23,6 +23,10 @@ const COMPRESSED = 1n << 62n;
 /** The bitmap of an extended entry whose subclusters all read as zeroes. */
 const ALL_ZERO = 0xffffffff00000000n;
 
+const L2_EVENTS = { load: 'l2_load', update: 'l2_update' } as const;
+/** Refcounts are looked up at many places, which have the event themselves. */
+const REFCOUNT_EVENTS = { load: undefined, update: 'refblock_update_part' } as const;
+
 /** Rows that are looked for among the free clusters before a row is made behind all others. */
 const ROW_ATTEMPTS = 64;
 
@@ -101,7 +105,7 @@ export class Metadata {
     this.#table = state.get('refcountTable');
     const places = state.get('places') / 8;
     this.#places = runtime.arena.f64.subarray(places, places + state.get('placesCount'));
-    this.l2 = new SliceCache(state, file, state.get('l2Cache'), state.get('l2Slots'), () =>
+    this.l2 = new SliceCache(state, file, state.get('l2Cache'), state.get('l2Slots'), L2_EVENTS, () =>
       this.#makeDurable(true),
     );
     this.#refcounts = new SliceCache(
@@ -109,6 +113,7 @@ export class Metadata {
       file,
       state.get('refcountCache'),
       state.get('refcountSlots'),
+      REFCOUNT_EVENTS,
       // Refcount slices may always be written.
       () => undefined,
     );
@@ -127,6 +132,7 @@ export class Metadata {
     if (readOnly) return;
     this.#refcounts.initialise();
     const [offset, entries] = [state.get('refcountTableOffset'), state.get('refcountTableEntries')];
+    this.#file.event?.('reftable_load');
     this.#file.read(offset, this.#table, entries * 8);
     const l1 = { pointer: this.#l1, entries: state.get('l1Entries'), offset: state.get('l1Offset') };
     checkApart(this.#path, this.#places, 'L1 table', l1.offset, l1.entries * 8);
@@ -183,7 +189,11 @@ export class Metadata {
       const step = Math.min(clusterSize, state.get('metaBytes'));
       if (old === 0) this.#runtime.arena.u8.fill(0, buffer, buffer + step);
       for (let done = 0; done < clusterSize; done += step) {
-        if (old !== 0) this.#file.read(old + done, buffer, step);
+        if (old !== 0) {
+          this.#file.event?.('l2_alloc_cow_read');
+          this.#file.read(old + done, buffer, step);
+        }
+        this.#file.event?.('l2_alloc_write');
         this.#file.write(fresh + done, buffer, step);
       }
     } catch (error) {
@@ -426,6 +436,11 @@ export class Metadata {
    * @throws StillframeError ERR_STILLFRAME_NO_SPACE, …_CORRUPT_IMAGE
    */
   allocate(count: number): HostRun {
+    this.#file.event?.('cluster_alloc');
+    return this.#allocate(count);
+  }
+
+  #allocate(count: number): HostRun {
     const { state } = this;
     if (state.get('freeCount') > 0) this.reap();
     let index = Math.max(1, state.get('firstFree'));
@@ -542,9 +557,10 @@ export class Metadata {
    */
   allocateBytes(bytes: number): number {
     const { state } = this;
+    this.#file.event?.('cluster_alloc_bytes');
     let at = this.#packInto('spareAt', bytes) || this.#packInto('packAt', bytes);
     if (at === 0) {
-      const fresh = this.allocate(1);
+      const fresh = this.#allocate(1);
       const open = state.get('packAt');
       const room = this.#roomAt(open);
       const short = bytes > room;
@@ -667,6 +683,7 @@ export class Metadata {
 
   /** The slot with the refcount of a cluster, whose block must exist. */
   #refcountSlice(index: number): number {
+    this.#file.event?.('refblock_load');
     const block = Math.floor(index / this.#perBlock);
     const table = this.#blockOffset(block);
     const within = index % this.#perBlock;
@@ -689,6 +706,7 @@ export class Metadata {
     if (!Number.isSafeInteger((index + this.#perBlock) * this.clusterSize)) {
       throw this.#noSpace('the file would be larger than 2^53 bytes');
     }
+    this.#file.event?.('refblock_alloc');
     const block = Math.floor(index / this.#perBlock);
     if (block >= this.state.get('refcountTableEntries')) this.#growTable(block);
     if (this.#blockOffset(block) !== 0) return;
@@ -707,6 +725,7 @@ export class Metadata {
   #makeBlock(block: number, offset: number): void {
     const { state } = this;
     this.checkOverlap(offset, this.clusterSize, 'a new refcount block');
+    this.#file.event?.('refblock_alloc_write');
     this.#writeZeroCluster(offset);
     this.#refcounts.forget(offset, offset + this.clusterSize);
     this.#runtime.arena.view.setBigUint64(this.#table + block * 8, BigInt(offset));
@@ -752,7 +771,9 @@ export class Metadata {
     this.checkOverlap(start, (blocks + tableClusters) * clusterSize, 'a larger refcount table');
     const { view, u8 } = this.#runtime.arena;
     const oldOffset = state.get('refcountTableOffset');
+    this.#file.event?.('reftable_grow');
     try {
+      this.#file.event?.('refblock_alloc_write_blocks');
       for (let index = 0; index < blocks; index++) {
         const offset = start + index * clusterSize;
         this.#writeZeroCluster(offset);
@@ -764,11 +785,13 @@ export class Metadata {
       this.#setOnes(firstCluster, blocks + tableClusters);
       this.#refcounts.writeDirty();
       const place = start + blocks * clusterSize;
+      this.#file.event?.('refblock_alloc_write_table');
       this.#file.write(place, this.#table, newEntries * 8);
       this.#sync(true);
       const buffer = state.get('metaBuffer');
       view.setBigUint64(buffer, BigInt(place));
       view.setUint32(buffer + 8, tableClusters);
+      this.#file.event?.('refblock_alloc_switch_table');
       // Twelve bytes of one sector: both fields or none.
       this.#file.write(FIELD.refcountTableOffset, buffer, 12);
       this.#sync(true);
@@ -894,6 +917,7 @@ export class Metadata {
 
   /** Takes one off the refcount of every cluster of the run; those that become free lose their space in the file. */
   lower(run: HostRun): void {
+    this.#file.event?.('cluster_free');
     const { arena } = this.#runtime;
     const first = run.offset / this.clusterSize;
     let freeFrom = -1;
@@ -953,7 +977,7 @@ export class Metadata {
     state.checkHealth();
     state.withLock(() => {
       const begin = state.get('sequence');
-      this.#round(false);
+      this.#round(false, true);
       if (this.#oldestChange() <= begin) this.#round(true);
     });
     state.checkHealth();
@@ -1013,7 +1037,8 @@ export class Metadata {
     }, hold);
   }
 
-  #round(hold: boolean): void {
+  /** @param flushing it is what a flush of the drive comes to */
+  #round(hold: boolean, flushing = false): void {
     const { state } = this;
     this.#makeDurable(hold);
     const oldestSlice = this.l2.writeDirty();
@@ -1021,6 +1046,7 @@ export class Metadata {
     // Every change before `written` is in the file now.
     const oldestL1 = state.get('l1DirtyTo') > 0 ? state.get('l1Since') : Infinity;
     const written = Math.min(oldestSlice, oldestL1, state.get('sequence') + 1);
+    if (flushing) this.#file.event?.('flush_to_disk');
     this.#sync(hold);
     const { f64 } = this.#runtime.arena;
     const first = state.get('frees') / 8;
@@ -1044,6 +1070,7 @@ export class Metadata {
       const to = state.get('refcountTableDirtyTo');
       if (to > 0) {
         const offset = state.get('refcountTableOffset') + from * 8;
+        this.#file.event?.('refblock_alloc_hookup');
         this.#file.write(offset, this.#table + from * 8, (to - from) * 8);
         state.set('refcountTableDirtyFrom', 0);
         state.set('refcountTableDirtyTo', 0);
@@ -1059,6 +1086,7 @@ export class Metadata {
     const { state } = this;
     const from = state.get('l1DirtyFrom');
     const to = state.get('l1DirtyTo');
+    this.#file.event?.('l1_update');
     this.#file.write(state.get('l1Offset') + from * 8, this.#l1 + from * 8, (to - from) * 8);
     state.set('l1DirtyFrom', 0);
     state.set('l1DirtyTo', 0);

@@ -171,6 +171,7 @@ export class Qcow2Node implements BlockNode {
         switch (found.kind) {
           case L2_DATA:
             this.#checkDataFileOpen();
+            this.#file.event?.('read_aio');
             this.#data.read(found.hostOffset, pointer, bytes);
             break;
           case L2_COMPRESSED: {
@@ -198,7 +199,10 @@ export class Qcow2Node implements BlockNode {
   #readBacking(offset: number, pointer: number, length: number): void {
     const { backing } = this;
     const inside = backing === undefined ? 0 : Math.max(0, Math.min(length, backing.length - offset));
-    if (inside > 0) backing?.read(offset, pointer, inside);
+    if (inside > 0) {
+      this.#file.event?.('read_backing_aio');
+      backing?.read(offset, pointer, inside);
+    }
     if (inside < length) this.#runtime.arena.u8.fill(0, pointer + inside, pointer + length);
   }
 
@@ -217,6 +221,7 @@ export class Qcow2Node implements BlockNode {
       }
     }
     const load = (pointer: number): Uint8Array => {
+      this.#file.event?.('read_compressed');
       this.#file.read(found.hostOffset, pointer, found.compressedLength);
       return this.#runtime.arena.copyOut(pointer, found.compressedLength);
     };
@@ -387,6 +392,7 @@ export class Qcow2Node implements BlockNode {
     });
     const { part } = plan;
     if (part === undefined) {
+      this.#file.event?.('write_aio');
       this.#data.write(plan.host, pointer, plan.length);
       return plan.length;
     }
@@ -487,16 +493,18 @@ export class Qcow2Node implements BlockNode {
       const whole = Math.floor((end - at) / clusterSize) * clusterSize;
       const target = host + (start - firstStart);
       if (at === start && whole > 0) {
+        this.#file.event?.('write_aio');
         this.#data.write(target, pointer + (at - offset), whole);
         at += whole;
         continue;
       }
       const stop = Math.min(end, start + clusterSize);
       const tail = Math.min(part.end, start + clusterSize);
-      if (
-        (at === lead && stop === tail) ||
-        (blank && this.#readsZero(lead, at) && this.#readsZero(stop, tail))
-      ) {
+      const complete = at === lead && stop === tail;
+      const zeroAround = !complete && blank && this.#readsZero(lead, at) && this.#readsZero(stop, tail);
+      if (complete || zeroAround) {
+        if (zeroAround) this.#file.event?.('cluster_alloc_space');
+        this.#file.event?.('write_aio');
         this.#data.write(target + (at - start), pointer + (at - offset), stop - at);
       } else {
         this.#writeFilledUp(
@@ -542,6 +550,7 @@ export class Qcow2Node implements BlockNode {
         const visible = Math.max(begin, Math.min(stop, this.length));
         if (visible > begin) {
           this.#checkBackingOpen(begin, visible - begin);
+          this.#file.event?.('cow_read');
           this.#read(begin, scratch + (begin - start), visible - begin, input);
         }
         u8.fill(0, scratch + (visible - start), scratch + (stop - start));
@@ -549,6 +558,8 @@ export class Qcow2Node implements BlockNode {
       fill(start, from);
       fill(to, end);
       u8.copyWithin(scratch + (from - start), pointer, pointer + (to - from));
+      this.#file.event?.('write_aio');
+      this.#file.event?.('cow_write');
       this.#data.write(host, scratch, end - start);
     });
   }
@@ -667,12 +678,16 @@ export class Qcow2Node implements BlockNode {
       meta.state.withLock(() => {
         // The tables first, so that none of them comes to lie behind data that could go on there.
         for (const { cluster } of pieces) meta.prepareL2(Math.floor(cluster / meta.l2Entries));
-        for (const piece of pieces) piece.host = meta.allocateBytes(piece.length);
+        for (const piece of pieces) {
+          piece.host = meta.allocateBytes(piece.length);
+          this.#file.event?.('l2_update_compressed');
+        }
       });
       for (let first = 0; first < pieces.length; ) {
         const run = contiguous(pieces, first);
         // Whoever reads a compressed cluster reads whole sectors.
         this.#file.extend(Math.ceil((run.host + run.length) / SECTOR) * SECTOR);
+        this.#file.event?.('write_compressed');
         this.#file.write(run.host, pointer + run.at, run.length);
         first = run.end;
       }
@@ -748,6 +763,7 @@ export class Qcow2Node implements BlockNode {
       try {
         const from = done * clusterSize;
         const size = Math.min(bytes - from, run.clusters * clusterSize);
+        this.#file.event?.('write_aio');
         this.#file.write(run.offset, pointer + from, size);
         const rest = run.clusters * clusterSize - size;
         // The drive ends inside of the last cluster.
@@ -1111,6 +1127,7 @@ export class Qcow2Node implements BlockNode {
   }
 
   flush(): void {
+    this.#file.event?.('flush_to_os');
     if (!this.readOnly) this.#meta.flush();
   }
 

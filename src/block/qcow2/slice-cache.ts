@@ -1,5 +1,12 @@
+import type { BlkdebugEvent } from '../filters/blkdebug-events.js';
 import type { FileNode } from '../raw/file.js';
 import type { State } from './state.js';
+
+/** What is told to the file before slices are read and written. */
+export interface CacheEvents {
+  readonly load: BlkdebugEvent | undefined;
+  readonly update: BlkdebugEvent;
+}
 
 const NO_KEY = -1;
 /** Slots of a set: the places a slice may have. */
@@ -40,10 +47,19 @@ export class SliceCache {
   readonly #slices: number;
   /** Makes dirty slices writable when every slot holds one that is not. */
   readonly #makeWritable: () => void;
+  readonly #events: CacheEvents;
   #hint = 0;
 
   /** @param slots a power of two */
-  constructor(state: State, file: FileNode, pointer: number, slots: number, makeWritable: () => void) {
+  constructor(
+    state: State,
+    file: FileNode,
+    pointer: number,
+    slots: number,
+    events: CacheEvents,
+    makeWritable: () => void,
+  ) {
+    this.#events = events;
     this.sliceBytes = state.get('sliceBytes');
     this.#state = state;
     this.#file = file;
@@ -85,6 +101,7 @@ export class SliceCache {
     if (found >= 0) return found;
     const slot = this.#evict(this.#firstOf(offset));
     this.#keys[slot] = NO_KEY;
+    if (this.#events.load !== undefined) this.#file.event?.(this.#events.load);
     this.#file.read(offset, this.pointer(slot), this.sliceBytes);
     this.#keys[slot] = offset;
     this.#clean(slot);
@@ -176,6 +193,7 @@ export class SliceCache {
   }
 
   #write(slot: number): void {
+    this.#file.event?.(this.#events.update);
     this.#file.write(this.#keys[slot] ?? NO_KEY, this.pointer(slot), this.sliceBytes);
     this.#clean(slot);
   }

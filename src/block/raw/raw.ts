@@ -55,16 +55,19 @@ class RawNode implements BlockNode {
 
   read(offset: number, pointer: number, length: number): void {
     this.#check('read', offset, length);
+    this.#file.event?.('read_aio');
     this.#file.read(this.#start + offset, pointer, length);
   }
 
   write(offset: number, pointer: number, length: number): void {
     this.#check('write', offset, length);
+    this.#file.event?.('write_aio');
     this.#file.write(this.#start + offset, pointer, length);
   }
 
   writeUnits(offset: number, pointer: number, length: number, unit: number, skip: number): void {
     this.#check('write', offset, length);
+    this.#file.event?.('write_aio');
     this.#file.writeUnits(this.#start + offset, pointer, length, unit, skip);
   }
 
@@ -84,6 +87,8 @@ class RawNode implements BlockNode {
   }
 
   flush(): void {
+    this.#file.event?.('flush_to_os');
+    this.#file.event?.('flush_to_disk');
     this.#file.flush();
   }
 
