@@ -166,6 +166,82 @@ describe('an instant', () => {
   });
 });
 
+describe('a change of what a disk lies on', () => {
+  const changed = '{ ...disk.descriptor, node: frame.target }';
+  /** A thread that puts the disk on the target once nobody uses it, and not before a gate is open. */
+  const changer = (gate: number): Thread =>
+    new Thread(`disk.exclusive(() => { say('alone'); pass(${gate}); disk.changeRoot(${changed}); });`);
+
+  it('waits for those who read', async () => {
+    const reader = new Thread(`
+      const read = disk.node.read.bind(disk.node);
+      disk.node.read = (...args) => { say('in'); pass(0); read(...args); };
+      disk.read(0, data, 512); say('read ' + arena.u8[data]);`);
+    await reader.said('in');
+    const change = changer(1);
+    await aWhile();
+    expect(change.events).toEqual([]);
+    open(0);
+    await change.said('alone');
+    expect(reader.events).toContain('read 1');
+  });
+
+  it('waits for writes in flight; those that come later are on what it lies on then', async () => {
+    const writer = new Thread(`${slowWrite('write')} disk.write(${CLUSTER}, fill(2), ${CLUSTER});`);
+    await writer.said('in');
+    const change = changer(1);
+    await aWhile();
+    expect(change.events).toEqual([]);
+    open(0);
+    await change.said('alone');
+    const late = new Thread(`say('asks'); disk.write(${2 * CLUSTER}, fill(3), ${CLUSTER});`);
+    await late.said('asks');
+    await aWhile();
+    expect(late.events).toEqual(['asks']);
+    open(1);
+    await late.said('end');
+    expect(firstBytes('source')).toEqual([1, 2, 1, 1, 1, 1, 1, 1]);
+    expect(firstBytes('target')).toEqual([0, 0, 3, 0, 0, 0, 0, 0]);
+  });
+
+  it('keeps readers out until it is made; they see the other node then', async () => {
+    const reader = new Thread(`
+      const show = (when) => { disk.read(0, data, 512); say(when + ' ' + arena.u8[data]); };
+      show('before'); pass(0); say('asks'); show('after');`);
+    await reader.said('before 1');
+    const change = changer(1);
+    await change.said('alone');
+    open(0);
+    await reader.said('asks');
+    await aWhile();
+    expect(reader.events).toEqual(['before 1', 'asks']);
+    open(1);
+    await reader.said('after 0');
+  });
+
+  it('is made by one thread after the other', async () => {
+    const first = changer(0);
+    await first.said('alone');
+    const second = changer(1);
+    await aWhile();
+    expect(second.events).toEqual([]);
+    open(0);
+    await second.said('alone');
+    expect(first.events).toContain('end');
+  });
+
+  it('lets the thread that makes it use the disk', async () => {
+    const change = new Thread(`
+      disk.exclusive(() => {
+        disk.read(0, data, 512); say('read ' + arena.u8[data]);
+        disk.changeRoot(${changed});
+        disk.read(0, data, 512); say('read ' + arena.u8[data]);
+      });`);
+    await change.said('end');
+    expect(change.events).toEqual(['read 1', 'read 0', 'end']);
+  });
+});
+
 describe('copy-before-write', () => {
   it('has saved every cluster a request touches before the request reaches the source', async () => {
     const job = new Thread(`disk.addFrame(frame); say('armed'); pass(1);`);

@@ -295,7 +295,8 @@ export class Frame {
     const { kernels } = this.#runtime;
     return this.#source.use(() => {
       const first = kernels.clustersClaimNext(states, from, clusters, this.#runClusters);
-      return first < 0 ? undefined : this.#copyClaim(first, kernels.claimedCount, stepwise ? 'step' : 'run');
+      if (first < 0) return undefined;
+      return this.#copyClaim(first, kernels.claimedCount, stepwise ? 'step' : 'run');
     });
   }
 
