@@ -6,6 +6,7 @@
 
 export type { BitmapMode } from './backup/backup-job.js';
 export type { FreezeOptions } from './backup/freeze.js';
+export type { MirrorCopyMode, MirrorSyncMode } from './backup/mirror-job.js';
 export type { CompressionType, SyncMode } from './backup/target.js';
 export type { ImageCheck, Repaired } from './block/check.js';
 export type { CommitOptions } from './block/commit.js';
@@ -43,6 +44,7 @@ export {
 } from './engine/engine.js';
 export type { FrozenDisk } from './engine/frozen-disk.js';
 export type { JobEvents, JobProgress } from './engine/job.js';
+export type { MirrorHandle as MirrorJob, MirrorOptions } from './engine/mirror.js';
 export type { NbdExport, NbdServer, NbdServerOptions } from './engine/nbd-server.js';
 export { type ErrorCode, StillframeError } from './errors.js';
 export { backupRunning, type HotBackupDisk, type HotBackupOptions } from './hot-backup/backup-running.js';

@@ -256,6 +256,17 @@ export class DirtyBitmap {
     return this.#runtime.kernels.bitmapCount(this.bitsPointer, 0, this.bits) * this.granularity;
   }
 
+  /** Bytes of the drive that are dirty. */
+  get dirtyBytes(): number {
+    return this.count - this.#beyondEnd();
+  }
+
+  /** Bytes that the last granule has beyond the end of the drive, where it is dirty. */
+  #beyondEnd(): number {
+    const { bits, granularity, length } = this;
+    return bits > 0 && this.test(length - 1) ? bits * granularity - length : 0;
+  }
+
   /** Whether the granule of a byte is dirty. */
   test(offset: number): boolean {
     return this.#runtime.kernels.bitmapTest(this.bitsPointer, Math.floor(offset / this.granularity));
@@ -271,6 +282,11 @@ export class DirtyBitmap {
 
   /** Cleans whole granules: the range starts at one and ends at one or at the end of the drive. */
   clear(offset: number, length: number): void {
+    this.take(offset, length);
+  }
+
+  /** Cleans whole granules as {@link clear} does. @returns bytes of the drive that were dirty */
+  take(offset: number, length: number): number {
     const { granularity } = this;
     const end = offset + length;
     if (offset % granularity !== 0 || (end % granularity !== 0 && end !== this.length)) {
@@ -278,7 +294,10 @@ export class DirtyBitmap {
     }
     const first = offset / granularity;
     const last = Math.ceil(end / granularity);
-    if (last > first) this.#runtime.kernels.bitmapClear(this.bitsPointer, first, last - first);
+    if (last <= first) return 0;
+    const beyond = end === this.length ? this.#beyondEnd() : 0;
+    const granules = this.#runtime.kernels.bitmapTestAndClear(this.bitsPointer, first, last - first);
+    return granules * granularity - beyond;
   }
 
   /**

@@ -1,4 +1,5 @@
 import { BITMAP_SET_BYTES, BitmapSet } from '../bitmap/bitmap-set.js';
+import { DirtyBitmap } from '../bitmap/dirty-bitmap.js';
 import { StillframeError } from '../errors.js';
 import { advance, load, store, waitWhile } from '../kernels/futex.js';
 import type { Runtime } from '../kernels/runtime.js';
@@ -8,8 +9,9 @@ import {
   type FrameDescriptor,
   type FrameSource,
 } from './filters/copy-before-write.js';
+import { Mirror, type MirrorDescriptor } from './filters/mirror.js';
 import { SnapshotAccess } from './filters/snapshot-access.js';
-import { attachNode } from './graph.js';
+import { attachNode, liveDisk } from './graph.js';
 import type { BlockNode, HostRange, NodeDescriptor } from './node.js';
 import { type ChainExtent, chainStatus } from './status.js';
 import { TRACKER_BYTES, TrackedRequests } from './tracked-requests.js';
@@ -21,6 +23,7 @@ import { TRACKER_BYTES, TrackedRequests } from './tracked-requests.js';
  * Control block: the tracked requests, then
  *
  *     +0  frame count   int32
+ *     +4  mirror        { id int32, descriptor pointer uint32, descriptor length uint32 }, id 0: none
  *     +16 frames        8 × { id int32, descriptor pointer uint32, descriptor length uint32, - }
  *     then the set of the dirty bitmaps that the image does not keep itself, then what the disk lies on:
  *
@@ -53,6 +56,7 @@ export interface DiskRoot {
 /** Frames one disk can have at once. */
 export const MAX_FRAMES = 8;
 const FRAMES = TRACKER_BYTES;
+const MIRROR = FRAMES + 4;
 const FIRST_FRAME = FRAMES + 16;
 const FRAME_ENTRY = 16;
 /** Where the disk's own dirty bitmaps are: see `disk-bitmaps.ts`. */
@@ -86,6 +90,7 @@ export class Disk {
   #using = 0;
   readonly #requests: TrackedRequests;
   readonly #frames = new Map<number, Frame>();
+  #mirror: Mirror | undefined;
   readonly #bitmaps: BitmapSet;
   #held = false;
   readonly #buffer: () => CopyBuffer;
@@ -382,6 +387,53 @@ export class Disk {
     return load(this.#runtime.arena, this.#control + FRAMES);
   }
 
+  /**
+   * From now on what a guest writes is in the target of that mirror before the guest is answered; undefined: no more. No
+   * request of a guest is in the mirror that was before when this returns.
+   */
+  setMirror(mirror: MirrorDescriptor | undefined): void {
+    const { arena } = this.#runtime;
+    const words = (this.#control + MIRROR) >> 2;
+    let entry = [0, 0, 0];
+    if (mirror !== undefined) {
+      const json = new TextEncoder().encode(JSON.stringify(mirror));
+      const pointer = arena.alloc(json.length, 'mirror descriptor');
+      arena.u8.set(json, pointer);
+      entry = [mirror.id, pointer, json.length];
+    }
+    this.drained(() => {
+      const old = arena.u32[words + 1] ?? 0;
+      arena.i32.set(entry, words);
+      if (old !== 0) arena.free(old);
+    });
+  }
+
+  /** The mirror that guests write to as well; stable while a request of ours is tracked. */
+  #activeMirror(): Mirror | undefined {
+    const { arena } = this.#runtime;
+    const words = (this.#control + MIRROR) >> 2;
+    const id = load(arena, this.#control + MIRROR);
+    if (id === 0) {
+      this.#mirror = undefined;
+    } else if (this.#mirror?.descriptor.id !== id) {
+      const json = arena.copyOut(arena.u32[words + 1] ?? 0, arena.u32[words + 2] ?? 0);
+      this.#mirror = this.attachMirror(JSON.parse(new TextDecoder().decode(json)));
+    }
+    return this.#mirror;
+  }
+
+  /** This thread's view of a mirror of this disk. */
+  attachMirror(descriptor: MirrorDescriptor): Mirror {
+    return new Mirror(
+      this.#runtime,
+      descriptor,
+      this,
+      liveDisk(this.#runtime, descriptor.target),
+      new DirtyBitmap(this.#runtime, descriptor.bitmap),
+      this.#buffer(),
+    );
+  }
+
   /** Carries a change out once old data is saved, as the only one of its clusters. @param what it is, for errors */
   mutate(what: string, offset: number, length: number, body: (node: BlockNode) => void): void {
     const clusters = (): Clusters => {
@@ -398,6 +450,18 @@ export class Disk {
         body(node);
       } finally {
         // Whether or not it went well: a part of it may have been made.
+        this.#bitmaps.record(offset, length);
+      }
+      this.#activeMirror()?.afterWrite(offset, length);
+    });
+  }
+
+  /** Carries a change out for the only one who changes the disk: it is recorded, and that is all. */
+  changeAlone(offset: number, length: number, body: (node: BlockNode) => void): void {
+    this.use((node) => {
+      try {
+        body(node);
+      } finally {
         this.#bitmaps.record(offset, length);
       }
     });

@@ -9,6 +9,7 @@ import type { ArgumentsOf } from '../qmp/schema.js';
 import type { Exports } from './exports.js';
 import type { Graph, GraphNode } from './graph.js';
 import type { JobOptions, Jobs } from './jobs.js';
+import { busyError, jobOf } from './permissions.js';
 import type { PreparedSnapshot } from './snapshots.js';
 
 /** An action of a transaction before it is carried out, with what becomes of a backup. */
@@ -88,7 +89,7 @@ export class Backups {
     const id = given['job-id'] ?? node.device ?? '';
     const nodes = told(() => this.#checkNodes(given, node, target));
     const job = told(() => this.#checkJob(id, speed));
-    const key = {};
+    const key = { job: 'backup' } as const;
     if (nodes === undefined && target !== undefined) target.users.set(key, 'target');
     const maxWorkers = perf?.['max-workers'] ?? 0;
     const options: BackupOptions = {
@@ -122,7 +123,7 @@ export class Backups {
       filter = this.#graph.insertFilter(source, target, {
         name: given['filter-node-name'],
         key,
-        job: { ...handle.held, count: () => handle.heldCounts(kernels) },
+        job: { type: 'backup', ...handle.held, count: () => handle.heldCounts(kernels) },
       });
       this.#exports.moved(source, filter);
     };
@@ -150,8 +151,7 @@ export class Backups {
     const isOfJob = (of: GraphNode): boolean => [...of.users.values()].some((use) => use !== 'export');
     for (const busy of [node, target]) {
       if (busy === undefined || !isOfJob(busy)) continue;
-      const name = busy.device ?? busy.name;
-      throw new QmpError(`Node '${name}' is busy: block device is in use by block job: backup`);
+      throw busyError(busy.device ?? busy.name, jobOf(busy) ?? 'backup');
     }
     const { 'max-workers': workers = 64, 'max-chunk': chunk = 0, 'min-cluster-size': cluster } = perf ?? {};
     if (workers < 1 || workers > 2 ** 31 - 1) {

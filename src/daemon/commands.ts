@@ -15,6 +15,7 @@ import { Graph } from './graph.js';
 import { GraphChanges } from './graph-changes.js';
 import { humanMonitorCommand } from './human-monitor.js';
 import { Jobs } from './jobs.js';
+import { Mirrors } from './mirrors.js';
 import { Objects } from './objects.js';
 import { checkResizable } from './permissions.js';
 import { QemuIo } from './qemu-io.js';
@@ -44,6 +45,7 @@ export class Daemon {
   readonly #backups: Backups;
   readonly #changes: GraphChanges;
   readonly #snapshots: Snapshots;
+  readonly #mirrors: Mirrors;
   readonly #tell: (event: QmpEvent) => void;
   readonly #frozen = new Map<string, FrozenDisk>();
   #status: 'running' | 'paused' = 'running';
@@ -59,6 +61,7 @@ export class Daemon {
     this.#backups = new Backups(engine, this.graph, this.jobs, this.exports);
     this.#changes = new GraphChanges(engine, this.graph, (from, to) => this.exports.moved(from, to));
     this.#snapshots = new Snapshots(engine, this.graph, this.#changes);
+    this.#mirrors = new Mirrors(engine, this.graph, this.#changes, this.exports, this.jobs);
     const { graph, jobs, exports, objects } = this;
     const io = new QemuIo(
       engine,
@@ -127,6 +130,8 @@ export class Daemon {
       transaction: (given) => this.#transaction(given),
       'drive-backup': async (given) => this.#start([await this.#backups.drive(given)], false),
       'blockdev-backup': async (given) => this.#start([await this.#backups.blockdev(given)], false),
+      'drive-mirror': (given) => this.#mirrors.drive(given),
+      'blockdev-mirror': (given) => this.#mirrors.blockdev(given),
       'job-pause': ({ id }) => this.#pause(jobs.job(id, 'pause')),
       'job-resume': ({ id }) => this.#resume(jobs.job(id, 'resume')),
       'job-cancel': ({ id }) => this.#cancel(jobs.job(id, 'cancel')),

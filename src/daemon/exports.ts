@@ -4,13 +4,15 @@ import type { ListenAddress } from '../nbd/server/address.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
 import type { QmpEvent } from '../qmp/monitor.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
-import type { Graph, GraphNode } from './graph.js';
+import type { Graph, GraphNode, User } from './graph.js';
 import type { DaemonObject, Objects } from './objects.js';
+import { checkExportable } from './permissions.js';
 
 interface Export {
   readonly id: string;
   readonly name: string;
   node: GraphNode;
+  readonly writable: boolean;
 }
 
 /** Drivers that pass requests on to what they lie on. */
@@ -45,7 +47,7 @@ export class Exports {
   adopt(server: NbdServer, exported: readonly { readonly name: string; readonly node: GraphNode }[]): void {
     this.#server = { server, tls: undefined };
     for (const { name, node } of exported) {
-      this.#exports.set(name, { id: name, name, node });
+      this.#exports.set(name, { id: name, name, node, writable: false });
       node.users.set(this.#key(name), 'export');
     }
   }
@@ -117,9 +119,10 @@ export class Exports {
   }
 
   async #add(id: string, node: GraphNode, options: JsonObject): Promise<void> {
+    const writable = options['writable'] === true;
+    checkExportable(node, writable);
     const server = this.#server?.server;
     if (server === undefined) throw new QmpError('NBD server not running');
-    const writable = options['writable'] === true;
     const { 'allocation-depth': depth, description } = options;
     const name = String(options['name'] ?? node.name);
     if (name.length > 4096) throw new QmpError(`export name '${name.slice(0, 80)}…' too long`);
@@ -142,14 +145,14 @@ export class Exports {
       holdBitmaps: true,
       allocationDepth: depth === true,
     });
-    this.#exports.set(id, { id, name, node });
+    this.#exports.set(id, { id, name, node, writable });
     node.users.set(this.#key(id), 'export');
   }
 
   /** Objects that stand for exports among a node's users. */
-  readonly #keys = new Map<string, object>();
+  readonly #keys = new Map<string, User>();
 
-  #key(id: string): object {
+  #key(id: string): User {
     const key = this.#keys.get(id) ?? {};
     this.#keys.set(id, key);
     return key;
@@ -157,7 +160,7 @@ export class Exports {
 
   /** An instant that somebody else exports. */
   addFrozen(name: string, node: GraphNode): void {
-    this.#exports.set(name, { id: name, name, node });
+    this.#exports.set(name, { id: name, name, node, writable: false });
     node.users.set(this.#key(name), 'export');
   }
 
@@ -172,6 +175,12 @@ export class Exports {
     for (const exported of this.#exports.values()) if (exported.node === from) exported.node = to;
   }
 
+  /** How a node is exported. */
+  useOf(node: GraphNode): 'writable' | 'readable' | undefined {
+    const found = [...this.#exports.values()].find((exported) => exported.node === node);
+    return found && (found.writable ? 'writable' : 'readable');
+  }
+
   /**
    * Nobody writes past the node that lies on it.
    *
@@ -184,7 +193,7 @@ export class Exports {
   ): void {
     if (!writable) return;
     const filter = this.#graph.filterOver(node);
-    if (filter !== undefined) {
+    if (filter?.job?.type === 'backup') {
       throw new QmpError(
         `Permission conflict on node '${node.name}': permissions 'write' are both required by ${user.name} ` +
           `(uses node '${node.name}' as '${user.role}' child) and unshared by node '${filter.name}' ` +

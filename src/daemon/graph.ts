@@ -1,19 +1,20 @@
 import { resolve } from 'node:path';
 import type { DiskDescriptor } from '../block/disk.js';
 import { BlkdebugState } from '../block/filters/blkdebug-state.js';
-import { combineNames, IMAGE_FORMATS, type ImageFormat } from '../block/graph.js';
+import { combineNames, IMAGE_FORMATS, type ImageFormat, imagePath } from '../block/graph.js';
 import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
 import type { NodeDescriptor } from '../block/node.js';
 import type { Links } from '../block/relink.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
 import type { FrozenDisk } from '../engine/frozen-disk.js';
+import type { JobType } from '../engine/job.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { blkdebugOptions } from './blkdebug-options.js';
 import { Breakpoints } from './breakpoints.js';
 import type { DaemonObject, Objects } from './objects.js';
-import { checkUnblocked } from './permissions.js';
+import { checkUnblocked, jobOf } from './permissions.js';
 
 /** A node of a daemon's graph. */
 export interface GraphNode {
@@ -32,7 +33,7 @@ export interface GraphNode {
   /** Of the filter of a job: what it is about to say of itself in queries. */
   readonly job?: JobFilter | undefined;
   /** Who else relies on it: exports and jobs, with what it is to them. */
-  readonly users: Map<object, Use>;
+  readonly users: Map<User, Use>;
   /** Nodes are listed by it. */
   readonly sequence: number;
   /** Of a `copy-before-write` node: the instant it holds. */
@@ -48,14 +49,21 @@ export interface GraphNode {
 /** What a node is to somebody else. */
 export type Use = 'export' | 'source' | 'target';
 
-/** What the filter node of a backup has to tell (QEMU's `copy-before-write` node of a job). */
-export interface JobFilter {
+/** What the filter node of a job has to tell (QEMU's `copy-before-write` and `mirror_top` nodes of jobs). */
+export type JobFilter = { readonly type: 'mirror' } | ({ readonly type: 'backup' } & HeldInstant);
+
+export interface HeldInstant {
   /** Bytes of one cluster. */
   readonly granularity: number;
   /** Bytes of the drive in whole clusters. */
   readonly length: number;
   /** Bytes that are still to be copied, and bytes that guests have changed since the instant. */
   readonly count: () => { readonly copy: number; readonly done: number };
+}
+
+/** An export, or a job of a type. */
+export interface User {
+  readonly job?: JobType | undefined;
 }
 
 export interface Child {
@@ -287,6 +295,18 @@ export class Graph {
     return group;
   }
 
+  /** An image by its file name, and not what it lies on. @param format looked for in the first bytes where it is missing */
+  async makeImage(
+    filename: string,
+    format: ImageFormat | undefined,
+    options: JsonObject,
+  ): Promise<GraphNode> {
+    const image = await this.#imageOptions(imagePath(filename), filename, format);
+    const backing = image['driver'] === 'qcow2' ? { backing: null } : {};
+    const inherited = { readOnly: false, forceShare: false, discard: undefined };
+    return await this.#make({ ...image, ...backing, ...options }, inherited);
+  }
+
   /** Closes a node that nobody wants any more, and what was made for it. */
   async closeUnused(node: GraphNode): Promise<void> {
     await this.#release(undefined, [{ role: 'file', node }]);
@@ -298,7 +318,7 @@ export class Graph {
   }
 
   /**
-   * Puts the filter of a backup over a node. What has used the node so far uses the filter: exports and the device are its
+   * Puts the filter of a job over a node. What has used the node so far uses the filter: exports and the device are its
    * from now on.
    *
    * @param name default: one that nobody chose
@@ -307,11 +327,11 @@ export class Graph {
   insertFilter(
     node: GraphNode,
     target: GraphNode | undefined,
-    { name, key, job }: { readonly name: string | undefined; readonly key: object; readonly job: JobFilter },
+    { name, key, job }: { readonly name: string | undefined; readonly key: User; readonly job: JobFilter },
   ): GraphNode {
     const filter: GraphNode = {
       name: this.#nameOf(name === undefined ? {} : { 'node-name': name }),
-      driver: 'copy-before-write',
+      driver: job.type === 'mirror' ? 'mirror_top' : 'copy-before-write',
       options: {},
       descriptor: node.descriptor,
       children: [
@@ -361,6 +381,7 @@ export class Graph {
     if (node === undefined) throw new QmpError(`Failed to find node with node-name='${name}'`);
     const uses = [...node.users.values()];
     if (uses.includes('export')) throw new QmpError(`Node ${name} is in use`);
+    if (jobOf(node) === 'mirror' && uses.includes('target')) throw new QmpError(`Node ${name} is in use`);
     checkUnblocked(node);
     if (!node.owned) throw new QmpError(`Node ${name} is not owned by the monitor`);
     if (node.parents.size > 0) throw new QmpError(`Block device ${name} is in use`);

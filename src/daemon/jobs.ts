@@ -1,4 +1,4 @@
-import type { JobHandle, JobType } from '../engine/job.js';
+import type { JobHandle, JobProgress, JobType } from '../engine/job.js';
 import { StillframeError } from '../errors.js';
 import type { JobStatus } from '../job/status.js';
 import { checkVerb } from '../job/status.js';
@@ -35,6 +35,8 @@ interface Entry {
   readonly create: CreateJob | undefined;
   readonly options: JobOptions;
   speed: number;
+  /** The last one that monitors were told of. */
+  status: JobStatus;
   ioStatus: 'ok' | 'failed' | 'nospace';
   /** Undefined while the job is not over, and where all went well. */
   error: string | undefined;
@@ -62,7 +64,10 @@ export class Jobs {
     const entries = started.map(({ handle, options }): Entry => {
       const { id } = handle;
       const { speed } = options;
-      return { id, handle, create: undefined, options, speed, ioStatus: 'ok', error: undefined };
+      return {
+        ...{ id, handle, create: undefined, options, speed },
+        ...{ status: 'created', ioStatus: 'ok', error: undefined },
+      };
     });
     for (const entry of entries) {
       this.#entries.set(entry.id, entry);
@@ -104,9 +109,11 @@ export class Jobs {
     handle.on('status', (status) => {
       // The last two come with what became of the job.
       if (status !== 'concluded' && status !== 'null') tell(statusEvent(id, status));
-      if (status === 'running') entry.ioStatus = 'ok';
+      if (status === 'running' || status === 'ready') entry.ioStatus = 'ok';
     });
-    handle.on('ready', () => tell({ event: 'BLOCK_JOB_READY', data: progressOf(entry, handle) }));
+    handle.on('ready', (progress) =>
+      tell({ event: 'BLOCK_JOB_READY', data: progressOf(entry, handle, progress) }),
+    );
     handle.on('pending', () => tell({ event: 'BLOCK_JOB_PENDING', data: { type, id } }));
     handle.on('io-error', ({ operation, action, noSpace }) => {
       if (action === 'stop') entry.ioStatus = noSpace ? 'nospace' : 'failed';
@@ -148,6 +155,7 @@ export class Jobs {
       create,
       options,
       speed: 0,
+      status: 'created',
       ioStatus: 'ok',
       error: undefined,
     };
@@ -175,8 +183,8 @@ export class Jobs {
   }
 
   #forget(entry: Entry): void {
-    const { id, handle, create } = entry;
-    if (create !== undefined) checkVerb(id, create.status, 'dismiss');
+    const { id, handle } = entry;
+    checkVerb(id, entry.status, 'dismiss');
     handle?.dismiss();
     this.#entries.delete(id);
     this.#status(id, 'null');
@@ -190,6 +198,8 @@ export class Jobs {
     this.#tell(event);
     if (event.event !== 'JOB_STATUS_CHANGE') return;
     const { id, status } = event.data as { id: string; status: JobStatus };
+    const entry = this.#entries.get(id);
+    if (entry !== undefined) entry.status = status;
     for (const look of this.#waiting) look(id, status);
   }
 
@@ -284,12 +294,8 @@ export class Jobs {
 
   /** `query-jobs` */
   list(): object[] {
-    return this.#newestFirst().map(({ id, handle, create, error }) => {
-      const { status, offset, length } = handle?.snapshot() ?? {
-        status: create?.status ?? 'null',
-        offset: 0,
-        length: 0,
-      };
+    return this.#newestFirst().map(({ id, handle, create, status, error }) => {
+      const { offset, length } = handle?.snapshot() ?? { offset: 0, length: 0 };
       const isOver = status === 'concluded' || status === 'null';
       return {
         'current-progress': create !== undefined && isOver ? 1 : offset,
@@ -304,9 +310,9 @@ export class Jobs {
 
   /** `query-block-jobs` */
   listBlockJobs(): object[] {
-    return this.#newestFirst().flatMap(({ id, handle, options, speed, error, ioStatus }) => {
+    return this.#newestFirst().flatMap(({ id, handle, options, status, speed, error, ioStatus }) => {
       if (handle === undefined) return [];
-      const { status, offset, length } = handle.snapshot();
+      const { offset, length } = handle.snapshot();
       return {
         'auto-finalize': options.autoFinalize,
         'io-status': ioStatus,
@@ -328,8 +334,11 @@ export class Jobs {
 }
 
 /** How far a job is, as events have it. */
-function progressOf({ id, speed }: Entry, handle: JobHandle): JsonObject {
-  const { offset, length } = handle.snapshot();
+function progressOf(
+  { id, speed }: Entry,
+  handle: JobHandle,
+  { offset, length }: Pick<JobProgress, 'offset' | 'length'> = handle.snapshot(),
+): JsonObject {
   return { device: id, len: length, offset, speed, type: handle.type };
 }
 

@@ -1,3 +1,4 @@
+import type { JobType } from '../engine/job.js';
 import { QmpError } from '../qmp/errors.js';
 import type { GraphNode } from './graph.js';
 
@@ -8,12 +9,38 @@ import type { GraphNode } from './graph.js';
 
 const ANONYMOUS = 'an unnamed block device';
 
-/** @param by who does not share it */
-function conflict(node: GraphNode, permission: string, by: string): QmpError {
-  const user = `${ANONYMOUS} (uses node '${node.name}' as 'root' child)`;
+/** @param by who does not share it @param user who wants it */
+function conflict(node: GraphNode, permission: string, by: string, user = asRoot(node)): QmpError {
   return new QmpError(
     `Permission conflict on node '${node.name}': permissions '${permission}' are both required by ${user} and unshared by ${by}.`,
   );
+}
+
+/** An export or a job that uses a node. */
+function asRoot(node: GraphNode): string {
+  return `${ANONYMOUS} (uses node '${node.name}' as 'root' child)`;
+}
+
+/** The target of a mirror is nobody else's. @throws QmpError @param exported whether it is exported, to be written to or read */
+export function checkMirrorTarget(node: GraphNode, exported: 'writable' | 'readable' | undefined): void {
+  if (exported !== undefined) throw exportConflict(node, exported === 'writable');
+  for (const parent of node.parents) {
+    const role = parent.children.find((child) => child.node === node)?.role ?? 'file';
+    const permissions = role === 'backing' ? 'consistent read' : 'consistent read, write, resize';
+    const user = `node '${parent.name}' (uses node '${node.name}' as '${role}' child)`;
+    throw conflict(node, permissions, asRoot(node), user);
+  }
+}
+
+/** @throws QmpError where the node is the target of a mirror */
+export function checkExportable(node: GraphNode, writable: boolean): void {
+  if (jobOf(node) === 'mirror' && [...node.users.values()].includes('target')) {
+    throw exportConflict(node, writable);
+  }
+}
+
+function exportConflict(node: GraphNode, writable: boolean): QmpError {
+  return conflict(node, writable ? 'consistent read, write' : 'consistent read', asRoot(node));
 }
 
 /** Formats whose files are theirs alone. */
@@ -26,18 +53,25 @@ function overlayOf(node: GraphNode): GraphNode | undefined {
   );
 }
 
+/** The type of a job that works on a node. */
+export function jobOf(node: GraphNode): JobType | undefined {
+  const own = [...node.users.keys()].find(({ job }) => job !== undefined)?.job;
+  return own ?? node.job?.type ?? [...node.parents].find(({ job }) => job !== undefined)?.job?.type;
+}
+
 /** @throws QmpError where a job works on the node, or an image lies on it */
 export function checkUnblocked(node: GraphNode): void {
   const overlay = overlayOf(node);
   if (overlay !== undefined) {
     throw new QmpError(`Node '${node.name}' is busy: node is used as backing hd of '${overlay.name}'`);
   }
-  const filtered = [...node.parents].some(({ job }) => job !== undefined);
-  for (const use of [...node.users.values(), ...(filtered ? ['source'] : [])]) {
-    if (use !== 'export') {
-      throw new QmpError(`Node '${node.name}' is busy: block device is in use by block job: backup`);
-    }
-  }
+  const job = jobOf(node);
+  if (job !== undefined) throw busyError(node.name, job);
+}
+
+/** A job of that type works on the node. @param name of the node, or of the device that it is */
+export function busyError(name: string, job: JobType): QmpError {
+  return new QmpError(`Node '${name}' is busy: block device is in use by block job: ${job}`);
 }
 
 /**
@@ -51,7 +85,8 @@ export function checkResizable(
   filter: string | undefined,
 ): void {
   const uses = [...node.users.values()];
-  if (overlayOf(node) !== undefined || uses.includes('target') || node.job !== undefined)
+  const isOfJob = uses.includes('target') || node.job !== undefined || jobOf(node) === 'mirror';
+  if (overlayOf(node) !== undefined || isOfJob)
     throw new QmpError(`Device '${device ?? '(null)'}' is in use`);
   if (node.descriptor.readOnly) throw new QmpError('Image is read-only');
   for (const parent of node.parents) {

@@ -2,7 +2,7 @@ import type { NodeInfo } from '../block/info.js';
 import type { Engine } from '../index.js';
 import type { JsonObject } from '../qmp/types.js';
 import { isObject } from '../qmp/types.js';
-import { filenameOf, type Graph, type GraphNode, type JobFilter } from './graph.js';
+import { filenameOf, type Graph, type GraphNode, type HeldInstant } from './graph.js';
 
 const NO_LIMITS = { bps: 0, bps_rd: 0, bps_wr: 0, iops: 0, iops_rd: 0, iops_wr: 0 };
 
@@ -36,7 +36,10 @@ const NO_STATISTICS = {
 };
 
 /** Drivers whose nodes show what lies below them, and nothing of their own. */
-const FILTERS = ['throttle', 'compress', 'copy-before-write', 'copy-on-read', 'preallocate', 'blkdebug'];
+const FILTERS = [
+  ...['throttle', 'compress', 'copy-before-write', 'copy-on-read', 'preallocate', 'blkdebug'],
+  'mirror_top',
+];
 
 /** What a node shows where it has nothing of its own. */
 function backingOf(node: GraphNode): GraphNode | undefined {
@@ -47,7 +50,7 @@ function backingOf(node: GraphNode): GraphNode | undefined {
 }
 
 /** A bitmap that a job has for itself. */
-function ofJob({ granularity }: JobFilter, count: number): object {
+function ofJob({ granularity }: HeldInstant, count: number): object {
   return { count, granularity, recording: false, busy: false, persistent: false };
 }
 
@@ -99,12 +102,13 @@ export class Queries {
   /** `dirty-bitmaps` of a node, those that were added last first. */
   async #bitmaps(node: GraphNode): Promise<object[]> {
     const { job } = node;
+    if (job?.type === 'mirror') return [];
     if (job !== undefined) {
       const { done } = job.count();
       return [job.length, done].map((count) => ofJob(job, count));
     }
     // What its job is still to copy is with the node below the filter.
-    const filters = [...node.parents].flatMap((parent) => parent.job ?? []);
+    const filters = [...node.parents].flatMap((parent) => (parent.job?.type === 'backup' ? parent.job : []));
     const copies = filters.map((filter) => ofJob(filter, filter.count().copy));
     return [...copies, ...(await this.#ownBitmaps(node))];
   }

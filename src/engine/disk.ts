@@ -11,6 +11,7 @@ import { type BackupHandle, startBackups } from './backup.js';
 import type { Engine } from './engine.js';
 import { FrozenDisk } from './frozen-disk.js';
 import type { JobHandle } from './job.js';
+import { type MirrorHandle, type MirrorOptions, startMirror } from './mirror.js';
 import type { NbdServer } from './nbd-server.js';
 import type { GuestRequest } from './tasks.js';
 
@@ -179,6 +180,25 @@ export class DiskHandle {
     const [job] = await startBackups(this.#engine, [{ type: 'backup', disk: this.descriptor, options }]);
     if (job === undefined) throw new Error('invariant: a backup that was started has a job');
     await this.own(job);
+    return job;
+  }
+
+  /**
+   * Starts to make another disk a copy of this one, of the same length, and to keep it one: what is written here goes there as
+   * well. Nobody else may write to `target` meanwhile. Once the job is `ready` its method `complete` ends it, with the two the same at
+   * that moment.
+   *
+   * Semantics: QMP `blockdev-mirror`, but nothing takes the place of anything.
+   *
+   * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT, …_SAME_NODE, …_READ_ONLY, …_ARENA_EXHAUSTED
+   */
+  async mirror(target: DiskHandle, options: MirrorOptions): Promise<MirrorHandle> {
+    if (this.#closing !== undefined) throw closedError(`'${this.path}'`);
+    if (target === this) {
+      throw new StillframeError('ERR_STILLFRAME_SAME_NODE', `'${this.path}' cannot be a mirror of itself`);
+    }
+    const job = await startMirror(this.#engine, this.descriptor, target.descriptor, options);
+    await Promise.all([this.own(job), target.own(job)]);
     return job;
   }
 

@@ -34,7 +34,7 @@ export interface JobEvents {
     },
   ];
   /** It goes on until {@link JobHandle.complete} or {@link JobHandle.cancel} (QMP `BLOCK_JOB_READY`). */
-  ready: [];
+  ready: [progress: { readonly offset: number; readonly length: number }];
   /** The job waits for {@link JobHandle.finalize} (QMP `BLOCK_JOB_PENDING`). */
   pending: [];
 }
@@ -72,6 +72,8 @@ export abstract class JobHandle extends EventEmitter<JobEvents> {
   #status: JobStatus = 'created';
   #end: JobEnd | undefined;
   #cancelReason: unknown;
+  /** Why the host could not do its part of the commit point. */
+  #hostError: unknown;
 
   /** @internal @param threads settles when they are free @param end what the job says when it is over */
   protected constructor(
@@ -231,7 +233,7 @@ export abstract class JobHandle extends EventEmitter<JobEvents> {
         });
         break;
       case 'ready':
-        this.emit('ready');
+        this.emit('ready', { offset: message.offset, length: message.offset });
         break;
       case 'pending':
         if (!this.#options.autoFinalize) this.emit('pending');
@@ -262,7 +264,7 @@ export abstract class JobHandle extends EventEmitter<JobEvents> {
     await this.ended;
     if (this.#end === undefined) throw new Error('job invariant: ended without a result');
     const { outcome, error } = this.#end;
-    if (error !== undefined) throw StillframeError.fromPlain(error);
+    if (error !== undefined) throw this.#hostError ?? StillframeError.fromPlain(error);
     if (outcome === 'failed' || (outcome === 'cancelled' && !mayBeCancelled)) {
       throw this.#cancelReason ?? cancelledError(this.id);
     }
@@ -274,6 +276,7 @@ export abstract class JobHandle extends EventEmitter<JobEvents> {
       await this.onCommit();
       this.#control?.answer();
     } catch (error) {
+      this.#hostError = error;
       this.#control?.answer(toStillframeError(error).toPlain());
     }
   }

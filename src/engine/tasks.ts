@@ -3,6 +3,14 @@ import { BackupJob, type BegunBackup, helpCopying } from '../backup/backup-job.j
 import { type Conversion, type ConversionListener, copyPart } from '../backup/conversion.js';
 import { type ConvertOptions, type ConvertSource, convertImages } from '../backup/convert.js';
 import { type FrozenDescriptor, freeze, type HoldOptions, thaw } from '../backup/freeze.js';
+import {
+  type BegunMirror,
+  beginMirror,
+  finishMirror,
+  helpMirroring,
+  MirrorJob,
+  type MirrorJobOptions,
+} from '../backup/mirror-job.js';
 import { type TransactionAction, transact } from '../backup/transaction.js';
 import { checkImage, type ImageCheck } from '../block/check.js';
 import { type CommitOptions, commitImage } from '../block/commit.js';
@@ -19,6 +27,7 @@ import {
 import { bitmapSha256, bitmapStatuses, closeDiskBitmaps, openDiskBitmaps } from '../block/disk-bitmaps.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
 import type { CopyBuffer, FrameDescriptor } from '../block/filters/copy-before-write.js';
+import type { MirrorDescriptor } from '../block/filters/mirror.js';
 import {
   attachNode,
   closeLayer,
@@ -145,6 +154,29 @@ export type Task =
       readonly frame: FrameDescriptor;
       readonly control: number;
     }
+  | {
+      readonly kind: 'begin-mirror';
+      readonly disk: DiskDescriptor;
+      readonly target: DiskDescriptor;
+      readonly options: MirrorJobOptions;
+      readonly id: number;
+    }
+  | {
+      readonly kind: 'mirror';
+      readonly disk: DiskDescriptor;
+      readonly target: DiskDescriptor;
+      readonly control: number;
+      readonly port: MessagePort;
+      readonly begun: BegunMirror;
+    }
+  | {
+      readonly kind: 'help-mirror';
+      readonly disk: DiskDescriptor;
+      readonly mirror: MirrorDescriptor;
+      readonly control: number;
+    }
+  /** The last part of a mirror; nobody uses the disk meanwhile. */
+  | { readonly kind: 'finish-mirror'; readonly disk: DiskDescriptor; readonly mirror: MirrorDescriptor }
   | {
       readonly kind: 'convert';
       readonly sources: readonly ConvertSource[];
@@ -369,6 +401,31 @@ export class TaskRunner {
         return this.#forJob(task.control, (control) =>
           helpCopying(this.#disk(task.disk), task.frame, control),
         );
+      case 'begin-mirror':
+        return beginMirror(
+          this.#runtime,
+          this.#disk(task.disk),
+          this.#disk(task.target),
+          task.options,
+          task.id,
+        );
+      case 'mirror':
+        return this.#forJob(task.control, (control) =>
+          MirrorJob.run(
+            this.#runtime,
+            this.#disk(task.disk),
+            this.#disk(task.target),
+            control,
+            task.port,
+            task.begun,
+          ),
+        );
+      case 'help-mirror':
+        return this.#forJob(task.control, (control) =>
+          helpMirroring(this.#disk(task.disk), task.mirror, control),
+        );
+      case 'finish-mirror':
+        return finishMirror(this.#runtime, this.#disk(task.disk), task.mirror);
       case 'create':
         return createImage(this.#runtime, task.path, task.options);
       case 'convert':

@@ -244,12 +244,18 @@ export class JobControl {
     advance(this.#arena, this.wakeWord);
   }
 
-  /** Blocks until `condition` holds; it is looked at again after every change of the job. */
-  waitUntil(condition: () => boolean): void {
+  /**
+   * Blocks until `condition` holds; it is looked at again after every change of the job.
+   *
+   * @param timeoutMs after which it returns all the same
+   */
+  waitUntil(condition: () => boolean, timeoutMs = Infinity): void {
+    const deadline = timeoutMs === Infinity ? Infinity : nowMs() + timeoutMs;
     for (;;) {
       const sequence = this.#load(WAKE);
-      if (condition()) return;
-      waitWhile(this.#arena, this.pointer + WAKE, sequence);
+      const leftMs = deadline === Infinity ? Infinity : deadline - nowMs();
+      if (condition() || leftMs <= 0) return;
+      waitWhile(this.#arena, this.pointer + WAKE, sequence, leftMs);
     }
   }
 

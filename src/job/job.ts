@@ -18,8 +18,8 @@ export type JobMessage =
       readonly action: 'report' | 'ignore' | 'stop';
       readonly noSpace: boolean;
     }
-  /** It has done what it was started for, and goes on until it is told to complete. */
-  | { readonly type: 'ready' }
+  /** It has done what it was started for, `offset` bytes of work, and goes on until it is told to complete. */
+  | { readonly type: 'ready'; readonly offset: number }
   | { readonly type: 'pending' }
   /** The host has its part of the commit point to do, and tells the job by {@link JobControl.answer}. */
   | { readonly type: 'commit' }
@@ -157,10 +157,10 @@ export abstract class Job {
     this.transition(isReady ? 'ready' : 'running');
   }
 
-  /** It goes on until it is told to complete. */
-  protected becomeReady(): void {
+  /** It goes on until it is told to complete. @param offset bytes of work that it has done so far, which is all of it */
+  protected becomeReady(offset: number): void {
     this.transition('ready');
-    this.#post({ type: 'ready' });
+    this.#post({ type: 'ready', offset });
   }
 
   /**

@@ -63,6 +63,23 @@ const DRIVE_BACKUP = {
 } as const;
 const BLOCKDEV_BACKUP = { ...BACKUP_COMMON, target: required('str') } as const;
 
+/** What `drive-mirror` and `blockdev-mirror` have in common. */
+const MIRROR_COMMON = {
+  'job-id': optional('str'),
+  device: required('str'),
+  target: required('str'),
+  replaces: optional('str'),
+  sync: required(SYNC),
+  speed: optional('int'),
+  granularity: optional('uint32'),
+  'buf-size': optional('int'),
+  'on-source-error': optional(ON_ERROR),
+  'on-target-error': optional(ON_ERROR),
+  'copy-mode': optional(['background', 'write-blocking']),
+  'auto-finalize': optional('bool'),
+  'auto-dismiss': optional('bool'),
+} as const;
+
 const BITMAP_ADD = {
   ...bitmap,
   granularity: optional('uint32'),
@@ -165,6 +182,14 @@ export const COMMANDS = {
   },
   'drive-backup': DRIVE_BACKUP,
   'blockdev-backup': BLOCKDEV_BACKUP,
+  'drive-mirror': {
+    ...MIRROR_COMMON,
+    format: optional('str'),
+    'node-name': optional('str'),
+    mode: optional(['existing', 'absolute-paths']),
+    unmap: optional('bool'),
+  },
+  'blockdev-mirror': { ...MIRROR_COMMON, 'filter-node-name': optional('str') },
   'job-pause': id,
   'job-resume': id,
   'job-cancel': id,

@@ -37,7 +37,7 @@ class Sample extends Job {
       else if (control.completeRequested || control.cancelRequested) return 'completed';
       else if (control.status === 'ready')
         control.waitUntil(() => control.paused || control.completeRequested);
-      else if (error === undefined) this.becomeReady();
+      else if (error === undefined) this.becomeReady(0);
       else control.fail(jobError('write', error));
       error = undefined;
       this.settleError();

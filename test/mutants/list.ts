@@ -26,6 +26,8 @@ const CACHE = 'src/block/qcow2/slice-cache.ts';
 const FILE = 'src/block/raw/file.ts';
 const BITMAPS = 'src/bitmap/bitmap-set.ts';
 const SNAPSHOT = 'src/block/filters/snapshot-access.ts';
+const MIRROR = 'src/block/filters/mirror.ts';
+const MIRROR_JOB = 'src/backup/mirror-job.ts';
 
 const threads = ['test/block/disk.test.ts'];
 const modes = ['test/backup/modes.test.ts'];
@@ -39,6 +41,8 @@ const qcow2 = ['test/block/qcow2.test.ts'];
 const contract = ['test/block/conformance.test.ts'];
 const compressed = ['test/block/qcow2-compressed.test.ts'];
 const durable = ['test/backup/durable.test.ts'];
+const mirrors = ['test/backup/mirror.test.ts', 'test/daemon/mirror.test.ts'];
+const mirrorSessions = ['test/daemon/mirror-sessions.test.ts'];
 
 export const mutants: readonly Mutant[] = [
   {
@@ -686,7 +690,7 @@ export const mutants: readonly Mutant[] = [
     name: 'not-recorded',
     what: 'a disk does not record what is written to it',
     file: DISK,
-    find: 'this.#bitmaps.record(offset, length);',
+    find: '        // Whether or not it went well: a part of it may have been made.\n        this.#bitmaps.record(offset, length);',
     replace: '',
     tests: bitmaps,
   },
@@ -761,5 +765,84 @@ export const mutants: readonly Mutant[] = [
     find: 'if (this.#node === undefined || generation !== this.#generation) {',
     replace: 'if (this.#node === undefined) {',
     tests: threads,
+  },
+  {
+    name: 'mirror-taken-late',
+    what: 'a mirror takes a range off its bitmap after it has read it',
+    file: MIRROR,
+    find: `    const taken = this.#bitmap.take(start, end - start);
+    try {
+      const isZero = zeroes > 0 && this.#zeroesAt(start, zeroes) === zeroes;
+      const moved = isZero ? 0 : this.#copyData(start, end);`,
+    replace: `    let taken = 0;
+    try {
+      const isZero = zeroes > 0 && this.#zeroesAt(start, zeroes) === zeroes;
+      const moved = isZero ? 0 : this.#copyData(start, end);
+      taken = this.#bitmap.take(start, end - start);`,
+    tests: mirrors,
+  },
+  {
+    name: 'mirror-side-by-side',
+    what: 'two threads of a mirror copy the same range at once',
+    file: MIRROR,
+    find: 'return this.#requests.run(from, to, () => {',
+    replace: 'return ((body: () => number) => body())(() => {',
+    tests: mirrors,
+  },
+  {
+    name: 'mirror-hole-stale',
+    what: 'a mirror takes for a hole what was one before it took the range off its bitmap',
+    file: MIRROR,
+    find: 'const isZero = zeroes > 0 && this.#zeroesAt(start, zeroes) === zeroes;',
+    replace: 'const isZero = zeroes > 0;',
+    tests: mirrors,
+  },
+  {
+    name: 'mirror-failure-clean',
+    what: 'what a mirror could not copy is not dirty any more',
+    file: MIRROR,
+    find: '      this.#bitmap.set(start, end - start);\n      throw error;',
+    replace: '      throw error;',
+    tests: mirrorSessions,
+  },
+  {
+    name: 'mirror-rest-left',
+    what: 'a mirror completes without what was written at the end',
+    file: MIRROR,
+    find: '    while (this.copyNext(worker) !== undefined);\n',
+    replace: '    void worker;\n',
+    tests: mirrors,
+  },
+  {
+    name: 'mirror-not-blocking',
+    what: 'a guest is answered before its write is in the mirror',
+    file: DISK,
+    find: '      this.#activeMirror()?.afterWrite(offset, length);\n',
+    replace: '',
+    tests: mirrors,
+  },
+  {
+    name: 'mirror-not-drained',
+    what: 'guests write while the last part of a mirror is copied',
+    file: MIRROR_JOB,
+    find: 'else this.#disk.drained(() => this.#mirror.finish());',
+    replace: 'else this.#mirror.finish();',
+    tests: mirrors,
+  },
+  {
+    name: 'mirror-ready-early',
+    what: 'a mirror is ready before everything was copied',
+    file: MIRROR_JOB,
+    find: 'this.#caughtUp = !left && !this.control.failed;',
+    replace: 'this.#caughtUp = true;',
+    tests: mirrorSessions,
+  },
+  {
+    name: 'mirror-bitmap-left',
+    what: 'the dirty bitmap of a mirror stays when the job is over',
+    file: MIRROR_JOB,
+    find: '    endMirror(this.#runtime, this.#disk.descriptor, this.#mirror.descriptor);\n    return failure;',
+    replace: '    return failure;',
+    tests: mirrors,
   },
 ];

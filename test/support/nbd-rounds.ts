@@ -173,6 +173,43 @@ class Writer {
   }
 }
 
+/** Has clients write over each other. @returns has them stop, and take their leave */
+export async function startWriters(
+  socket: string,
+  history: History,
+  seed: number,
+  exportName = '',
+): Promise<() => Promise<void>> {
+  const clients = await Promise.all(
+    Array.from({ length: CLIENTS }, () => RawClient.to(socket, { options: [], exportName })),
+  );
+  const writers = clients.map(
+    (client, index) => new Writer(client, history, new Random(seed + index), index),
+  );
+  const writing = Promise.all(writers.map((writer) => writer.run()));
+  writing.catch(() => undefined);
+  return async () => {
+    for (const writer of writers) writer.stop();
+    try {
+      await writing;
+    } finally {
+      for (const client of clients) client.destroy();
+    }
+  };
+}
+
+/** All that an export holds. */
+export async function readExport(socket: string, exportName: string): Promise<Uint8Array> {
+  const reader = await RawClient.to(socket, { options: [], exportName });
+  const parts: Buffer[] = [];
+  for (let offset = 0; offset < LENGTH; offset += 65536) {
+    reader.request(READ, offset, offset, 65536);
+    parts.push((await reader.answer(65536)).data);
+  }
+  reader.destroy();
+  return Buffer.concat(parts);
+}
+
 const KINDS = ['full', 'top', 'none', 'incremental', 'frozen'] as const;
 
 export interface NbdReport {
@@ -200,20 +237,9 @@ export async function runNbdRound(engine: Engine, folder: string, seed: number):
     await disk.write(0, initial);
     await disk.editBitmap({ action: 'add', name: 'b' });
     server = await engine.serveNbd({ listen: `unix:${socket}`, exports: [{ disk }] });
-    const clients = await Promise.all(
-      Array.from({ length: CLIENTS }, () => RawClient.to(socket, { options: [] })),
-    );
-    const writers = clients.map(
-      (client, index) => new Writer(client, history, new Random(seed + index), index),
-    );
-    const writing = Promise.all(writers.map((writer) => writer.run()));
-    writing.catch(() => undefined);
+    const stop = await startWriters(socket, history, seed);
     const pause = (): Promise<void> => new Promise((resolve) => setTimeout(resolve, random.between(0, 15)));
     await pause();
-    const stop = async (): Promise<void> => {
-      for (const writer of writers) writer.stop();
-      await writing;
-    };
     const judge = (bytes: Uint8Array, from: number, to: number, what: string): void => {
       const flaw = history.flaw(bytes, initial, from, to);
       if (flaw >= 0) throw new Error(`seed ${seed}: ${what} (${kind}, ${format}) is wrong at byte ${flaw}`);
@@ -223,17 +249,10 @@ export async function runNbdRound(engine: Engine, folder: string, seed: number):
       const frozen = await disk.freeze();
       const to = history.now();
       await server.addExport({ disk: frozen, name: 'still' });
-      const reader = await RawClient.to(socket, { options: [], exportName: 'still' });
-      await pause();
       for (let pass = 0; pass < 2; pass++) {
-        const parts: Buffer[] = [];
-        for (let offset = 0; offset < LENGTH; offset += 65536) {
-          reader.request(READ, offset, offset, 65536);
-          parts.push((await reader.answer(65536)).data);
-        }
-        judge(Buffer.concat(parts), from, to, 'the frozen export');
+        await pause();
+        judge(await readExport(socket, 'still'), from, to, 'the frozen export');
       }
-      reader.destroy();
       await frozen.close();
       await stop();
     } else {
@@ -259,7 +278,6 @@ export async function runNbdRound(engine: Engine, folder: string, seed: number):
     }
     const end = history.now();
     judge(await disk.read(0, LENGTH), end, end, 'the drive itself');
-    for (const client of clients) client.destroy();
     return { kind, requests: history.changes.length };
   } finally {
     await server?.close();

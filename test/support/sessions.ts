@@ -268,8 +268,10 @@ function normalise(answer: unknown): unknown {
   return JSON.parse(text.replaceAll(/#block\d+/g, '#block'));
 }
 
-function isPause(told: unknown): boolean {
-  return JSON.stringify(told ?? null).includes('"status":"paused"');
+/** Whether a job goes on now that had stood still. */
+function isResumed(told: unknown, status: unknown): boolean {
+  const still = { running: 'paused', ready: 'standby' }[String(status)];
+  return still !== undefined && JSON.stringify(told ?? null).includes(`"status":"${still}"`);
 }
 
 function byJob(events: readonly Message[], drains: boolean): Record<string, unknown[]> {
@@ -279,7 +281,7 @@ function byJob(events: readonly Message[], drains: boolean): Record<string, unkn
     const key = String(id ?? device ?? '');
     const before = found[key] ?? [];
     const { status } = (data ?? {}) as Message;
-    if (drains && status === 'running' && isPause(before.at(-1))) {
+    if (drains && isResumed(before.at(-1), status)) {
       before.splice(-1);
       continue;
     }

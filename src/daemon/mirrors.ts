@@ -1,0 +1,272 @@
+import { checkGranularity, MIRROR_SYNC_MODES, type MirrorSyncMode } from '../backup/mirror-job.js';
+import type { MirrorDescriptor } from '../block/filters/mirror.js';
+import type { TargetFormat } from '../block/graph.js';
+import type { Engine } from '../engine/engine.js';
+import { openErrorText, QmpError } from '../qmp/errors.js';
+import type { ArgumentsOf } from '../qmp/schema.js';
+import type { Exports } from './exports.js';
+import { filenameOf, type Graph, type GraphNode } from './graph.js';
+import type { GraphChanges } from './graph-changes.js';
+import type { Jobs } from './jobs.js';
+import { busyError, checkMirrorTarget, checkUnblocked, jobOf } from './permissions.js';
+
+type Given = ArgumentsOf<'blockdev-mirror'> | ArgumentsOf<'drive-mirror'>;
+
+/** What is said about a mirror beside its arguments. */
+interface Wanted {
+  readonly node: GraphNode;
+  readonly target: GraphNode;
+  readonly sync: MirrorSyncMode;
+  /** The target reads as zeroes wherever nothing was written. */
+  readonly targetReadsZero: boolean;
+  /** Zeroes may become holes of the target. */
+  readonly unmap: boolean;
+  /** What the target lies on once it takes the place of what it replaces; undefined leaves that as it is. */
+  readonly backing?: { readonly node: GraphNode | undefined } | undefined;
+  /** The target was opened for this, and goes when nobody wants it. */
+  readonly made: boolean;
+}
+
+/** Drivers that show what the node below them has. */
+const FILTERS: ReadonlySet<string> = new Set([
+  'throttle',
+  'compress',
+  'preallocate',
+  'copy-on-read',
+  'copy-before-write',
+  'blkdebug',
+  'mirror_top',
+]);
+
+/** QMP `blockdev-mirror` and `drive-mirror`: a node becomes a copy of another one, and may take its place. */
+export class Mirrors {
+  readonly #engine: Engine;
+  readonly #graph: Graph;
+  readonly #changes: GraphChanges;
+  readonly #exports: Exports;
+  readonly #jobs: Jobs;
+
+  constructor(engine: Engine, graph: Graph, changes: GraphChanges, exports: Exports, jobs: Jobs) {
+    this.#engine = engine;
+    this.#graph = graph;
+    this.#changes = changes;
+    this.#exports = exports;
+    this.#jobs = jobs;
+  }
+
+  /** QMP `blockdev-mirror` */
+  async blockdev(given: ArgumentsOf<'blockdev-mirror'>): Promise<void> {
+    const node = this.#root(given.device);
+    const target = this.#graph.lookUp(given.target);
+    await this.#start(given, {
+      node,
+      target,
+      sync: syncOf(given.sync, node),
+      targetReadsZero: false,
+      unmap: true,
+      made: false,
+    });
+  }
+
+  /** QMP `drive-mirror` */
+  async drive(given: ArgumentsOf<'drive-mirror'>): Promise<void> {
+    const node = this.#root(given.device);
+    const { target: filename, mode = 'absolute-paths', unmap = true, replaces } = given;
+    const nodeName = given['node-name'];
+    const isNew = mode === 'absolute-paths';
+    const format = given.format ?? (isNew ? node.driver : undefined);
+    if (format !== undefined && format !== 'raw' && format !== 'qcow2') {
+      throw new QmpError(`Unknown file format '${format}'`);
+    }
+    const backing = backingOf(node);
+    const below = given.sync === 'none' ? node : backing;
+    if (replaces !== undefined && nodeName === undefined) {
+      throw new QmpError('a node-name must be provided when replacing a named node of the graph');
+    }
+    const onBelow = given.sync !== 'full' && below !== undefined;
+    if (isNew) await this.#create(filename, format ?? 'raw', node, onBelow ? below : undefined);
+    let target: GraphNode;
+    try {
+      target = await this.#graph.makeImage(filename, format, {
+        ...(nodeName === undefined ? {} : { 'node-name': nodeName }),
+        discard: node.options['discard'],
+      });
+    } catch (error) {
+      throw error instanceof QmpError ? error : new QmpError(openErrorText(error, filename));
+    }
+    try {
+      await this.#start(given, {
+        node,
+        target,
+        sync: syncOf(given.sync, node),
+        targetReadsZero: isNew,
+        unmap,
+        backing: isNew && given.sync !== 'full' ? { node: below } : undefined,
+        made: true,
+      });
+    } catch (error) {
+      await this.#graph.closeUnused(target);
+      throw error;
+    }
+  }
+
+  /** Makes the file of a target. */
+  async #create(
+    filename: string,
+    format: TargetFormat,
+    node: GraphNode,
+    backing: GraphNode | undefined,
+  ): Promise<void> {
+    if (backing !== undefined && format === 'raw') {
+      throw new QmpError("Backing file not supported for file format 'raw'");
+    }
+    const { length } = await this.#graph.disk(node);
+    const onBacking =
+      backing === undefined
+        ? {}
+        : ({
+            backingFile: filenameOf(backing),
+            backingFormat: backing.driver === 'qcow2' ? 'qcow2' : 'raw',
+            unsafeBacking: true,
+          } as const);
+    try {
+      await this.#engine.createImage(filename, { format, length, force: true, ...onBacking });
+    } catch (error) {
+      throw new QmpError(openErrorText(error, filename).replace('Could not open', 'Could not create'));
+    }
+  }
+
+  /** A node that nothing lies on. */
+  #root(name: string): GraphNode {
+    const node = this.#graph.lookUp(name);
+    const isTarget = [...node.users.values()].includes('target');
+    if (node.parents.size > 0 || isTarget) throw new QmpError('Need a root block node');
+    return node;
+  }
+
+  /** Order of what is looked at: as in QEMU. */
+  async #start(given: Given, wanted: Wanted): Promise<void> {
+    const { node, target } = wanted;
+    const { granularity = 0, replaces, speed = 0 } = given;
+    if (granularity !== 0) checkGranularity(granularity);
+    const job = jobOf(node);
+    if (job !== undefined) throw busyError(node.device ?? node.name, job);
+    checkUnblocked(target);
+    const replaced = replaces === undefined ? node : await this.#replaced(node, replaces);
+    if (!MIRROR_SYNC_MODES.includes(wanted.sync))
+      throw new QmpError(`Sync mode '${given.sync}' not supported`);
+    if ((given['buf-size'] ?? 0) < 0) throw new QmpError("Invalid parameter 'buf-size'");
+    if (unfiltered(node) === unfiltered(target)) throw new QmpError("Can't mirror node into itself");
+    if ('filter-node-name' in given && given['filter-node-name'] !== undefined) {
+      this.#graph.checkName(given['filter-node-name']);
+    }
+    const id = given['job-id'] ?? node.device ?? '';
+    this.#jobs.checkFree(id);
+    try {
+      if (speed < 0) throw new QmpError("Parameter 'speed' expects a non-negative value");
+      if (target.descriptor.readOnly) throw new QmpError('Block node is read-only');
+      checkMirrorTarget(target, this.#exports.useOf(target));
+    } catch (error) {
+      this.#jobs.refused(id);
+      throw error;
+    }
+    const key = { job: 'mirror' } as const;
+    node.users.set(key, 'source');
+    target.users.set(key, 'target');
+    let filter: GraphNode | undefined;
+    const uncover = (): void => {
+      if (filter !== undefined) this.#exports.moved(filter, this.#graph.removeFilter(filter));
+      filter = undefined;
+    };
+    const release = async (): Promise<void> => {
+      uncover();
+      for (const used of [node, target]) used.users.delete(key);
+      if (!wanted.made) return;
+      for (const used of [target, node]) await this.#graph.closeUnused(used);
+    };
+    try {
+      const disk = await this.#graph.disk(node);
+      const handle = await disk.mirror(await this.#graph.disk(target), {
+        jobId: id,
+        sync: wanted.sync,
+        copyMode: given['copy-mode'],
+        granularity: granularity === 0 ? undefined : granularity,
+        unmap: wanted.unmap,
+        targetReadsZero: wanted.targetReadsZero,
+        speed,
+        onSourceError: given['on-source-error'],
+        onTargetError: given['on-target-error'],
+        autoFinalize: given['auto-finalize'],
+        // Until all monitors were told of its end.
+        autoDismiss: false,
+        pivot: (mirror) => {
+          uncover();
+          return this.#pivot(wanted, replaced, mirror);
+        },
+      });
+      const name = 'filter-node-name' in given ? given['filter-node-name'] : undefined;
+      filter = this.#graph.insertFilter(node, target, { name, key, job: { type: 'mirror' } });
+      this.#exports.moved(node, filter);
+      const options = {
+        speed,
+        autoFinalize: given['auto-finalize'] ?? true,
+        autoDismiss: given['auto-dismiss'] ?? true,
+        onEnd: release,
+      };
+      await this.#jobs.add([{ handle, options }]);
+    } catch (error) {
+      for (const used of [node, target]) used.users.delete(key);
+      throw error;
+    }
+  }
+
+  /** What `replaces` names: the node itself, or what it shows through filters. */
+  async #replaced(node: GraphNode, name: string): Promise<GraphNode> {
+    const wanted = this.#graph.get(name);
+    if (wanted === undefined) throw new QmpError(`Failed to find node with node-name='${name}'`);
+    let shown = node;
+    while (shown !== wanted) {
+      const [below] = shown.children;
+      if (below === undefined || !FILTERS.has(shown.driver)) {
+        throw new QmpError(
+          `Cannot replace '${name}' by a node mirrored from '${node.name}', because it cannot be guaranteed that doing so would not lead to an abrupt change of visible data`,
+        );
+      }
+      shown = below.node;
+    }
+    const [own, theirs] = [await this.#graph.disk(node), await this.#graph.disk(wanted)];
+    if (own.length !== theirs.length) {
+      throw new QmpError('cannot replace image with a mirror image of different size');
+    }
+    return wanted;
+  }
+
+  /** The target takes the place of a node: nobody uses either of them meanwhile. */
+  async #pivot(
+    { node, target, backing }: Wanted,
+    replaced: GraphNode,
+    mirror: MirrorDescriptor,
+  ): Promise<void> {
+    await this.#changes.change([replaced, target], async (section) => {
+      const { descriptor: disk } = await this.#graph.disk(node);
+      await section.run<void>({ kind: 'finish-mirror', disk, mirror });
+      if (backing !== undefined) await this.#changes.setBacking(section, target, backing.node);
+      await this.#changes.replace(section, replaced, target);
+    });
+  }
+}
+
+function backingOf(node: GraphNode): GraphNode | undefined {
+  return node.children.find(({ role }) => role === 'backing')?.node;
+}
+
+/** What a node shows, itself where it is no filter. */
+function unfiltered(node: GraphNode): GraphNode {
+  const [below] = node.children;
+  return below !== undefined && FILTERS.has(node.driver) ? unfiltered(below.node) : node;
+}
+
+/** What an image on nothing holds is everything. */
+function syncOf(sync: Given['sync'], node: GraphNode): MirrorSyncMode {
+  return (sync === 'top' && backingOf(unfiltered(node)) === undefined ? 'full' : sync) as MirrorSyncMode;
+}
