@@ -38,7 +38,7 @@ export const backup: Command = {
       long: 'bitmap',
       short: 'B',
       value: 'NAME',
-      help: 'dirty bitmap of SOURCE that says what incremental and bitmap copy; full and top bring it up to date',
+      help: 'dirty bitmap of SOURCE (with --qmp: in that QEMU) that says what incremental and bitmap copy; full and top bring it up to date (with --qmp: make it as well)',
     },
     {
       long: 'bitmap-mode',

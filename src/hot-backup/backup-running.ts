@@ -14,8 +14,9 @@ import { GuestAgent } from './guest-agent.js';
 import { takeAwayLeftovers } from './leftovers.js';
 import { makePlace, nameRun, removePlace } from './names.js';
 import { exportAt } from './nbd-place.js';
-import { pull } from './pull.js';
+import { cancelAll, pull } from './pull.js';
 import { endJob, list, removeExport } from './qemu.js';
+import { checkSpace, type ScratchFolder, watchSpace } from './scratch-space.js';
 
 /** One drive of a running QEMU, and how it is backed up. */
 export interface HotBackupDisk
@@ -95,8 +96,8 @@ const ENDED = new Set(['aborting', 'concluded', 'null']);
  * @returns what was done, in the order of the disks
  * @throws StillframeError ERR_STILLFRAME_QMP (what the QEMU says, its class as `qmpClass`), …_QMP_CONNECTION (it has gone
  *   away), …_NOT_FOUND (a drive), …_LOCKED (another backup of it is under way), …_BITMAP_NOT_FOUND,
- *   …_BITMAP_INCONSISTENT, …_BITMAP_BUSY, …_UNSUPPORTED_FEATURE (threads of drives), …_GUEST_AGENT, …_PERMISSION (the scratch), …_BROKEN_FRAME and what a backup
- *   throws
+ *   …_BITMAP_INCONSISTENT, …_BITMAP_BUSY, …_UNSUPPORTED_FEATURE (threads of drives), …_GUEST_AGENT, …_PERMISSION and …_NO_SPACE (the scratch), …_BROKEN_FRAME
+ *   and what a backup throws
  */
 export async function backupRunning(engine: Engine, options: HotBackupOptions): Promise<BackupResult[]> {
   if (options.disks.length === 0) throw invalid('say which drives are to be backed up');
@@ -197,6 +198,7 @@ class HotBackup {
       const folder = makePlace(this.#run);
       this.#undo.push(() => removePlace(this.#run));
       for (const member of members) await this.#addScratch(member);
+      for (const scratch of this.#scratchFolders(members)) await checkSpace(scratch);
       const place = this.#options.nbd ?? (await this.#startServer(folder, members));
       this.#watch(members);
       const takeInstant = (): Promise<void> => this.#takeInstant(members);
@@ -231,12 +233,24 @@ class HotBackup {
     }
   }
 
+  #scratchOf({ filename }: Drive): string {
+    return this.#options.scratch ?? (isAbsolute(filename) ? dirname(filename) : tmpdir());
+  }
+
+  /** The folders for old data, and how much there may be of it. */
+  #scratchFolders(members: readonly Member[]): ScratchFolder[] {
+    const lengths = new Map<string, number>();
+    for (const { drive } of members) {
+      const path = this.#scratchOf(drive);
+      lengths.set(path, (lengths.get(path) ?? 0) + drive.length);
+    }
+    return [...lengths].map(([path, length]) => ({ path, length }));
+  }
+
   async #addScratch({ id, drive }: Member): Promise<void> {
     const client = this.#client;
-    const { scratch } = this.#options;
     this.#check();
-    const folder = scratch ?? (isAbsolute(drive.filename) ? dirname(drive.filename) : tmpdir());
-    const file = join(folder, `.${id}.qcow2`);
+    const file = join(this.#scratchOf(drive), `.${id}.qcow2`);
     await this.#engine.createImage(file, { format: 'qcow2', length: drive.length });
     try {
       giveTo(drive.filename, file);
@@ -342,6 +356,7 @@ class HotBackup {
       this.#cancelBroken();
     };
     this.#unwatch.push(
+      watchSpace(this.#scratchFolders(members), breakFor),
       this.#client.onEnd((reason) => breakFor(goneError(reason))),
       this.#client.onEvent(({ event, data }: ServerEvent) => {
         if (event !== 'JOB_STATUS_CHANGE' || !ids.has(String(data['id']))) return;
@@ -351,14 +366,7 @@ class HotBackup {
   }
 
   #cancelBroken(): void {
-    if (this.#broken === undefined) return;
-    for (const job of this.#jobs) {
-      try {
-        job.cancel(this.#broken);
-      } catch {
-        // Over, or at its commit point.
-      }
-    }
+    if (this.#broken !== undefined) cancelAll(this.#jobs, this.#broken);
   }
 
   /** What was pulled is the instant only if the QEMU has held it to the end. */

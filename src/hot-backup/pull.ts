@@ -58,7 +58,21 @@ async function finalize([job, ...more]: readonly BackupHandle[], check: () => Pr
     await check();
     job?.finalize();
   } catch (reason) {
-    for (const one of [job, ...more]) one?.cancel(reason);
+    cancelAll(
+      [job, ...more].filter((one) => one !== undefined),
+      reason,
+    );
+  }
+}
+
+/** Cancels jobs as far as they are not over, or ending for another reason. */
+export function cancelAll(jobs: readonly BackupHandle[], reason: unknown): void {
+  for (const job of jobs) {
+    try {
+      job.cancel(reason);
+    } catch {
+      // Its result tells why.
+    }
   }
 }
 

@@ -94,13 +94,17 @@ describe.each(PROGRAMS)('a drive that %s has open', { timeout: 180_000 }, (progr
       bitmap: 'all',
     }));
     await backupUnderWrites(disks);
-    const next = disks.map((disk) => ({
-      ...disk,
-      sync: 'incremental' as const,
-      backing: disk.target,
-      target: `${disk.target}-next`,
-    }));
-    await backupUnderWrites(next);
+    let before = disks;
+    for (const name of ['monday', 'tuesday']) {
+      const next = before.map((disk, index) => ({
+        ...disk,
+        sync: 'incremental' as const,
+        backing: disk.target,
+        target: machine.at(`${name}${index}`),
+      }));
+      await backupUnderWrites(next);
+      before = next;
+    }
     expect(await machine.leftovers()).toEqual([]);
   });
 

@@ -141,6 +141,63 @@ describe.skipIf(!hasProgram(program))('a machine', { timeout: 180_000 }, () => {
     );
   });
 
+  it('has an increment of a drive that has grown', async () => {
+    await start();
+    const disk = { device: 'disk0', bitmap: 'daily' };
+    await backup('disk0', { disks: [{ ...disk, target: machine.at('full') }] });
+    await machine.monitor.execute('block_resize', { 'node-name': 'drv0', size: 2 * LENGTH });
+    machine.content[0] = Buffer.concat([machine.content[0] ?? Buffer.of(), Buffer.alloc(LENGTH)]);
+    await machine.write(0, { offset: LENGTH - 4096, length: 8192 });
+    await machine.write(0, { offset: 2 * LENGTH - 65536, length: 65536 });
+    machine.mark();
+    const next = { ...disk, sync: 'incremental' as const, backing: machine.at('full') };
+    const [result] = await backup('disk0', { disks: [{ ...next, target: machine.at('next') }] });
+    expect(result?.virtualSize).toBe(2 * LENGTH);
+    expect(machine.momentOf([machine.at('next')])).toBe(0);
+  });
+
+  it('whose bitmap cannot be brought up to date is backed up all the same, and that is told', async () => {
+    await start();
+    const { monitor, qmp } = machine;
+    await monitor.execute('block-dirty-bitmap-add', { node: 'drv0', name: 'daily' });
+    const warnings: string[] = [];
+    machine.mark();
+    await backupRunning(engine, {
+      qmp,
+      disks: [{ device: 'disk0', target: machine.at('target'), bitmap: 'daily', speed: 4 << 20 }],
+      onJobs: () => void monitor.execute('block-dirty-bitmap-remove', { node: 'drv0', name: 'daily' }),
+      onWarning: (message) => warnings.push(message),
+    });
+    expect(warnings).toEqual([expect.stringContaining("Dirty bitmap 'daily' not found")]);
+    expect(machine.momentOf([machine.at('target')])).toBe(0);
+    expect(await machine.leftovers()).toEqual([]);
+  });
+
+  it('is not backed up where one of its drives cannot be, and no target is left', async () => {
+    await start({ count: 2 });
+    const { qmp, monitor } = machine;
+    const disks = [0, 1].map((index) => ({
+      device: `disk${index}`,
+      target: machine.at(`t${index}`),
+      bitmap: 'daily',
+    }));
+    // Refused in the transaction: somebody else has a job on the second one.
+    await monitor.execute('blockdev-add', { driver: 'null-co', 'node-name': 'null', size: LENGTH });
+    const job = { device: 'drv1', target: 'null', sync: 'none', 'job-id': 'theirs' };
+    await monitor.execute('blockdev-mirror', job);
+    const busy = { code: 'ERR_STILLFRAME_QMP', message: expect.stringContaining("Node 'drv1' is busy") };
+    await expect(backupRunning(engine, { qmp, disks })).rejects.toMatchObject(busy);
+    await monitor.execute('job-cancel', { id: 'theirs' });
+    // Failed when the first one is copied.
+    const slow = disks.map((disk, index) => ({ ...disk, speed: index === 0 ? 0 : 1024 }));
+    const onJobs = ([, second]: readonly BackupJob[]): void => second?.cancel(new Error('enough'));
+    await expect(backupRunning(engine, { qmp, disks: slow, onJobs })).rejects.toThrow('enough');
+    for (const name of ['t0', 't1', 't0.partial', 't1.partial'])
+      expect(existsSync(machine.at(name))).toBe(false);
+    expect(await machine.bitmap('daily')).toBeUndefined();
+    expect(await machine.leftovers()).toEqual([]);
+  });
+
   it('that goes away fails the backup, and nothing looks finished', async () => {
     await start();
     const { qmp } = machine;
