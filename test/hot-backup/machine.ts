@@ -52,6 +52,7 @@ export class Machine {
   /** Everything that was written since {@link mark}, in order. */
   #writes: Write[] = [];
   #marked: Buffer[] = [];
+  #writing: Promise<void> = Promise.resolve();
   #child: ChildProcess | undefined;
   #ended: Promise<unknown> = Promise.resolve();
   #monitor: QmpClient | undefined;
@@ -166,8 +167,14 @@ export class Machine {
     return { drive, offset, length, pattern: random.between(1, 250) };
   }
 
-  /** Writes somewhere; what it was is known when this resolves. */
-  async write(drive = 0, given?: Partial<Write>): Promise<void> {
+  /** Writes somewhere, after whatever is being written. */
+  write(drive = 0, given?: Partial<Write>): Promise<void> {
+    // Nobody knows in which order two at once are carried out.
+    this.#writing = this.#writing.then(() => this.#write(drive, given));
+    return this.#writing;
+  }
+
+  async #write(drive: number, given: Partial<Write> | undefined): Promise<void> {
     const write = { ...this.#some(drive), ...given };
     const command = `write -P ${write.pattern} ${write.offset} ${write.length}`;
     this.#writes.push(write);

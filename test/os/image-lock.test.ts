@@ -55,6 +55,26 @@ describe('our own locks', () => {
   });
 });
 
+describe('our own locks', () => {
+  it('are given back by a close, whoever else has the descriptor', async () => {
+    const path = join(folder, 'inherited.raw');
+    await engine.createImage(path, { format: 'raw', length: 1 << 20, force: true });
+    const disk = await engine.openDisk(path, { format: 'raw' });
+    const { node } = disk.descriptor;
+    const file = node.driver === 'raw' ? node.file : node;
+    const fd = file.driver === 'file' ? file.fd : -1;
+    // As a program that is being started has it, but for longer.
+    const child = spawn('sleep', ['60'], { stdio: ['ignore', 'ignore', 'ignore', fd] });
+    try {
+      await disk.close();
+      const again = await engine.openDisk(path, { format: 'raw' });
+      await again.close();
+    } finally {
+      child.kill();
+    }
+  });
+});
+
 /** A running qemu-io that has opened an image. */
 class QemuIo {
   readonly #child: ChildProcess;

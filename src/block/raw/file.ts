@@ -222,6 +222,8 @@ export function closeFile(runtime: Runtime, descriptor: StorageDescriptor): void
   if (descriptor.driver === 'nested') return;
   runtime.arena.free(descriptor.control);
   try {
+    // A program that is being started by this one has the descriptor too, for a moment, and would keep the locks.
+    unlockImage(descriptor.fd, 'write');
     closeSync(descriptor.fd);
   } catch (error) {
     throw systemError(`cannot close '${descriptor.path}'`, error);
