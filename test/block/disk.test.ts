@@ -4,7 +4,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { afterAll, afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { DISK_CONTROL_BYTES, type DiskDescriptor } from '#src/block/disk.js';
+import { BITMAP_SET_BYTES } from '#src/bitmap/bitmap-set.js';
+import { DISK_BITMAPS, DISK_CONTROL_BYTES, type DiskDescriptor } from '#src/block/disk.js';
 import { FRAME_CONTROL_BYTES, type FrameDescriptor } from '#src/block/filters/copy-before-write.js';
 import { closeNode, openImage } from '#src/block/graph.js';
 import type { RawDescriptor } from '#src/block/node.js';
@@ -170,7 +171,15 @@ describe('a change of what a disk lies on', () => {
   const changed = '{ ...disk.descriptor, node: frame.target }';
   /** A thread that puts the disk on the target once nobody uses it, and not before a gate is open. */
   const changer = (gate: number): Thread =>
-    new Thread(`disk.exclusive(() => { say('alone'); pass(${gate}); disk.changeRoot(${changed}); });`);
+    new Thread(
+      `say('asks'); disk.exclusive(() => { say('alone'); pass(${gate}); disk.changeRoot(${changed}); });`,
+    );
+  /** Somebody has begun to make one: whoever comes later has to wait. */
+  const begun = async (): Promise<void> => {
+    const word = disk.control + DISK_BITMAPS + BITMAP_SET_BYTES + 4;
+    while (Atomics.load(arena.i32, word >> 2) === 0) await new Promise((resolve) => setTimeout(resolve, 2));
+    await aWhile();
+  };
 
   it('waits for those who read', async () => {
     const reader = new Thread(`
@@ -179,8 +188,8 @@ describe('a change of what a disk lies on', () => {
       disk.read(0, data, 512); say('read ' + arena.u8[data]);`);
     await reader.said('in');
     const change = changer(1);
-    await aWhile();
-    expect(change.events).toEqual([]);
+    await begun();
+    expect(change.events).toEqual(['asks']);
     open(0);
     await change.said('alone');
     expect(reader.events).toContain('read 1');
@@ -190,8 +199,8 @@ describe('a change of what a disk lies on', () => {
     const writer = new Thread(`${slowWrite('write')} disk.write(${CLUSTER}, fill(2), ${CLUSTER});`);
     await writer.said('in');
     const change = changer(1);
-    await aWhile();
-    expect(change.events).toEqual([]);
+    await begun();
+    expect(change.events).toEqual(['asks']);
     open(0);
     await change.said('alone');
     const late = new Thread(`say('asks'); disk.write(${2 * CLUSTER}, fill(3), ${CLUSTER});`);
@@ -223,11 +232,19 @@ describe('a change of what a disk lies on', () => {
     const first = changer(0);
     await first.said('alone');
     const second = changer(1);
+    await second.said('asks');
     await aWhile();
-    expect(second.events).toEqual([]);
+    expect(second.events).toEqual(['asks']);
     open(0);
     await second.said('alone');
-    expect(first.events).toContain('end');
+    await first.said('end');
+    // The end of the first one is none of the second one.
+    const reader = new Thread(`say('asks'); disk.read(0, data, 512); say('read');`);
+    await reader.said('asks');
+    await aWhile();
+    expect(reader.events).toEqual(['asks']);
+    open(1);
+    await reader.said('read');
   });
 
   it('lets the thread that makes it use the disk', async () => {
