@@ -1,7 +1,7 @@
 import { Socket } from 'node:net';
 import { type ConnectionOptions, checkServerIdentity, connect } from 'node:tls';
 import { workerData } from 'node:worker_threads';
-import { forward } from './forward.js';
+import { forward, PlainSide } from './forward.js';
 import { PSK_CIPHERS } from './psk.js';
 import {
   FAILED,
@@ -40,7 +40,8 @@ const LEAVE_MS = 5000;
 
 /** Speaks TLS with the server and plain text with the thread that has the other end of the pair. */
 function relay({ remote, local, tls, outcome }: RelayData): void {
-  const plain = new Socket({ fd: local, readable: true, writable: true, allowHalfOpen: true });
+  const ours = new PlainSide(local);
+  const plain = ours.socket;
   const socket = new Socket({ fd: remote, readable: true, writable: true });
   const secure = connect({ ...optionsOf(tls), socket });
   const state = new Int32Array(outcome, 0, 2);
@@ -70,7 +71,7 @@ function relay({ remote, local, tls, outcome }: RelayData): void {
       return;
     }
     settle(SECURE, '');
-    forward(plain, secure);
+    ours.forwardTo(secure);
     forward(secure, plain);
   });
 }

@@ -1,7 +1,7 @@
 import { Socket } from 'node:net';
 import { createServer, type TLSSocket, type TlsOptions } from 'node:tls';
 import { parentPort, workerData } from 'node:worker_threads';
-import { forward } from '../../block/nbd/forward.js';
+import { forward, PlainSide } from '../../block/nbd/forward.js';
 import { PSK_CIPHERS } from '../../block/nbd/psk.js';
 import type { RelayData, RelayMessage } from './threads.js';
 
@@ -40,7 +40,8 @@ function optionsOf(): TlsOptions {
 
 /** Speaks TLS with a client and plain text with the threads that serve it. */
 function relay(remote: number, local: number): void {
-  const plain = new Socket({ fd: local, readable: true, writable: true, allowHalfOpen: true });
+  const ours = new PlainSide(local);
+  const plain = ours.socket;
   const raw = new Socket({ fd: remote, readable: true, writable: true });
   // It never listens: it has this one connection.
   const server = createServer(options);
@@ -63,7 +64,7 @@ function relay(remote: number, local: number): void {
   server.on('secureConnection', (made) => {
     secure = made;
     watch(made);
-    forward(plain, made);
+    ours.forwardTo(made);
     forward(made, plain);
   });
   server.emit('connection', raw);
