@@ -5,6 +5,7 @@ import { bitmapsOfDisk, claimDiskBitmap, findBitmap, makeSuccessor } from '../bl
 import {
   brokenFrameError,
   CopyError,
+  endCopies,
   Frame,
   type FrameDescriptor,
   freeFrame,
@@ -118,6 +119,7 @@ function refuse(why: string | undefined): void {
 /** Gives up a backup that nobody has begun to carry out. */
 export function abandonBackup(runtime: Runtime, disk: Disk, begun: BegunBackup): void {
   const { frame, bitmap, target } = begun;
+  endCopies(runtime, guestsFrame(begun));
   disk.removeFrame(frame.id);
   if (bitmap !== undefined) {
     bitmapsOfDisk(runtime, disk.descriptor).unfreeze(new DirtyBitmap(runtime, bitmap), 'reclaim');
@@ -188,7 +190,9 @@ function beginFrame(
     refuse(`Required max-chunk (${maxChunk}) is less than backup cluster size (${clusterSize})`);
   }
   refuse(options.refusals?.job);
-  const memory = allocateFrame(runtime, disk, clusterSize);
+  // With a scratch file guests know the frame that saves to that.
+  const fleeces = (options.fleece ?? false) !== false;
+  const memory = allocateFrame(runtime, disk, clusterSize, fleeces ? 0 : options.cbwTimeoutMs);
   const planned = isBitmapSync(sync);
   let holder: FrameDescriptor | undefined;
   try {
@@ -237,7 +241,7 @@ function scratchHolder(
   common: Omit<HolderOptions, keyof FrameMemory | 'scratch'>,
 ): FrameDescriptor | undefined {
   if (fleece === false) return undefined;
-  const memory = allocateFrame(runtime, disk, common.clusterSize);
+  const memory = allocateFrame(runtime, disk, common.clusterSize, common.cbwTimeoutMs);
   const scratch = fleece === true ? undefined : fleece;
   try {
     return makeHolder(runtime, disk, { ...common, ...memory, scratch });
@@ -343,8 +347,11 @@ export class BackupJob extends Job {
     const keep = outcome === 'completed' || (outcome === 'cancelled' && this.#sync === 'none');
     const { id, holder } = this.#frame.descriptor;
     this.#disk.removeFrame(id);
+    endCopies(this.#runtime, holder ?? this.#frame.descriptor);
     // No guest is in the frame any more: from here on nothing can break it.
-    if (failure === undefined && this.#frame.broken) failure = brokenFrameError('the backup has failed');
+    // A job that was cancelled needs its frame no more.
+    const broken = keep ? this.#frame.broken : this.#frame.lost;
+    if (failure === undefined && broken) failure = brokenFrameError('the backup has failed');
     if (holder !== undefined) closeScratch(this.#runtime, holder);
     if (keep && failure === undefined) {
       try {
@@ -383,10 +390,10 @@ function copyUntilInterrupted(frame: Frame, control: JobControl): void {
   let from = 0;
   try {
     while (!control.interrupted && !frame.broken) {
-      const began = control.throttle();
+      const began = control.throttle(() => frame.broken);
       let counted = 0;
       try {
-        if (control.interrupted) return;
+        if (control.interrupted || frame.broken) return;
         const paced = began !== undefined && frame.descriptor.paceZeroes === true;
         const run = frame.copyNext(from, paced);
         if (run === undefined) return;
@@ -399,6 +406,11 @@ function copyUntilInterrupted(frame: Frame, control: JobControl): void {
   } catch (error) {
     control.fail(copyError(error));
   }
+}
+
+/** The frame of a backup that guests know. */
+export function guestsFrame({ frame }: Pick<BegunBackup, 'frame'>): FrameDescriptor {
+  return frame.holder ?? frame;
 }
 
 /** Copies along with a job's own thread until the job ends. */

@@ -6,12 +6,14 @@ import { DirtyBitmap } from '../bitmap/dirty-bitmap.js';
 import type { Disk } from '../block/disk.js';
 import { findBitmap, makeSuccessor } from '../block/disk-bitmaps.js';
 import {
+  endCopies,
   FRAME_CONTROL_BYTES,
   type FrameDescriptor,
   frameStateBytes,
   freeFrame,
   type OnCbwError,
 } from '../block/filters/copy-before-write.js';
+import { CopyDesk } from '../block/filters/copy-desk.js';
 import { attachNode, closeNode } from '../block/graph.js';
 import { isNbdName } from '../block/nbd/index.js';
 import type { NodeDescriptor } from '../block/node.js';
@@ -72,7 +74,7 @@ export function freeze(runtime: Runtime, disk: Disk, options: HoldOptions, id: n
   let memory: FrameMemory | undefined;
   let frame: FrameDescriptor | undefined;
   try {
-    memory = allocateFrame(runtime, disk, clusterSize);
+    memory = allocateFrame(runtime, disk, clusterSize, options.cbwTimeoutMs);
     frame = makeHolder(runtime, disk, {
       ...memory,
       id,
@@ -124,8 +126,15 @@ function copyOfBitmap(runtime: Runtime, { descriptor }: Disk, name: string): Dir
   return copy;
 }
 
-/** Lets an instant go. Nobody may read it any more. */
+/** Ends an instant: nothing is saved any more, and the threads that copy for guests end. */
+export function endFrozen(runtime: Runtime, disk: Disk, { frame }: FrozenDescriptor): void {
+  disk.removeFrame(frame.id);
+  endCopies(runtime, frame);
+}
+
+/** Lets an instant go. Nobody may read it any more, and no thread copies for its guests, or is to begin with that. */
 export function thaw(runtime: Runtime, disk: Disk, { frame, borrowed }: FrozenDescriptor): void {
+  endCopies(runtime, frame);
   disk.removeFrame(frame.id);
   freeFrame(runtime, frame);
   if (frame.plan !== undefined) new DirtyBitmap(runtime, frame.plan).free();
@@ -133,10 +142,18 @@ export function thaw(runtime: Runtime, disk: Disk, { frame, borrowed }: FrozenDe
 }
 
 /** Memory of a frame. */
-export type FrameMemory = Pick<FrameDescriptor, 'control' | 'states' | 'clusters'>;
+export type FrameMemory = Pick<FrameDescriptor, 'control' | 'states' | 'clusters' | 'desk'>;
 
-/** @throws StillframeError ERR_STILLFRAME_ARENA_EXHAUSTED, …_INVALID_ARGUMENT (clusters are counted in 31 bits) */
-export function allocateFrame(runtime: Runtime, disk: Disk, clusterSize: number): FrameMemory {
+/**
+ * @param cbwTimeoutMs of the guests that know the frame
+ * @throws StillframeError ERR_STILLFRAME_ARENA_EXHAUSTED, …_INVALID_ARGUMENT (clusters are counted in 31 bits)
+ */
+export function allocateFrame(
+  runtime: Runtime,
+  disk: Disk,
+  clusterSize: number,
+  cbwTimeoutMs = 0,
+): FrameMemory {
   const { arena } = runtime;
   const { length, node } = disk.descriptor;
   const clusters = Math.ceil(length / clusterSize);
@@ -147,10 +164,13 @@ export function allocateFrame(runtime: Runtime, disk: Disk, clusterSize: number)
     );
   }
   const control = arena.alloc(FRAME_CONTROL_BYTES, 'frame control block');
+  let desk: number | undefined;
   try {
+    if (cbwTimeoutMs > 0) desk = CopyDesk.allocate(arena);
     const states = arena.alloc(frameStateBytes(clusters), `cluster states (${clusters} clusters)`);
-    return { control, states, clusters };
+    return { control, states, clusters, desk };
   } catch (error) {
+    if (desk !== undefined) arena.free(desk);
     arena.free(control);
     throw error;
   }

@@ -1,4 +1,4 @@
-import { type BegunBackup, BITMAP_MODES } from '../backup/backup-job.js';
+import { type BegunBackup, BITMAP_MODES, guestsFrame } from '../backup/backup-job.js';
 import { SYNC_MODES, type SyncMode } from '../backup/target.js';
 import type { TransactionAction } from '../backup/transaction.js';
 import type { DiskDescriptor } from '../block/disk.js';
@@ -18,6 +18,7 @@ import type { Arena } from '../kernels/arena.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { BackupOptions } from './disk.js';
 import type { Engine } from './engine.js';
+import { guestCopies } from './guest-copies.js';
 import {
   checkSpeed,
   Group,
@@ -345,11 +346,13 @@ function launch(
   // In sync mode `none` there is nothing to help with.
   const helpers = begun.sync === 'none' ? 0 : (options.workers ?? engine.workers) - 1;
   const copy = { kind: 'copy', disk, frame: begun.frame, control } as const;
+  // Where the target of a cancelled job is still to be committed, what guests have to save is still saved.
+  const copies = guestCopies(disk, guestsFrame(begun), begun.sync === 'none' ? undefined : control);
   const { target, autoFinalize = true, autoDismiss = true } = options;
   return launchJob(
     engine,
     (port) => ({ kind: 'backup', disk, control, port, begun }),
-    Array.from({ length: helpers }, () => copy),
+    [...copies, ...Array.from({ length: helpers }, () => copy)],
     (running) =>
       new BackupHandle(
         engine.arena,

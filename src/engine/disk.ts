@@ -253,6 +253,7 @@ export class DiskHandle {
     });
     const handle = new FrozenDisk(this.#engine, this, frozen, () => this.#frozen.delete(handle));
     this.#frozen.add(handle);
+    await handle.ready;
     if (this.#closing !== undefined) await handle.close();
     return handle;
   }

@@ -116,6 +116,10 @@ export interface MapOptions extends ImageOptions, MapRange {}
 
 /** Threads that jobs and tools may use at once. */
 const MAX_JOB_THREADS = 64;
+/** Threads that copy for guests with a time-out: two for every instant that has one. */
+const MAX_GUEST_COPIES = 4096;
+/** How long those without work stay, in milliseconds. */
+const STAY_MS = 10_000;
 
 /** What a team has opened for itself. */
 function nodesOf(started: Started): readonly NodeDescriptor[] {
@@ -141,6 +145,7 @@ export class Engine {
   readonly workers: number;
   readonly #jobs: Piscina<Task, Answer>;
   readonly #requests: Piscina<Task, Answer>;
+  readonly #guestCopies: Piscina<Task, Answer>;
   readonly #disks = new Set<DiskHandle>();
   readonly #servers = new Set<NbdServer>();
   readonly #runtime: Runtime & { readonly shared: SharedRuntime };
@@ -163,6 +168,12 @@ export class Engine {
     };
     this.#jobs = new Piscina({ ...common, minThreads: this.workers, maxThreads: MAX_JOB_THREADS });
     this.#requests = new Piscina({ ...common, minThreads: 0, maxThreads: options.requestThreads ?? 4 });
+    this.#guestCopies = new Piscina({
+      ...common,
+      minThreads: 0,
+      maxThreads: MAX_GUEST_COPIES,
+      idleTimeout: STAY_MS,
+    });
   }
 
   /** @internal */
@@ -178,11 +189,16 @@ export class Engine {
   /** @internal Runs a task on a thread for jobs, or for requests on live disks. */
   async run<T>(task: Task, transfer: readonly Transferable[] = []): Promise<T> {
     if (this.#closed) throw closedError('the engine');
-    const pool = task.kind === 'request' ? this.#requests : this.#jobs;
+    const pool = this.#poolFor(task);
     const answer = await pool.run(task, transfer.length === 0 ? {} : { transferList: [...transfer] });
     if ('error' in answer) throw StillframeError.fromPlain(answer.error);
     // The task's kind fixes the type of its value; it crossed a thread as plain data.
     return answer.value as T;
+  }
+
+  #poolFor({ kind }: Task): Piscina<Task, Answer> {
+    if (kind === 'request') return this.#requests;
+    return kind === 'copy-for-guests' ? this.#guestCopies : this.#jobs;
   }
 
   /**
@@ -516,7 +532,7 @@ export class Engine {
       await Promise.all([...this.#disks].map((disk) => disk.close()));
     } finally {
       this.#closed = true;
-      const pools = [this.#jobs, this.#requests];
+      const pools = [this.#jobs, this.#requests, this.#guestCopies];
       // Node aborts the process when a thread is ended while it still loads its modules.
       await Promise.all(pools.flatMap((pool) => pool.threads.map(() => pool.run({ kind: 'ready' }))));
       await Promise.all(pools.map((pool) => pool.destroy()));

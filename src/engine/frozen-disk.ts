@@ -2,6 +2,7 @@ import type { FrozenDescriptor } from '../backup/freeze.js';
 import { readFrameCounters } from '../block/filters/copy-before-write.js';
 import type { DiskHandle } from './disk.js';
 import type { Engine } from './engine.js';
+import { guestCopies, untilAttended } from './guest-copies.js';
 import type { NbdServer } from './nbd-server.js';
 
 /** An instant of a disk that is held, to be exported: see {@link DiskHandle.freeze}. */
@@ -13,6 +14,9 @@ export class FrozenDisk {
   readonly exports = new Map<NbdServer, string>();
   readonly #engine: Engine;
   readonly #onClose: () => void;
+  readonly #copies: Promise<unknown>;
+  /** @internal Resolves when its time-out can be kept. */
+  readonly ready: Promise<void>;
   #closing: Promise<void> | undefined;
 
   /** @internal Use {@link DiskHandle.freeze}. */
@@ -21,6 +25,14 @@ export class FrozenDisk {
     this.disk = disk;
     this.descriptor = descriptor;
     this.#onClose = onClose;
+    const { frame } = descriptor;
+    let over = false;
+    this.#copies = Promise.allSettled(
+      guestCopies(disk.descriptor, frame).map((task) => engine.run<void>(task)),
+    ).finally(() => {
+      over = true;
+    });
+    this.ready = untilAttended(engine.arena, frame, () => over);
   }
 
   /** Virtual size in bytes. */
@@ -47,12 +59,13 @@ export class FrozenDisk {
 
   async #close(): Promise<void> {
     await Promise.all([...this.exports].map(([server, name]) => server.removeExport(name)));
+    const task = { disk: this.disk.descriptor, frozen: this.descriptor };
     try {
-      await this.#engine.run<void>({
-        kind: 'thaw',
-        disk: this.disk.descriptor,
-        frozen: this.descriptor,
-      });
+      if (this.descriptor.frame.desk !== undefined) {
+        await this.#engine.run<void>({ kind: 'end-frozen', ...task });
+        await this.#copies;
+      }
+      await this.#engine.run<void>({ kind: 'thaw', ...task });
     } finally {
       this.#onClose();
     }

@@ -2,7 +2,7 @@ import type { MessagePort } from 'node:worker_threads';
 import { BackupJob, type BegunBackup, helpCopying } from '../backup/backup-job.js';
 import { type Conversion, type ConversionListener, copyPart } from '../backup/conversion.js';
 import { type ConvertOptions, type ConvertSource, convertImages } from '../backup/convert.js';
-import { type FrozenDescriptor, freeze, type HoldOptions, thaw } from '../backup/freeze.js';
+import { endFrozen, type FrozenDescriptor, freeze, type HoldOptions, thaw } from '../backup/freeze.js';
 import {
   type BegunMirror,
   beginMirror,
@@ -26,7 +26,8 @@ import {
 } from '../block/disk.js';
 import { bitmapSha256, bitmapStatuses, closeDiskBitmaps, openDiskBitmaps } from '../block/disk-bitmaps.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
-import type { CopyBuffer, FrameDescriptor } from '../block/filters/copy-before-write.js';
+import type { CopyBuffer, Frame, FrameDescriptor } from '../block/filters/copy-before-write.js';
+import { CopyDesk } from '../block/filters/copy-desk.js';
 import type { MirrorDescriptor } from '../block/filters/mirror.js';
 import {
   attachNode,
@@ -96,7 +97,7 @@ export type Task =
       readonly options: HoldOptions;
       readonly id: number;
     }
-  | { readonly kind: 'thaw'; readonly disk: DiskDescriptor; readonly frozen: FrozenDescriptor }
+  | { readonly kind: 'end-frozen' | 'thaw'; readonly disk: DiskDescriptor; readonly frozen: FrozenDescriptor }
   | { readonly kind: 'end-export'; readonly exported: ExportDescriptor }
   | {
       readonly kind: 'disk-status';
@@ -177,6 +178,14 @@ export type Task =
     }
   /** The last part of a mirror; nobody uses the disk meanwhile. */
   | { readonly kind: 'finish-mirror'; readonly disk: DiskDescriptor; readonly mirror: MirrorDescriptor }
+  | {
+      readonly kind: 'copy-for-guests';
+      readonly disk: DiskDescriptor;
+      readonly frame: FrameDescriptor;
+      readonly index: number;
+      /** The job that it is for, where cancelling that may give up what is under way. */
+      readonly control: number | undefined;
+    }
   | {
       readonly kind: 'convert';
       readonly sources: readonly ConvertSource[];
@@ -356,6 +365,8 @@ export class TaskRunner {
         return makeExport(this.#runtime, task.disk, task.frozen, task.options);
       case 'freeze':
         return freeze(this.#runtime, this.#disk(task.disk), task.options, task.id);
+      case 'end-frozen':
+        return endFrozen(this.#runtime, this.#disk(task.disk), task.frozen);
       case 'thaw':
         return thaw(this.#runtime, this.#disk(task.disk), task.frozen);
       case 'end-export':
@@ -365,8 +376,11 @@ export class TaskRunner {
       case 'request':
         return this.#request(this.#disk(task.disk), task.request);
       case 'backup':
-        return this.#forJob(task.control, (control) =>
-          BackupJob.run(this.#runtime, this.#disk(task.disk), control, task.port, task.begun),
+        // Sync mode `none` ends by being cancelled, and its target is committed then.
+        return this.#forJob(
+          task.control,
+          (control) => BackupJob.run(this.#runtime, this.#disk(task.disk), control, task.port, task.begun),
+          task.begun.sync !== 'none',
         );
       case 'transact':
         return transact(this.#runtime, task.actions, (disk) => this.#disk(disk));
@@ -426,6 +440,8 @@ export class TaskRunner {
         );
       case 'finish-mirror':
         return finishMirror(this.#runtime, this.#disk(task.disk), task.mirror);
+      case 'copy-for-guests':
+        return this.#copyForGuests(task);
       case 'create':
         return createImage(this.#runtime, task.path, task.options);
       case 'convert':
@@ -457,10 +473,25 @@ export class TaskRunner {
     }
   }
 
-  /** Runs `body` so that cancelling the job ends what it waits for on a server. */
-  #forJob<T>(pointer: number, body: (control: JobControl) => T): T {
+  /** Runs `body` so that cancelling the job ends what it waits for on a server, unless it is to go on then. */
+  #forJob<T>(pointer: number, body: (control: JobControl) => T, ends = true): T {
     const control = new JobControl(this.#runtime.arena, pointer);
-    return workingFor({ mark: pointer, cancelled: () => control.cancelled }, () => body(control));
+    const cancelled = (): boolean => ends && control.cancelled;
+    return workingFor({ mark: pointer, cancelled }, () => body(control));
+  }
+
+  #copyForGuests({ disk, frame, index, control }: Extract<Task, { kind: 'copy-for-guests' }>): void {
+    if (frame.desk === undefined) throw new Error('invariant: guests without a time-out copy themselves');
+    const desk = new CopyDesk(this.#runtime.arena, frame.desk);
+    // Not before there is something to copy: the frame may have ended by now.
+    let attached: Frame | undefined;
+    const serve = (): void =>
+      desk.serve(index, (first, count) => {
+        attached ??= this.#disk(disk).attachFrame(frame);
+        attached.copyForGuest(first, count);
+      });
+    if (control === undefined) serve();
+    else this.#forJob(control, serve);
   }
 
   readonly #copyBuffer = (): CopyBuffer => copyBufferOf(this.#runtime);

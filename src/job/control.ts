@@ -207,13 +207,14 @@ export class JobControl {
   /**
    * Blocks until the rate limit lets the next run go; returns early when the job is interrupted.
    *
+   * @param over so it does where this says true, which is looked at when the job's threads are woken
    * @returns where there is a limit, when the run goes, and it alone until {@link account} says how much it was
    */
-  throttle(): number | undefined {
+  throttle(over: () => boolean = () => false): number | undefined {
     const index = (this.pointer + NEXT_ALLOWED_MS) / 8;
     for (;;) {
       const sequence = this.#load(WAKE);
-      if (this.speed === 0 || this.interrupted) return undefined;
+      if (this.speed === 0 || this.interrupted || over()) return undefined;
       const now = nowMs();
       let waitMs = 0;
       withLock(this.#arena, this.pointer + RATE_LOCK, () => {

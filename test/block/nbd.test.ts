@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
 import { attachNbd, closeNbd, openNbd } from '#src/block/nbd/index.js';
-import { createEngine, type Engine } from '#src/index.js';
+import { type BackupOptions, createEngine, type Engine } from '#src/index.js';
 import { createRuntime } from '#src/kernels/runtime.js';
 import { stillframe } from '../support/cli.js';
 import { firstDifference, Random } from '../support/data.js';
@@ -51,6 +51,7 @@ function writtenContent(): string {
 }
 
 const expectContent = (path: string): void => expect(firstDifference(readFileSync(path), content)).toBe(-1);
+type Disk = Awaited<ReturnType<Engine['openDisk']>>;
 const open = (uri: string, readOnly = true) => engine.openDisk(uri, { format: 'raw', readOnly });
 
 describe.skipIf(!peers)('an export as the source', () => {
@@ -406,6 +407,123 @@ describe.skipIf(!peers)('an export as the target', () => {
       server.kill();
     }
   });
+
+  it.each([0, 60_000])("that is full fails a guest's write with that (time-out %i)", async (cbwTimeoutMs) => {
+    const errors = ['error-pwrite=ENOSPC', 'error-pwrite-rate=100%'];
+    const disk = await open(at('disk'), false);
+    try {
+      const target = kit('--filter=error', 'file', at('target'), ...errors).uri();
+      const job = await disk.backup({ target, sync: 'none', cbwTimeoutMs });
+      const refused = { code: 'ERR_STILLFRAME_NO_SPACE', errno: 'ENOSPC' };
+      await expect(disk.write(0, block(1))).rejects.toMatchObject(refused);
+      expect(await same(disk, 0, content.subarray(0, 512))).toBe(true);
+      job.cancel();
+      await job.result();
+    } finally {
+      await disk.close();
+    }
+  });
+
+  /** A backup that has copied the beginning, and whose own threads then copy nothing for a long time. */
+  const slowly = async (disk: Disk, options: Partial<BackupOptions>, target: string) => {
+    const job = await disk.backup({ target, sync: 'full', speed: 1, workers: 1, ...options });
+    while (job.snapshot().offset === 0) await new Promise((resolve) => setTimeout(resolve, 5));
+    return job;
+  };
+  const END = LENGTH - 65536;
+  const block = (byte: number) => new Uint8Array(512).fill(byte);
+  const same = async (disk: Disk, offset: number, bytes: Uint8Array) =>
+    Buffer.from(await disk.read(offset, bytes.length)).equals(bytes);
+
+  it.each([
+    ['the backup', false],
+    ['the scratch file of a backup', true],
+  ])(
+    'that hangs fails a write of a guest in its time, and is the instant all the same: %s',
+    async (_, fleece) => {
+      const server = qemu('-e', '8', at('target'));
+      const disk = await open(at('disk'), false);
+      try {
+        const job = await slowly(disk, { cbwTimeoutMs: 300, fleece }, server.uri());
+        server.pause();
+        // What is saved already, or saved elsewhere, needs nobody.
+        await disk.write(0, block(1));
+        if (fleece) await disk.write(END, block(2));
+        else {
+          // As often as there are threads that copy for guests, and once more.
+          for (const offset of [END, END, END - 65536, END - 2 * 65536]) {
+            const late = { code: 'ERR_STILLFRAME_CBW_TIMEOUT' };
+            await expect(disk.write(offset, block(2))).rejects.toMatchObject(late);
+            expect(await same(disk, offset, content.subarray(offset, offset + 512))).toBe(true);
+          }
+          server.resume();
+          // The copies that went on without the guest come to their end, and there is room for others.
+          for (const offset of [END, END - 65536, END - 2 * 65536, END - 3 * 65536]) {
+            while (!(await written(disk, offset)));
+          }
+        }
+        server.resume();
+        job.setSpeed(0);
+        const result = await job.result();
+        expect(result.clusters.cbw).toBe(fleece ? 1 : 4);
+        expect(result.clusters.copied + result.clusters.zero).toBe(result.clusters.total);
+        expect(await same(disk, END, block(2))).toBe(true);
+      } finally {
+        await disk.close();
+      }
+      server.stop();
+      expectContent(at('target'));
+    },
+  );
+  /** A write of a guest; false: it came too late. */
+  const written = async (disk: Disk, offset: number): Promise<boolean> => {
+    try {
+      await disk.write(offset, block(2));
+      return true;
+    } catch (error) {
+      expect(error).toMatchObject({ code: 'ERR_STILLFRAME_CBW_TIMEOUT' });
+      return false;
+    }
+  };
+
+  it('that hangs lets a guest go on where the snapshot may break, and is no backup then', async () => {
+    const server = qemu('-e', '8', at('target'));
+    const disk = await open(at('disk'), false);
+    try {
+      const options = { cbwTimeoutMs: 300, onCbwError: 'break-snapshot' } as const;
+      const job = await slowly(disk, options, server.uri());
+      server.pause();
+      await disk.write(END, block(2));
+      await disk.write(END - 65536, block(3));
+      server.resume();
+      await expect(job.result()).rejects.toMatchObject({ code: 'ERR_STILLFRAME_BROKEN_FRAME' });
+      expect(await same(disk, END, block(2))).toBe(true);
+    } finally {
+      await disk.close();
+    }
+  });
+
+  it.each([0, 60_000])(
+    'that hangs fails no write of a guest when the backup is cancelled (time-out %i)',
+    async (cbwTimeoutMs) => {
+      const server = qemu('-e', '8', at('target'));
+      const disk = await open(at('disk'), false);
+      try {
+        const job = await slowly(disk, { cbwTimeoutMs }, server.uri());
+        server.pause();
+        const writing = disk.write(END, block(2));
+        // It is waiting by then, or will do without.
+        await new Promise((resolve) => setTimeout(resolve, 100));
+        job.cancel();
+        await writing;
+        await expect(job.result()).rejects.toMatchObject({ code: 'ERR_STILLFRAME_JOB_CANCELLED' });
+        expect(await same(disk, END, block(2))).toBe(true);
+      } finally {
+        server.resume();
+        await disk.close();
+      }
+    },
+  );
 
   it('that is lost with writes that were not flushed takes no more, though it comes back', async () => {
     const server = qemu(at('target'));

@@ -12,6 +12,7 @@ export interface Mutant {
 }
 
 const FRAME = 'src/block/filters/copy-before-write.ts';
+const DESK = 'src/block/filters/copy-desk.ts';
 const DISK = 'src/block/disk.ts';
 const NODE = 'src/block/qcow2/node.ts';
 const REBASE = 'src/block/rebase.ts';
@@ -30,6 +31,7 @@ const MIRROR = 'src/block/filters/mirror.ts';
 const MIRROR_JOB = 'src/backup/mirror-job.ts';
 
 const threads = ['test/block/disk.test.ts'];
+const hung = ['test/block/nbd.test.ts'];
 const modes = ['test/backup/modes.test.ts'];
 const errors = ['test/backup/errors.test.ts'];
 const bitmaps = ['test/backup/bitmap-modes.test.ts'];
@@ -123,7 +125,7 @@ export const mutants: readonly Mutant[] = [
     name: 'broken-completes',
     what: 'a frame whose old data was lost is not marked broken',
     file: FRAME,
-    find: 'store(this.#runtime.arena, this.descriptor.control + BROKEN, 1);',
+    find: 'Atomics.or(this.#runtime.arena.i32, word, cancelled ? GIVEN_UP : LOST);',
     replace: '',
     tests: errors,
   },
@@ -433,8 +435,7 @@ export const mutants: readonly Mutant[] = [
     name: 'broken-at-the-end',
     what: 'whether the frame broke is not looked at once it is off the disk',
     file: JOB,
-    find: `    if (failure === undefined && this.#frame.broken) failure = brokenFrameError('the backup has failed');
-`,
+    find: "    if (failure === undefined && broken) failure = brokenFrameError('the backup has failed');\n",
     replace: '',
   },
   {
@@ -844,5 +845,38 @@ export const mutants: readonly Mutant[] = [
     find: '    endMirror(this.#runtime, this.#disk.descriptor, this.#mirror.descriptor);\n    return failure;',
     replace: '    return failure;',
     tests: mirrors,
+  },
+  {
+    name: 'late-given-back',
+    what: 'a cluster whose copy a guest does not wait for any more is claimed by others while it is being copied',
+    file: FRAME,
+    find: 'else if (!desk.copy(place, cluster, count, deadline)) throw this.#late(cluster);',
+    replace:
+      'else if (!desk.copy(place, cluster, count, deadline)) { this.#release(cluster, count); throw this.#late(cluster); }',
+    tests: hung,
+  },
+  {
+    name: 'place-lost',
+    what: 'a thread whose copy came too late for a guest copies for nobody any more',
+    file: DESK,
+    find: 'if (!this.#exchange(place, POSTED, outcome)) this.#free(place);',
+    replace: 'this.#exchange(place, POSTED, outcome);',
+    tests: hung,
+  },
+  {
+    name: 'copy-failed-unheard',
+    what: 'a guest goes on although the thread that was to copy for it could not',
+    file: DESK,
+    find: 'if (error !== undefined) throw StillframeError.fromPlain(error);',
+    replace: 'if (error !== undefined) return true;',
+    tests: hung,
+  },
+  {
+    name: 'cancel-breaks-guest',
+    what: "cancelling a job fails the guest's write that waits for its target",
+    file: FRAME,
+    find: 'const cancelled = isCancelled(cause);',
+    replace: 'const cancelled = isCancelled(undefined);',
+    tests: hung,
   },
 ];

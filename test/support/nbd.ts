@@ -12,6 +12,9 @@ export interface Server {
   readonly stop: () => void;
   /** Kills it with everything that it has not written yet; another one may take its place. */
   readonly kill: () => void;
+  /** It does nothing until it is resumed, as if its machine hung. */
+  readonly pause: () => void;
+  readonly resume: () => void;
 }
 
 /** `qemu-nbd` with these arguments; it goes on until it is stopped. */
@@ -77,6 +80,8 @@ function serve(
     if (!running) return;
     running = false;
     if (alive(pid)) process.kill(pid, signal);
+    // One that was paused hears it only now.
+    if (alive(pid)) process.kill(pid, 'SIGCONT');
     waitUntil(() => !alive(pid));
   };
   return {
@@ -88,5 +93,7 @@ function serve(
       rmSync(folder, { recursive: true, force: true });
     },
     kill: () => end('SIGKILL'),
+    pause: () => process.kill(pid, 'SIGSTOP'),
+    resume: () => process.kill(pid, 'SIGCONT'),
   };
 }

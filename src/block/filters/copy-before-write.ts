@@ -4,6 +4,7 @@ import { advance, load, store, waitWhile } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { type BlockNode, type NodeDescriptor, STATUS_ALLOCATED, STATUS_ZERO } from '../node.js';
 import { chainStatus } from '../status.js';
+import { CopyDesk } from './copy-desk.js';
 
 /**
  * A frame: the drive as it stood at one instant, held by copy-before-write. Bulk copy and guest writes copy
@@ -54,6 +55,8 @@ export interface FrameDescriptor {
   readonly onCbwError: OnCbwError;
   /** How long a guest may be kept for its old data, in milliseconds; 0 and undefined: as long as it takes. */
   readonly cbwTimeoutMs?: number | undefined;
+  /** Pointer of a {@link CopyDesk}, where guests have a time-out: threads there copy for them. */
+  readonly desk?: number | undefined;
   /** Word of the arena to advance when the frame breaks: its owner sleeps there. */
   readonly owner: number;
   /**
@@ -65,6 +68,9 @@ export interface FrameDescriptor {
 
 // Control block, byte offsets: int32 words, then int64 counters.
 const BROKEN = 0;
+// Bits: old data was lost that the job still wanted; its job was cancelled.
+const LOST = 1;
+const GIVEN_UP = 2;
 const REMAINING = 4;
 const SEQUENCE = 8;
 const WAITERS = 12;
@@ -168,8 +174,9 @@ export function changedByGuests(
 /** Gives a frame's memory back; nobody may look at its counters afterwards. */
 export function freeFrame(
   runtime: Pick<Runtime, 'arena'>,
-  frame: Pick<FrameDescriptor, 'control' | 'states' | 'holder'>,
+  frame: Pick<FrameDescriptor, 'control' | 'states' | 'desk' | 'holder'>,
 ): void {
+  if (frame.desk !== undefined) runtime.arena.free(frame.desk);
   runtime.arena.free(frame.states);
   runtime.arena.free(frame.control);
   if (frame.holder !== undefined) freeFrame(runtime, frame.holder);
@@ -178,6 +185,11 @@ export function freeFrame(
 /** Where a frame's old data is read from: what a disk lies on, which stays the same for as long as a body runs. */
 export interface FrameSource {
   use<T>(body: (node: BlockNode) => T): T;
+}
+
+/** No thread copies for guests any more when this returns; once the frame is not the disk's any more, or before they start. */
+export function endCopies(runtime: Pick<Runtime, 'arena'>, { desk }: Pick<FrameDescriptor, 'desk'>): void {
+  if (desk !== undefined) new CopyDesk(runtime.arena, desk).end();
 }
 
 /** One thread's view of a frame. */
@@ -191,6 +203,7 @@ export class Frame {
   readonly #runClusters: number;
   readonly #guestRunClusters: number;
   readonly #plan: DirtyBitmap | undefined;
+  readonly #desk: CopyDesk | undefined;
 
   /** @param holder the frame that `source` reads the instant from, where that is not the disk itself */
   constructor(
@@ -216,6 +229,7 @@ export class Frame {
     const { clusterSize, maxChunk = RUN_BYTES } = descriptor;
     this.#guestRunClusters = Math.max(1, RUN_BYTES / clusterSize);
     this.#runClusters = Math.min(this.#guestRunClusters, Math.ceil(maxChunk / clusterSize));
+    this.#desk = descriptor.desk === undefined ? undefined : new CopyDesk(runtime.arena, descriptor.desk);
   }
 
   /** Puts every cluster in the plan. Called once, before the frame is part of a disk. */
@@ -232,6 +246,12 @@ export class Frame {
     return own || this.#holder?.broken === true;
   }
 
+  /** It is so, and not because its job was cancelled. */
+  get lost(): boolean {
+    const own = (load(this.#runtime.arena, this.descriptor.control + BROKEN) & LOST) !== 0;
+    return own || this.#holder?.lost === true;
+  }
+
   get remaining(): number {
     return load(this.#runtime.arena, this.descriptor.control + REMAINING);
   }
@@ -243,43 +263,89 @@ export class Frame {
   /**
    * Saves the old data of every cluster the range touches. Returns when the guest may write there.
    *
-   * The time for it (QEMU: `cbw-timeout`) is looked at between steps of at most 1 MiB; a step that is under way is not
-   * cut short.
+   * With a time for it (QEMU: `cbw-timeout`) other threads copy, where there are some: what they have not done by then
+   * goes on without the guest. Otherwise the time is looked at between steps of at most 1 MiB.
+   *
+   * Where the job is cancelled meanwhile the guest goes on as well: nothing will rely on the frame.
    *
    * @throws StillframeError the copy's error under `break-guest-write`, ERR_STILLFRAME_CBW_TIMEOUT where it is late: the
    *   guest's write must fail then
    */
   beforeWrite(offset: number, length: number): void {
     if (length === 0 || this.broken) return;
-    const { clusterSize, clusters, states, cbwTimeoutMs = 0 } = this.descriptor;
+    const { clusterSize, clusters, states } = this.descriptor;
     const { kernels } = this.#runtime;
-    const deadline = cbwTimeoutMs > 0 ? performance.now() + cbwTimeoutMs : Number.POSITIVE_INFINITY;
+    let deadline: number | undefined;
     const end = Math.ceil((offset + length) / clusterSize);
     const first = Math.floor(offset / clusterSize);
     let cluster = first;
     for (;;) {
       cluster = kernels.clustersNextPending(states, cluster, end);
       if (cluster < 0) break;
+      deadline ??= this.#deadline();
       try {
         if (deadline < Number.POSITIVE_INFINITY && performance.now() >= deadline) throw this.#late(cluster);
-        const count = kernels.clustersClaimAt(
-          states,
-          cluster,
-          Math.min(end, cluster + this.#guestRunClusters),
-        );
-        if (count > 0) this.#copyClaim(cluster, count, 'guest');
-        else this.#waitWhileBusy(cluster, deadline);
+        const stop = Math.min(end, cluster + this.#guestRunClusters);
+        if (this.#desk?.attended === true) this.#haveCopied(this.#desk, cluster, stop, deadline);
+        else this.#copyOrWait(cluster, stop, deadline);
       } catch (error) {
-        if (this.descriptor.onCbwError === 'break-snapshot') {
-          store(this.#runtime.arena, this.descriptor.control + BROKEN, 1);
+        const cause = error instanceof CopyError ? error.cause : error;
+        const cancelled = isCancelled(cause);
+        if (this.descriptor.onCbwError === 'break-snapshot' || cancelled) {
+          const word = (this.descriptor.control + BROKEN) >> 2;
+          Atomics.or(this.#runtime.arena.i32, word, cancelled ? GIVEN_UP : LOST);
           advance(this.#runtime.arena, this.descriptor.owner);
           this.#wake();
           return;
         }
-        throw error instanceof CopyError ? error.cause : error;
+        throw cause;
       }
     }
     kernels.bitmapSet(states + stateBytes(clusters), first, end - first);
+  }
+
+  /** Until when a guest's write may wait that begins to, by `performance.now()`. */
+  #deadline(): number {
+    const { cbwTimeoutMs = 0 } = this.descriptor;
+    if (cbwTimeoutMs === 0) return Number.POSITIVE_INFINITY;
+    // Its time is for copying: that threads have to start first is not the target's doing.
+    this.#desk?.waitForThreads();
+    return performance.now() + cbwTimeoutMs;
+  }
+
+  /** Copies what it can claim from `cluster` on, or waits until that one is copied. */
+  #copyOrWait(cluster: number, stop: number, deadline: number): void {
+    const { kernels } = this.#runtime;
+    const count = kernels.clustersClaimAt(this.descriptor.states, cluster, stop);
+    if (count > 0) this.#copyClaim(cluster, count, 'guest');
+    else this.#waitWhileBusy(cluster, deadline);
+  }
+
+  /** The same, but another thread copies. @throws StillframeError ERR_STILLFRAME_CBW_TIMEOUT, and the copy goes on */
+  #haveCopied(desk: CopyDesk, cluster: number, stop: number, deadline: number): void {
+    const { kernels } = this.#runtime;
+    const { states } = this.descriptor;
+    if (kernels.clusterState(states, cluster) === CLUSTER_BUSY) {
+      this.#waitWhileBusy(cluster, deadline);
+      return;
+    }
+    const place = desk.take();
+    if (place === undefined) {
+      desk.waitForPlace(deadline, () => kernels.clusterState(states, cluster) !== CLUSTER_TODO);
+      return;
+    }
+    const count = kernels.clustersClaimAt(states, cluster, stop);
+    if (count === 0) desk.giveBack(place);
+    else if (!desk.copy(place, cluster, count, deadline)) throw this.#late(cluster);
+  }
+
+  /** Copies clusters that a guest has claimed and left at the desk. @throws what went wrong, with the claim given back */
+  copyForGuest(first: number, count: number): void {
+    try {
+      this.#source.use(() => this.#copyClaim(first, count, 'guest'));
+    } catch (error) {
+      throw error instanceof CopyError ? error.cause : error;
+    }
   }
 
   /**
@@ -692,6 +758,11 @@ export class Frame {
       throw new CopyError('read', error);
     }
   }
+}
+
+/** The job was cancelled, and its copy with it: nobody wants the old data any more. */
+function isCancelled(error: unknown): boolean {
+  return error instanceof StillframeError && error.code === 'ERR_STILLFRAME_JOB_CANCELLED';
 }
 
 /** Clusters looked at in one step of a scan: a guest write that meets the scan waits for at most one step. */
