@@ -73,6 +73,11 @@ export interface BegunBackup {
   readonly bitmap: number | undefined;
 }
 
+/** Smallest cluster of a scratch file: a page, which is what file systems move. */
+const SCRATCH_CLUSTER_BYTES = 4096;
+/** Clusters that it may be cut into, at two bits each. */
+const MAX_SCRATCH_CLUSTERS = 2 ** 24;
+
 /**
  * Takes the instant of a disk and makes everything ready to copy it. Everything that can be refused is refused here, and
  * nothing is left behind then.
@@ -233,6 +238,19 @@ function beginFrame(
   }
 }
 
+/**
+ * Clusters of a scratch file, in bytes: guests wait for these to be saved before their first write to them, so they are as
+ * small as the state of each may take memory for.
+ */
+function holderClusterSize(
+  { descriptor }: Disk,
+  { clusterSize }: Pick<FrameDescriptor, 'clusterSize'>,
+): number {
+  let size = Math.min(clusterSize, SCRATCH_CLUSTER_BYTES);
+  while (size < clusterSize && descriptor.length / size > MAX_SCRATCH_CLUSTERS) size *= 2;
+  return size;
+}
+
 /** The frame that guests know, where that is not the one whose target is the backup's. */
 function scratchHolder(
   runtime: Runtime,
@@ -241,10 +259,12 @@ function scratchHolder(
   common: Omit<HolderOptions, keyof FrameMemory | 'scratch'>,
 ): FrameDescriptor | undefined {
   if (fleece === false) return undefined;
-  const memory = allocateFrame(runtime, disk, common.clusterSize, common.cbwTimeoutMs);
+  // A cluster of which only a part is in the topmost image is in the plan: in parts it would not be.
+  const clusterSize = common.skipUnallocated ? common.clusterSize : holderClusterSize(disk, common);
+  const memory = allocateFrame(runtime, disk, clusterSize, common.cbwTimeoutMs);
   const scratch = fleece === true ? undefined : fleece;
   try {
-    return makeHolder(runtime, disk, { ...common, ...memory, scratch });
+    return makeHolder(runtime, disk, { ...common, ...memory, clusterSize, scratch });
   } catch (error) {
     freeFrame(runtime, memory);
     throw error;

@@ -91,11 +91,12 @@ describe('a backup with fleecing', () => {
     expect(readdirSync(folder).sort()).toEqual(['disk', 'target0', 'target1', 'target2']);
   });
 
-  it.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))(
-    'copies in sync mode top what the overlay held at the instant, and nothing that guests write later',
-    async () => {
+  it.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io')).each(['64k', '4k'])(
+    'copies in sync mode top what the overlay held at the instant, and nothing that guests write later (clusters of %s)',
+    async (clusterSize) => {
       writeFileSync(at('base'), random.bytes(LENGTH));
-      run('qemu-img', ['create', '-q', '-f', 'qcow2', '-b', at('base'), '-F', 'raw', at('disk')]);
+      const how = ['-o', `cluster_size=${clusterSize}`, '-b', at('base'), '-F', 'raw'];
+      run('qemu-img', ['create', '-q', '-f', 'qcow2', ...how, at('disk')]);
       run('qemu-io', [
         '-c',
         'write -P 1 1M 1M',
@@ -108,6 +109,8 @@ describe('a backup with fleecing', () => {
       const disk = await engine.openDisk(at('disk'), { format: 'qcow2' });
       const instant = await disk.read(0, LENGTH);
       const job = await disk.backup({ target: at('target'), sync: 'top', fleece: true, speed: 1 << 20 });
+      // Beside what the overlay holds of a cluster that is copied.
+      await disk.write((9 << 20) + 16384, random.bytes(4096));
       await scribble(disk, 60);
       job.setSpeed(0);
       const result = await job.result();

@@ -650,7 +650,8 @@ export const mutants: readonly Mutant[] = [
     file: FRAME,
     find: "return this.#copyClaim(first, kernels.claimedCount, stepwise ? 'step' : 'run');",
     replace: `const claimed = kernels.claimedCount;
-    this.#holder?.forget(first, claimed);
+    const { clusterSize, length } = this.descriptor;
+    this.#holder?.forget(first * clusterSize, Math.min((first + claimed) * clusterSize, length));
     return this.#copyClaim(first, claimed, 'run');`,
     tests: fleece,
   },
@@ -878,5 +879,13 @@ export const mutants: readonly Mutant[] = [
     find: 'const cancelled = isCancelled(cause);',
     replace: 'const cancelled = isCancelled(undefined);',
     tests: hung,
+  },
+  {
+    name: 'parts-of-the-topmost',
+    what: 'parts of a cluster are left out that the topmost image does not hold, though the cluster is copied',
+    file: JOB,
+    find: 'common.skipUnallocated ? common.clusterSize : holderClusterSize(',
+    replace: 'holderClusterSize(',
+    tests: fleece,
   },
 ];

@@ -60,8 +60,8 @@ export interface FrameDescriptor {
   /** Word of the arena to advance when the frame breaks: its owner sleeps there. */
   readonly owner: number;
   /**
-   * The frame that holds the instant this one copies, with clusters of the same size (image fleecing). Guests know only
-   * that one; what was copied it need not hold any more.
+   * The frame that holds the instant this one copies (image fleecing), whose clusters are as large or parts of these.
+   * Guests know only that one; what was copied it need not hold any more.
    */
   readonly holder?: FrameDescriptor | undefined;
 }
@@ -138,15 +138,17 @@ export class CopyBuffer {
 /** Reads a frame's counters; the only part of a frame the host thread touches. */
 export function readFrameCounters(
   arena: Runtime['arena'],
-  { control, holder }: Pick<FrameDescriptor, 'control' | 'holder'>,
+  { control, clusterSize, holder }: Pick<FrameDescriptor, 'control' | 'clusterSize' | 'holder'>,
 ): FrameCounters {
+  const unit = holder?.clusterSize ?? clusterSize;
   const at = (name: Counter, of = control): bigint =>
     Atomics.load(arena.u64, (of + COUNTERS) / 8 + COUNTER_NAMES.indexOf(name));
   return {
     copied: Number(at('copied')),
     zero: Number(at('zero')),
     skipped: Number(at('skipped')),
-    cbw: Number(at('cbw', holder?.control)),
+    // In clusters of this frame, a part of one counting whole.
+    cbw: Math.ceil((Number(at('cbw', holder?.control)) * unit) / clusterSize),
     bytesRead: Number(at('bytesRead')),
     bytesWritten: Number(at('bytesWritten')),
     checksum: at('checksum'),
@@ -425,24 +427,29 @@ export class Frame {
     );
   }
 
-  /** Nobody needs the old data of these clusters any more: guests need not save it, and what they saved is dropped. */
-  forget(first: number, count: number): void {
-    const { states } = this.descriptor;
+  /**
+   * Nobody needs the old data of a range any more: guests need not save it, and what they saved is dropped.
+   *
+   * @param start of a cluster, in bytes
+   * @param end of a cluster, or of the drive
+   */
+  forget(start: number, end: number): void {
+    const { states, clusterSize } = this.descriptor;
     const { kernels } = this.#runtime;
-    const end = first + count;
-    for (let cluster = first; cluster < end; ) {
-      const claimed = kernels.clustersClaimAt(states, cluster, end);
+    const last = Math.ceil(end / clusterSize);
+    for (let cluster = start / clusterSize; cluster < last; ) {
+      const claimed = kernels.clustersClaimAt(states, cluster, last);
       if (claimed > 0) {
         this.#finish(cluster, claimed, CLUSTER_NONE);
         cluster += claimed;
         continue;
       }
-      const pending = kernels.clustersNextPending(states, cluster, end);
+      const pending = kernels.clustersNextPending(states, cluster, last);
       if (pending === cluster) {
         this.#waitWhileBusy(cluster);
         continue;
       }
-      const stop = pending < 0 ? end : pending;
+      const stop = pending < 0 ? last : pending;
       const saved = kernels.clustersNext(states, cluster, stop, CLUSTER_DONE);
       if (saved >= 0) this.#drop(saved, stop);
       cluster = stop;
@@ -514,7 +521,11 @@ export class Frame {
     if (state === CLUSTER_NONE) this.#count('skipped', count);
     Atomics.sub(this.#runtime.arena.i32, (this.descriptor.control + REMAINING) >> 2, count);
     this.#wake();
-    this.#holder?.forget(cluster, count);
+    const start = cluster * this.descriptor.clusterSize;
+    this.#holder?.forget(
+      start,
+      Math.min(start + count * this.descriptor.clusterSize, this.descriptor.length),
+    );
   }
 
   #release(cluster: number, count: number): void {
