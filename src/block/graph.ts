@@ -8,6 +8,7 @@ import { Disk, type DiskDescriptor } from './disk.js';
 import { BlkdebugNode } from './filters/blkdebug.js';
 import { CompressNode } from './filters/compress.js';
 import { CopyBuffer } from './filters/copy-before-write.js';
+import { CopyOnReadNode } from './filters/copy-on-read.js';
 import { LiveNode, OverLiveNode } from './filters/live.js';
 import { SnapshotAccess } from './filters/snapshot-access.js';
 import { ThrottleNode } from './filters/throttle.js';
@@ -23,6 +24,7 @@ import {
 import { interruptNbd, isNbdName, nbdIdentity, openNbd, parseNbdName } from './nbd/index.js';
 import type {
   BlockNode,
+  CopyOnReadDescriptor,
   FileDescriptor,
   FilterDescriptor,
   ForeignDescriptor,
@@ -431,6 +433,8 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockN
       return attachFile(runtime, descriptor);
     case 'live':
       return new LiveNode(descriptor, liveDisk(runtime, descriptor.disk));
+    case 'copy-on-read':
+      return new CopyOnReadNode(runtime, descriptor, liveDisk(runtime, descriptor.disk));
     case 'null-co':
       return new NullNode(runtime, descriptor);
     case 'snapshot-access': {
@@ -505,11 +509,17 @@ export function forgetDisk(runtime: Runtime, id: number): void {
 }
 
 /** Nodes that have no files of their own: what they lie on belongs to somebody else. */
-type OverlaidDescriptor = LiveDescriptor | NullDescriptor | SnapshotAccessDescriptor | FilterDescriptor;
+type OverlaidDescriptor =
+  | LiveDescriptor
+  | CopyOnReadDescriptor
+  | NullDescriptor
+  | SnapshotAccessDescriptor
+  | FilterDescriptor;
 
 function isOverlaid(descriptor: NodeDescriptor): descriptor is OverlaidDescriptor {
   switch (descriptor.driver) {
     case 'live':
+    case 'copy-on-read':
     case 'null-co':
     case 'snapshot-access':
     case 'throttle':
@@ -613,6 +623,7 @@ export function filesOf(descriptor: NodeDescriptor): StorageDescriptor[] {
     case 'nbd':
       return [descriptor];
     case 'live':
+    case 'copy-on-read':
     case 'snapshot-access':
       return filesOf(descriptor.disk.node);
     case 'throttle':

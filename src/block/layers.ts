@@ -15,7 +15,13 @@ import {
   pathFromHeader,
   probe,
 } from './graph.js';
-import type { FileDescriptor, ForeignName, NodeDescriptor, StorageDescriptor } from './node.js';
+import type {
+  FileDescriptor,
+  ForeignName,
+  LiveDescriptor,
+  NodeDescriptor,
+  StorageDescriptor,
+} from './node.js';
 import { openQcow2, readHeader } from './qcow2/index.js';
 import { attachFile, openFile } from './raw/file.js';
 import { openRaw } from './raw/raw.js';
@@ -56,6 +62,7 @@ export type Layer =
       readonly rules: readonly BlkdebugRule[];
       readonly limits: BlkdebugLimits;
     }
+  | { readonly driver: 'copy-on-read'; readonly child: LiveDescriptor; readonly depth: number | undefined }
   | { readonly driver: 'compress'; readonly child: NodeDescriptor }
   | { readonly driver: 'snapshot-access'; readonly disk: DiskDescriptor; readonly frame: FrameDescriptor };
 
@@ -97,6 +104,10 @@ export function openNodeLayer(runtime: Runtime, layer: Layer): NodeDescriptor {
     case 'throttle': {
       const { child, group } = layer;
       return { ...filterOf(runtime, child), driver: 'throttle', child, group };
+    }
+    case 'copy-on-read': {
+      const { child, depth } = layer;
+      return { ...child, driver: 'copy-on-read', depth };
     }
     case 'compress': {
       const { child } = layer;
@@ -203,6 +214,7 @@ function fileBelow(node: NodeDescriptor): StorageDescriptor | undefined {
     case 'compress':
       return fileBelow(node.child);
     case 'live':
+    case 'copy-on-read':
       return fileBelow(node.disk.node);
     default:
       return undefined;

@@ -88,6 +88,9 @@ export interface BlockNode {
    */
   hostRange?(offset: number, length: number): HostRange | undefined;
 
+  /** The node without what records its changes; undefined where nothing does. What is written there must change nothing. */
+  readonly unrecorded?: BlockNode | undefined;
+
   /**
    * Tells the node where the driver that lies on it is in its work, before it does what the event is named for. Only
    * nodes that can fail or stop it there want to know.
@@ -300,6 +303,16 @@ export interface SnapshotAccessDescriptor extends DescriptorBase {
   readonly length: number;
 }
 
+/** A live node whose reads are copied into the image on top (QEMU: `copy-on-read`). */
+export interface CopyOnReadDescriptor extends DescriptorBase {
+  readonly driver: 'copy-on-read';
+  readonly disk: DiskDescriptor;
+  /** Bytes. */
+  readonly length: number;
+  /** How many layers below the top one are copied from; undefined: all of them. */
+  readonly depth: number | undefined;
+}
+
 /** Limits what goes through (QEMU: `throttle`). */
 export interface ThrottleDescriptor extends DescriptorBase {
   readonly driver: 'throttle';
@@ -337,6 +350,7 @@ export type NodeDescriptor =
   | StorageDescriptor
   | ImageDescriptor
   | LiveDescriptor
+  | CopyOnReadDescriptor
   | NullDescriptor
   | SnapshotAccessDescriptor
   | FilterDescriptor;

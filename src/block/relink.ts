@@ -25,6 +25,8 @@ export function relinkNode(runtime: Runtime, node: NodeDescriptor, links: Links)
     case 'snapshot-access':
     case 'nested':
       return node;
+    case 'copy-on-read':
+      return file?.driver === 'live' ? { ...file, driver: node.driver, depth: node.depth } : node;
     case 'throttle':
     case 'blkdebug':
     case 'compress':

@@ -19,6 +19,7 @@ import { Mirrors } from './mirrors.js';
 import { Objects } from './objects.js';
 import { checkResizable } from './permissions.js';
 import { QemuIo } from './qemu-io.js';
+import { listProperties, listTypes, Qom } from './qom.js';
 import { Queries } from './query.js';
 import { reopenNodes } from './reopen.js';
 import { Snapshots } from './snapshots.js';
@@ -63,6 +64,7 @@ export class Daemon {
     this.#snapshots = new Snapshots(engine, this.graph, this.#changes);
     this.#mirrors = new Mirrors(engine, this.graph, this.#changes, this.exports, this.jobs);
     const { graph, jobs, exports, objects } = this;
+    const qom = new Qom(objects, () => []);
     const io = new QemuIo(
       engine,
       graph,
@@ -107,6 +109,11 @@ export class Daemon {
       block_resize: (given) => this.#resize(given),
       'object-add': (given) => objects.add(given),
       'object-del': (given) => objects.remove(given.id),
+      'qom-list': ({ path }) => qom.list(path),
+      'qom-get': ({ path, property }) => qom.get(path, property),
+      'qom-set': ({ path, property, value }) => qom.set(path, property, value),
+      'qom-list-types': (given) => listTypes(given.implements, given.abstract ?? false),
+      'qom-list-properties': ({ typename }) => listProperties(typename),
       'nbd-server-start': (given) => this.#startServer(given),
       'nbd-server-stop': () => exports.stop(),
       'nbd-server-add': (given) => exports.addDevice(given),
@@ -158,6 +165,7 @@ export class Daemon {
   async close(): Promise<void> {
     // Nobody could end what a breakpoint has suspended.
     this.graph.resumeAll();
+    this.objects.unlimit();
     await this.jobs.close();
     try {
       // What is no export may be a client of one: it takes its leave first.

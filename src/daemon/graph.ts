@@ -3,7 +3,7 @@ import type { DiskDescriptor } from '../block/disk.js';
 import { BlkdebugState } from '../block/filters/blkdebug-state.js';
 import { combineNames, IMAGE_FORMATS, type ImageFormat, imagePath } from '../block/graph.js';
 import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
-import type { NodeDescriptor } from '../block/node.js';
+import type { LiveDescriptor, NodeDescriptor } from '../block/node.js';
 import type { Links } from '../block/relink.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
@@ -529,8 +529,9 @@ export class Graph {
       case 'nbd':
         return await this.#openNbd(options, readOnly);
       case 'null-co':
+      case 'null-aio':
         return await this.#layer({
-          driver,
+          driver: 'null-co',
           readOnly,
           length: Math.ceil(Number(options['size'] ?? 2 ** 30) / SECTOR) * SECTOR,
           readsZero: options['read-zeroes'] === true,
@@ -562,8 +563,12 @@ export class Graph {
       case 'compress':
         return await this.#layer({ driver, child: await this.#live(await child('file')) });
       case 'preallocate':
-      case 'copy-on-read':
         return { descriptor: await this.#live(await child('file')) };
+      case 'copy-on-read': {
+        const below = await child('file');
+        const depth = this.#depthOf(below, options['bottom']);
+        return await this.#layer({ driver, child: await this.#live(below), depth });
+      }
       case 'blkdebug': {
         const rules = blkdebugOptions(options);
         const { descriptor: below } = await child('image');
@@ -590,6 +595,22 @@ export class Graph {
       default:
         throw new QmpError(`Unknown driver '${driver}'`);
     }
+  }
+
+  /** How many layers below an image there are down to the one of that name. */
+  #depthOf(top: GraphNode, bottom: unknown): number | undefined {
+    if (typeof bottom !== 'string') return undefined;
+    const wanted = this.#nodes.get(bottom);
+    if (wanted === undefined) throw new QmpError(`Bottom node '${bottom}' not found`);
+    let depth = 0;
+    for (let node: GraphNode | undefined = top; node !== undefined; ) {
+      if (node === wanted) return depth;
+      const backing: Child | undefined = node.children.find(({ role }) => role === 'backing');
+      const below: Child | undefined = PASSING.has(node.driver) ? node.children[0] : backing;
+      if (below === backing) depth++;
+      node = below?.node;
+    }
+    throw new QmpError(`Bottom node '${bottom}' is not in the backing chain of '${top.name}'`);
   }
 
   #breakpoints(descriptor: NodeDescriptor): Breakpoints | undefined {
@@ -680,7 +701,7 @@ export class Graph {
   }
 
   /** A node as another one's child that passes requests on: they go through what its jobs and bitmaps want to see. */
-  async #live(node: GraphNode): Promise<NodeDescriptor> {
+  async #live(node: GraphNode): Promise<LiveDescriptor> {
     const { descriptor } = await this.disk(node);
     const { path, readOnly } = node.descriptor;
     return { driver: 'live', path, readOnly, length: descriptor.length, disk: descriptor };

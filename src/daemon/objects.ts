@@ -1,6 +1,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { setLimits, THROTTLE_GROUP_BYTES, type ThrottleLimits } from '../block/filters/throttle.js';
+import { setLimits, THROTTLE_GROUP_BYTES } from '../block/filters/throttle.js';
+import { changeLimits, type ThrottleLimits, UNLIMITED } from '../block/filters/throttle-limits.js';
 import type { Engine, TlsOptions } from '../index.js';
 import { QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
@@ -10,13 +11,14 @@ export interface DaemonObject {
   readonly id: string;
   readonly type: string;
   readonly options: JsonObject;
-  /** What a `throttle-group` has: pointer to its buckets. */
+  /** What a `throttle-group` has: pointer to its buckets, and what they hold. */
   readonly group?: number;
+  limits?: ThrottleLimits;
+  /** What an `iothread` was told by `qom-set`. */
+  readonly settings?: Map<string, number>;
   /** How many nodes and servers use it. */
   users: number;
 }
-
-const LIMITS = ['bps-total', 'bps-read', 'bps-write', 'iops-total', 'iops-read', 'iops-write'] as const;
 
 /** The objects of a daemon. */
 export class Objects {
@@ -39,13 +41,17 @@ export class Objects {
     const common = { id, type, options: rest, users: 0 };
     if (type !== 'throttle-group') {
       if (type === 'secret') secretOf(rest);
-      this.#objects.set(id, common);
+      this.#objects.set(id, type === 'iothread' ? { ...common, settings: new Map() } : common);
       return;
     }
-    const limits = limitsOf(rest);
+    const { limits: nested, ...flat } = rest;
+    const limits = limitsOf(
+      limitsOf(UNLIMITED, (name) => flat[`x-${name}`]),
+      (name) => (isObject(nested) ? nested[name] : undefined),
+    );
     const group = this.#engine.arena.alloc(THROTTLE_GROUP_BYTES, `throttle group '${id}'`);
     setLimits(this.#engine, group, limits);
-    this.#objects.set(id, { ...common, group });
+    this.#objects.set(id, { ...common, group, limits });
   }
 
   remove(id: string): void {
@@ -66,6 +72,23 @@ export class Objects {
 
   get(id: string): DaemonObject | undefined {
     return this.#objects.get(id);
+  }
+
+  /** All of them, in the order in which they were made. */
+  all(): DaemonObject[] {
+    return [...this.#objects.values()];
+  }
+
+  /** Gives a throttle group other limits; what is not named stays. @throws QmpError where they do not go together */
+  setLimits(object: DaemonObject, given: JsonObject): void {
+    if (object.group === undefined) throw new TypeError('only a throttle group has limits');
+    object.limits = limitsOf(object.limits ?? UNLIMITED, (name) => given[name]);
+    setLimits(this.#engine, object.group, object.limits);
+  }
+
+  /** Limits nobody any more, so that whoever waits goes on. */
+  unlimit(): void {
+    for (const { group } of this.all()) if (group !== undefined) setLimits(this.#engine, group, UNLIMITED);
   }
 
   /** TLS of a server, from credentials. */
@@ -106,17 +129,16 @@ export class Objects {
   }
 }
 
-function limitsOf(options: JsonObject): ThrottleLimits {
-  const nested = isObject(options['limits']) ? options['limits'] : {};
-  const given = (name: string): number => Number(nested[name] ?? options[`x-${name}`] ?? 0);
-  for (const kind of ['bps', 'iops']) {
-    if (given(`${kind}-total`) > 0 && (given(`${kind}-read`) > 0 || given(`${kind}-write`) > 0)) {
-      throw new QmpError('bps/iops/max total values and read/write values cannot be used at the same time');
-    }
+function limitsOf(limits: ThrottleLimits, given: (name: string) => unknown): ThrottleLimits {
+  try {
+    return changeLimits(limits, (name) => {
+      const value = given(name);
+      return value === undefined ? undefined : Number(value);
+    });
+  } catch (error) {
+    if (error instanceof RangeError) throw new QmpError(error.message);
+    throw error;
   }
-  const negative = LIMITS.some((limit) => given(limit) < 0);
-  if (negative) throw new QmpError('bps/iops/max values must be within [0, 1000000000000000]');
-  return Object.fromEntries(LIMITS.map((limit) => [limit, given(limit)]));
 }
 
 /** @throws QmpError where there is none */

@@ -85,6 +85,7 @@ const DRIVERS: Readonly<Record<string, Members>> = {
     'open-timeout': optional('uint32'),
   },
   'null-co': { size: optional('int'), 'latency-ns': optional('uint'), 'read-zeroes': optional('bool') },
+  'null-aio': { size: optional('int'), 'latency-ns': optional('uint'), 'read-zeroes': optional('bool') },
   throttle: { 'throttle-group': required('str'), file: required(ref) },
   compress: { file: required(ref) },
   preallocate: { file: required(ref), 'prealloc-align': optional('int'), 'prealloc-size': optional('int') },

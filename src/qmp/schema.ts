@@ -152,6 +152,11 @@ export const COMMANDS = {
   block_resize: { device: optional('str'), 'node-name': optional('str'), size: required('int') },
   'object-add': OBJECT,
   'object-del': id,
+  'qom-list': { path: required('str') },
+  'qom-get': { path: required('str'), property: required('str') },
+  'qom-set': { path: required('str'), property: required('str'), value: required('any') },
+  'qom-list-types': { implements: optional('str'), abstract: optional('bool') },
+  'qom-list-properties': { typename: required('str') },
   'nbd-server-start': {
     addr: required(SOCKET_ADDRESS_LEGACY),
     'tls-creds': optional('str'),

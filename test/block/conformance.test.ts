@@ -9,6 +9,7 @@ import { type CreateImageOptions, createImage } from '#src/block/create.js';
 import { DISK_CONTROL_BYTES } from '#src/block/disk.js';
 import { NO_LIMITS } from '#src/block/filters/blkdebug.js';
 import { setLimits, THROTTLE_GROUP_BYTES } from '#src/block/filters/throttle.js';
+import { changeLimits, UNLIMITED } from '#src/block/filters/throttle-limits.js';
 import { attachNode, closeLayer, closeNode, openImage } from '#src/block/graph.js';
 import { openNodeLayer } from '#src/block/layers.js';
 import {
@@ -70,7 +71,11 @@ const blkdebug: Above = (child) =>
 const compress: Above = (child) => openNodeLayer(runtime, { driver: 'compress', child });
 /** The group and the control block are there from the beginning, so that they are no leak. */
 const group = arena.alloc(THROTTLE_GROUP_BYTES, 'throttle group');
-setLimits(runtime, group, { 'iops-total': 1_000_000 });
+setLimits(
+  runtime,
+  group,
+  changeLimits(UNLIMITED, (name) => (name === 'iops-total' ? 1_000_000 : undefined)),
+);
 const throttle: Above = (child) => openNodeLayer(runtime, { driver: 'throttle', child, group });
 const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
 let disks = 0;

@@ -1,9 +1,148 @@
 /** Nodes that filter and fail requests, and small commands: the same sessions with our daemon and with QEMU's. */
 import { describe, it } from 'vitest';
 import type { Message } from '../support/qmp.js';
-import { hasQemu, type Step, same } from '../support/sessions.js';
+import { bitmap, del, hasQemu, nodes, type Step, same, serve, sh } from '../support/sessions.js';
 
-describe.skipIf(!hasQemu)('a session', () => {
+describe.skipIf(!hasQemu())('a session', () => {
+  it.each([
+    ['the whole chain', {}],
+    ['layers down to one', { bottom: 'm' }],
+  ])('copies what is read from %s, and nothing is dirty by that', async (_, options) => {
+    const read = (name: string, ...commands: readonly string[]): Step =>
+      sh(
+        `qemu-io -f raw ${commands.map((one) => `-c '${one}'`).join(' ')} 'nbd+unix:///${name}?socket=n.sock' | grep -v ops`,
+      );
+    const overlay = (name: string, backing: Message): Message => ({
+      driver: 'qcow2',
+      'node-name': name,
+      file: { driver: 'file', filename: `${name}.qcow2` },
+      backing,
+    });
+    const base = { driver: 'qcow2', 'node-name': 'b', file: { driver: 'file', filename: 'b.qcow2' } };
+    await same({
+      prepare: `
+        qemu-img create -q -f qcow2 b.qcow2 4M
+        qemu-img create -q -f qcow2 -b b.qcow2 -F qcow2 m.qcow2
+        qemu-img create -q -f qcow2 -b m.qcow2 -F qcow2 d.qcow2
+        qemu-io -c 'write -q -P 1 0 1M' -c 'write -qz 2M 64k' b.qcow2
+        qemu-io -c 'write -q -P 2 256k 128k' m.qcow2
+        qemu-io -c 'write -q -P 3 320k 64k' d.qcow2`,
+      steps: [
+        ['blockdev-add', overlay('d', overlay('m', base))],
+        bitmap('add', 'x'),
+        bitmap('add', 'p', { persistent: true }),
+        ['blockdev-add', { driver: 'copy-on-read', 'node-name': 'c', file: 'd', ...options }],
+        ['blockdev-add', { driver: 'copy-on-read', 'node-name': 'e', file: 'd', bottom: 'nope' }],
+        ...serve('c'),
+        read(
+          'c',
+          'read -P 1 100k 20k',
+          'read -P 2 260k 4k',
+          'read 2M 128k',
+          'read 3M 4k',
+          'write -P 9 3584k 4k',
+        ),
+        sh('qemu-io -U -c map d.qcow2 >/dev/null'),
+        nodes,
+        ['block-export-del', { id: 'c', mode: 'hard' }],
+        ['nbd-server-stop'],
+        del('c'),
+        del('d'),
+        sh('qemu-io -c map d.qcow2 && qemu-img check -q d.qcow2'),
+      ],
+    });
+  });
+
+  it('changes limits of throttle groups, and looks at objects', async () => {
+    const group = (id: string, limits: Message, more: Message = {}): Step => [
+      'object-add',
+      { 'qom-type': 'throttle-group', id, limits, ...more },
+    ];
+    const get = (path: string, property: string): Step => ['qom-get', { path, property }];
+    const set = (path: string, property: string, value: unknown): Step => [
+      'qom-set',
+      { path, property, value },
+    ];
+    const wrong: readonly Message[] = [
+      { 'bps-total': 1, 'bps-read': 1 },
+      { 'bps-total': 1, 'bps-read-max': 1 },
+      { 'iops-total-max': 5, 'iops-read': 1 },
+      { 'iops-size': 512 },
+      { 'bps-total': -1 },
+      { 'bps-total': 1000000000000001 },
+      { 'bps-total': 10, 'bps-total-max': 5 },
+      { 'bps-total-max': 5 },
+      { 'bps-total': 10, 'bps-total-max-length': 0 },
+      { 'bps-total': 10, 'bps-total-max-length': 5 },
+      { 'bps-total': 10, 'bps-total-max': 20, 'bps-total-max-length': 5000000000 },
+      { 'bps-total': 10, 'bps-total-max': 1000000000000000, 'bps-total-max-length': 100000 },
+      { 'bps-total': 10, 'bps-total-max': 20, 'bps-total-max-length': -1 },
+      { 'bps-total': 10, 'bps-total-max': -20 },
+      { 'bps-total': 1.5 },
+      { nope: 1 },
+    ];
+    await same({
+      prepare: '',
+      steps: [
+        ...wrong.map((limits) => group('w', limits)),
+        group('v', { 'bps-read': 5 }, { 'x-bps-total': 7 }),
+        group('v', {}, { 'x-bps-total': 7, 'x-iops-size': 512 }),
+        ['qom-list', { path: '/' }],
+        ['qom-list', { path: '/objects' }],
+        group('g', {
+          ...{
+            'bps-read': 5,
+            'iops-read': 7,
+            'iops-read-max': 9,
+            'iops-read-max-length': 3,
+            'iops-size': 4096,
+          },
+        }),
+        ['qom-list', { path: '/objects' }],
+        ['qom-list', { path: 'g' }],
+        ['qom-list', { path: '/objects/g' }],
+        ['qom-list', { path: '/nope' }],
+        get('/objects/g', 'limits'),
+        get('g', 'x-iops-read-max'),
+        get('g', 'type'),
+        get('g', 'nope'),
+        get('nope', 'nope'),
+        get('/', 'type'),
+        get('', 'type'),
+        set('g', 'limits', { 'bps-total': 5 }),
+        set('g', 'limits', { 'bps-total': 5, 'bps-read': 0 }),
+        get('g', 'limits'),
+        set('g', 'limits', { 'bps-write-max': 5 }),
+        set('g', 'limits', 5),
+        set('g', 'limits', { nope: 5 }),
+        set('g', 'x-bps-total', 5),
+        set('g', 'type', 'x'),
+        set('g', 'nope', 'x'),
+        get('g', 'limits'),
+        ['object-add', { 'qom-type': 'iothread', id: 'io' }],
+        get('io', 'poll-max-ns'),
+        set('io', 'poll-max-ns', 77),
+        set('io', 'poll-max-ns', -7),
+        set('io', 'poll-max-ns', 'x'),
+        get('io', 'poll-max-ns'),
+        ['object-add', { 'qom-type': 'secret', id: 'se', data: 'x' }],
+        ['qom-list', { path: 'se' }],
+        get('se', 'data'),
+        get('se', 'format'),
+        get('se', 'file'),
+        get('se', 'loaded'),
+        ...['throttle-group', 'iothread', 'secret', 'tls-creds-x509', 'tls-creds-psk', 'nope'].map(
+          (typename): Step => ['qom-list-properties', { typename }],
+        ),
+        ['blockdev-add', { driver: 'null-aio', 'node-name': 'n', size: 65536, 'read-zeroes': true }],
+        ['blockdev-add', { driver: 'throttle', 'node-name': 't', 'throttle-group': 'g', file: 'n' }],
+        ['object-del', { id: 'g' }],
+        del('t'),
+        ['object-del', { id: 'g' }],
+      ],
+    });
+  });
+
   it('with blkdebug nodes that are told wrong things', async () => {
     const configs: Readonly<Record<string, string>> = {
       good: '# a comment\n[inject-error]\nevent = "write_aio"\nonce = "yes"\n[set-state "x"]\nevent = "read_aio"\n',

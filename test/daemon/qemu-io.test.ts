@@ -493,6 +493,40 @@ const SCENARIOS: Readonly<Record<string, Scenario>> = {
   },
 };
 
+it('lets requests go on that a throttle group keeps, once it has no limits, and at the end', async () => {
+  const ours = await Ours.start();
+  const limits = (given: Message): Promise<unknown> =>
+    ours.client.execute('qom-set', { path: 'g', property: 'limits', value: given });
+  await ours.client.execute('object-add', { 'qom-type': 'throttle-group', id: 'g' });
+  const file = { driver: 'null-co', size: 1 << 20, 'read-zeroes': true };
+  await ours.client.execute('blockdev-add', {
+    driver: 'throttle',
+    'node-name': 'n',
+    'throttle-group': 'g',
+    file,
+  });
+  // Each of them is let through only hours after the one before.
+  await limits({ 'bps-read': 1, 'iops-write': 1, 'iops-size': 1 });
+  for (const command of ['aio_read', 'aio_read', 'aio_write', 'aio_write'])
+    await ours.poke(`${command} 0 64k`);
+  await limits({ 'bps-read': 0, 'iops-write': 0, 'iops-size': 0 });
+  await ours.poke('aio_flush');
+  expect(
+    normalise(ours.out)
+      .filter((line) => / at offset /.test(line))
+      .sort(),
+  ).toEqual([
+    'read 65536/65536 bytes at offset 0',
+    'read 65536/65536 bytes at offset 0',
+    'wrote 65536/65536 bytes at offset 0',
+    'wrote 65536/65536 bytes at offset 0',
+  ]);
+  // A burst goes through before the limit is felt.
+  await limits({ 'bps-read': 1, 'bps-read-max': 65536, 'bps-read-max-length': 4 });
+  for (const _ of [1, 2, 3, 4, 5, 6]) await ours.poke('aio_read 0 64k');
+  await ours.end({ signal: 'SIGTERM' });
+});
+
 describe.skipIf(!hasPeer('qemu-io') || !hasPeer('qemu-img'))('blkdebug', () => {
   it.each(Object.entries(SCENARIOS))('has %s', async (_, scenario) => {
     const { options, commands, create = [], format, endsBadly, theirsIsDamaged } = scenario;

@@ -72,6 +72,10 @@ export class OverLiveNode extends FilterNode {
     };
   }
 
+  get unrecorded(): BlockNode | undefined {
+    return this.child.unrecorded;
+  }
+
   override read(offset: number, pointer: number, length: number): void {
     this.#below.undisturbed(offset, length, () => super.read(offset, pointer, length));
   }

@@ -14,10 +14,14 @@ export class RecordDirty implements BlockNode {
   readonly clusterSize: number | undefined;
   readonly backing: BlockNode | undefined;
   readonly #runtime: Runtime;
-  readonly #node: Required<Omit<BlockNode, 'hostRange' | 'event'>>;
+  readonly #node: Required<Omit<BlockNode, 'hostRange' | 'event' | 'unrecorded'>>;
   readonly #bitmaps: BitmapSet;
 
-  constructor(runtime: Runtime, node: Required<Omit<BlockNode, 'hostRange' | 'event'>>, bitmaps: BitmapSet) {
+  constructor(
+    runtime: Runtime,
+    node: Required<Omit<BlockNode, 'hostRange' | 'event' | 'unrecorded'>>,
+    bitmaps: BitmapSet,
+  ) {
     this.descriptor = node.descriptor;
     this.length = node.length;
     this.readOnly = node.readOnly;
@@ -26,6 +30,10 @@ export class RecordDirty implements BlockNode {
     this.#runtime = runtime;
     this.#node = node;
     this.#bitmaps = bitmaps;
+  }
+
+  get unrecorded(): BlockNode {
+    return this.#node;
   }
 
   read(offset: number, pointer: number, length: number): void {

@@ -1,44 +1,45 @@
-import { withLock } from '../../kernels/futex.js';
+import { advance, load, waitWhile, withLock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { BlockNode, ThrottleDescriptor } from '../node.js';
 import { FilterNode } from './filter.js';
+import { BUCKETS, type Bucket, type ThrottleLimits } from './throttle-limits.js';
 
-/** Limits of a group (QAPI `ThrottleLimits`); 0 is none. */
-export interface ThrottleLimits {
-  readonly 'bps-total'?: number | undefined;
-  readonly 'bps-read'?: number | undefined;
-  readonly 'bps-write'?: number | undefined;
-  readonly 'iops-total'?: number | undefined;
-  readonly 'iops-read'?: number | undefined;
-  readonly 'iops-write'?: number | undefined;
-}
-
-const BUCKETS = ['bps-total', 'bps-read', 'bps-write', 'iops-total', 'iops-read', 'iops-write'] as const;
-type Bucket = (typeof BUCKETS)[number];
-
-// In the arena: a lock, then for each bucket { rate per second, milliseconds from when on a request may pass } float64.
-const FIRST = 8;
-const STRIDE = 16;
+/*
+ * In the arena: a lock int32, a sequence int32 that limits which change advance, then as float64 when the buckets were
+ * looked at last (milliseconds), the bytes of one request, and for each bucket
+ *
+ *     average, max (per second), maxLength (seconds), level, burst level (bytes or requests)
+ *
+ * Buckets leak: the level falls by the average of a second, the burst level by the max. What goes through raises both.
+ * Nothing goes through while one of them is above what its bucket holds.
+ */
+const SEQUENCE = 4;
+const SEEN = 8;
+const IOPS_SIZE = 16;
+const FIRST = 24;
+const STRIDE = 40;
+const [AVERAGE, MAX, LEVEL, BURST] = [0, 1, 3, 4];
 /** Bytes of a group's buckets. */
 export const THROTTLE_GROUP_BYTES = FIRST + BUCKETS.length * STRIDE;
-/** What a bucket that has not been used for a while lets through at once, in milliseconds of its rate. */
-const BURST_MS = 100;
-
-const SLEEPER = new Int32Array(new SharedArrayBuffer(4));
+/** A bucket holds what goes through in a tenth of a second, where nothing else is said. */
+const TENTH = 10;
 
 function nowMs(): number {
   return Number(process.hrtime.bigint() / 1000n) / 1000;
 }
 
-/** Sets the limits of a group; of those that are missing there are none. */
+/** Sets the limits of a group; its buckets are empty then. Whoever waits is let through by the new ones. */
 export function setLimits(runtime: Pick<Runtime, 'arena'>, group: number, limits: ThrottleLimits): void {
-  withLock(runtime.arena, group, () => {
+  const { arena } = runtime;
+  withLock(arena, group, () => {
+    arena.f64[(group + SEEN) / 8] = nowMs();
+    arena.f64[(group + IOPS_SIZE) / 8] = limits.iopsSize;
     BUCKETS.forEach((bucket, index) => {
-      const at = (group + FIRST + index * STRIDE) / 8;
-      runtime.arena.f64[at] = limits[bucket] ?? 0;
-      runtime.arena.f64[at + 1] = 0;
+      const { average, max, maxLength } = limits.buckets[bucket];
+      arena.f64.set([average, max, maxLength, 0, 0], (group + FIRST + index * STRIDE) / 8);
     });
   });
+  advance(arena, group + SEQUENCE);
 }
 
 /** Lets requests through no faster than the limits of its group say: leaky buckets that the members share. */
@@ -83,27 +84,64 @@ export class ThrottleNode extends FilterNode {
   }
 
   #wait(direction: 'read' | 'write', bytes: number): void {
-    const delay = Math.max(
-      this.#take('bps-total', bytes),
-      this.#take(`bps-${direction}`, bytes),
-      this.#take('iops-total', 1),
-      this.#take(`iops-${direction}`, 1),
-    );
-    if (delay > 0) Atomics.wait(SLEEPER, 0, 0, delay);
+    const { arena } = this.#runtime;
+    const group = this.#group;
+    const wanted = [`bps-total`, `bps-${direction}`, 'iops-total', `iops-${direction}`] as const;
+    if (wanted.every((bucket) => this.#average(bucket) === 0)) return;
+    for (;;) {
+      const sequence = load(arena, group + SEQUENCE);
+      const delay = withLock(arena, group, () => {
+        this.#leak();
+        const longest = Math.max(...wanted.map((bucket) => this.#delay(bucket)));
+        if (longest === 0) for (const bucket of wanted) this.#account(bucket, bytes);
+        return longest;
+      });
+      if (delay === 0) return;
+      waitWhile(arena, group + SEQUENCE, sequence, delay);
+    }
   }
 
-  /** Takes from a bucket. @returns how long to wait, in milliseconds */
-  #take(bucket: Bucket, amount: number): number {
-    const { arena } = this.#runtime;
-    const at = (this.#group + FIRST + BUCKETS.indexOf(bucket) * STRIDE) / 8;
-    if ((arena.f64[at] ?? 0) === 0) return 0;
-    return withLock(arena, this.#group, () => {
-      const rate = arena.f64[at] ?? 0;
-      if (rate === 0) return 0;
-      const now = nowMs();
-      const from = Math.max(arena.f64[at + 1] ?? 0, now - BURST_MS);
-      arena.f64[at + 1] = from + (amount / rate) * 1000;
-      return Math.max(0, from - now);
-    });
+  #at(bucket: Bucket): number {
+    return (this.#group + FIRST + BUCKETS.indexOf(bucket) * STRIDE) / 8;
+  }
+
+  #average(bucket: Bucket): number {
+    return this.#runtime.arena.f64[this.#at(bucket) + AVERAGE] ?? 0;
+  }
+
+  #leak(): void {
+    const { f64 } = this.#runtime.arena;
+    const now = nowMs();
+    const seconds = Math.max(0, now - (f64[(this.#group + SEEN) / 8] ?? now)) / 1000;
+    f64[(this.#group + SEEN) / 8] = now;
+    for (const bucket of BUCKETS) {
+      const at = this.#at(bucket);
+      f64[at + LEVEL] = Math.max(0, (f64[at + LEVEL] ?? 0) - (f64[at + AVERAGE] ?? 0) * seconds);
+      f64[at + BURST] = Math.max(0, (f64[at + BURST] ?? 0) - (f64[at + MAX] ?? 0) * seconds);
+    }
+  }
+
+  /** How long nothing goes through, in milliseconds. */
+  #delay(bucket: Bucket): number {
+    const at = this.#at(bucket);
+    const [average = 0, max = 0, maxLength = 1, level = 0, burst = 0] = this.#runtime.arena.f64.subarray(
+      at,
+      at + STRIDE / 8,
+    );
+    if (average === 0) return 0;
+    const extra = level - (max === 0 ? average / TENTH : max * maxLength);
+    if (extra > 0) return (extra / average) * 1000;
+    const burstExtra = maxLength > 1 ? burst - max / TENTH : 0;
+    return burstExtra > 0 ? (burstExtra / max) * 1000 : 0;
+  }
+
+  #account(bucket: Bucket, bytes: number): void {
+    const { f64 } = this.#runtime.arena;
+    const size = f64[(this.#group + IOPS_SIZE) / 8] ?? 0;
+    const requests = size > 0 && bytes > size ? bytes / size : 1;
+    const amount = bucket.startsWith('bps') ? bytes : requests;
+    const at = this.#at(bucket);
+    f64[at + LEVEL] = (f64[at + LEVEL] ?? 0) + amount;
+    f64[at + BURST] = (f64[at + BURST] ?? 0) + amount;
   }
 }
