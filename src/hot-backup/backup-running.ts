@@ -1,4 +1,4 @@
-import { chownSync, rmSync, statSync } from 'node:fs';
+import { chownSync, rmSync, type Stats, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, isAbsolute, join } from 'node:path';
 import { isNbdName } from '../block/nbd/index.js';
@@ -51,7 +51,7 @@ export interface HotBackupOptions {
   readonly qmp: string;
   /** The drives, which are backed up as they are at one instant, all of them or none. */
   readonly disks: readonly HotBackupDisk[];
-  /** Folder for old data, which QEMU has to be able to write to. Default: that of each image. */
+  /** Folder for old data, which QEMU has to be able to write to. Default: that of each image, or that for temporary files. */
   readonly scratch?: string | undefined;
   /**
    * Where the NBD server of the QEMU listens, if it has one: `unix:PATH`, `HOST:PORT` or an NBD URI without an export. It
@@ -234,7 +234,10 @@ class HotBackup {
   }
 
   #scratchOf({ filename }: Drive): string {
-    return this.#options.scratch ?? (isAbsolute(filename) ? dirname(filename) : tmpdir());
+    const { scratch } = this.#options;
+    if (scratch !== undefined) return scratch;
+    // Beside a device there is no disk.
+    return ownerOf(filename) === undefined ? tmpdir() : dirname(filename);
   }
 
   /** The folders for old data, and how much there may be of it. */
@@ -432,9 +435,15 @@ class HotBackup {
 
 /** A QEMU without our rights has to be able to use what we make: as the image does, it belongs to that user then. */
 function giveTo(image: string, path: string): void {
-  if (process.getuid?.() !== 0 || !isAbsolute(image)) return;
-  const owner = statSync(image, { throwIfNoEntry: false });
-  if (owner?.isFile() === true) chownSync(path, owner.uid, owner.gid);
+  const owner = process.getuid?.() === 0 ? ownerOf(image) : undefined;
+  if (owner !== undefined) chownSync(path, owner.uid, owner.gid);
+}
+
+/** Who has the file of an image; undefined where it is none, but a device or something else. */
+function ownerOf(image: string): Stats | undefined {
+  if (!isAbsolute(image)) return undefined;
+  const stats = statSync(image, { throwIfNoEntry: false });
+  return stats?.isFile() === true ? stats : undefined;
 }
 
 function scratchError(error: unknown, file: string): unknown {

@@ -45,9 +45,12 @@ const FILTERS: Readonly<Record<string, string>> = {
 /**
  * Finds drives by the names of their devices, by the ids of their devices in the guest, or by the names of their nodes.
  *
- * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_INVALID_ARGUMENT (the same drive twice), …_QMP
+ * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_INVALID_ARGUMENT (the same drive twice, or none), …_QMP
  */
 export async function findDrives(client: QmpClient, names: readonly string[]): Promise<Drive[]> {
+  if (names.includes('')) {
+    throw new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', 'say which drive: its name is empty');
+  }
   const devices = await list(client, 'query-block');
   const nodes = await list(client, 'query-named-block-nodes', { flat: true });
   const below = await childrenOf(client, nodes);
@@ -73,9 +76,11 @@ function findDrive(
   device: string,
 ): Drive {
   const notFound = (what: string): StillframeError => new StillframeError('ERR_STILLFRAME_NOT_FOUND', what);
+  // A device without an id of its own is told of by its path, below that of the one with the id.
+  const path = `/machine/peripheral/${device}`;
   const found = devices.find(
     ({ device: name, qdev }) =>
-      name === device || qdev === device || String(qdev).split('/').includes(device),
+      name === device || qdev === device || qdev === path || String(qdev).startsWith(`${path}/`),
   );
   const inserted = found?.['inserted'];
   if (found !== undefined && !isObject(inserted)) throw notFound(`the drive '${device}' has no medium`);

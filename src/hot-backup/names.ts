@@ -1,5 +1,5 @@
 import { randomBytes } from 'node:crypto';
-import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { StillframeError } from '../errors.js';
@@ -9,6 +9,7 @@ import { StillframeError } from '../errors.js';
  * the run's own, which also says whether the NBD server of the QEMU is ours. A node's name has at most 31 bytes.
  */
 const NAME = /^(stillframe-(?:own-)?[0-9a-f]{12})-\d+(?:-[a-z]+)?$/;
+const PLACE = /^stillframe-(?:own-)?[0-9a-f]{12}$/;
 const OWN_SERVER = /^stillframe-own-/;
 
 /** @param ownServer it starts an NBD server in the QEMU, and stops it */
@@ -27,9 +28,12 @@ export function hasOwnServer(run: string): boolean {
 
 /** A folder of a run on this machine: for its socket, and to tell whether it is still at work. */
 export function makePlace(run: string): string {
+  sweepPlaces();
   const place = placeOf(run);
   mkdirSync(place, { mode: 0o700 });
-  writeFileSync(join(place, 'pid'), `${process.pid} ${startOf(process.pid) ?? ''}`);
+  // Whoever looks sees all of it or nothing.
+  writeFileSync(join(place, 'new'), `${process.pid} ${startOf(process.pid) ?? ''}`);
+  renameSync(join(place, 'new'), join(place, 'pid'));
   return place;
 }
 
@@ -37,20 +41,35 @@ export function removePlace(run: string): void {
   rmSync(placeOf(run), { recursive: true, force: true });
 }
 
+/** Removes the places of runs that were killed, and whose QEMU does not tell of them any more. */
+function sweepPlaces(): void {
+  for (const name of readdirSync(tmpdir())) {
+    if (PLACE.test(name) && existsSync(join(placeOf(name), 'pid')) && processOf(name) === undefined) {
+      removePlace(name);
+    }
+  }
+}
+
 /** @throws StillframeError ERR_STILLFRAME_LOCKED where the run is still at work on this machine */
 export function checkNotAtWork(run: string): void {
-  let text: string;
-  try {
-    text = readFileSync(join(placeOf(run), 'pid'), 'utf8');
-  } catch {
-    return;
-  }
-  const [pid, start] = text.split(' ');
-  if (start === undefined || start === '' || startOf(Number(pid)) !== start) return;
+  const pid = processOf(run);
+  if (pid === undefined) return;
   throw new StillframeError(
     'ERR_STILLFRAME_LOCKED',
     `another backup of this QEMU is under way (process ${pid}); wait for its end, or end it`,
   );
+}
+
+/** The process of a run that is at work on this machine. */
+function processOf(run: string): number | undefined {
+  let text: string;
+  try {
+    text = readFileSync(join(placeOf(run), 'pid'), 'utf8');
+  } catch {
+    return undefined;
+  }
+  const [pid, start] = text.split(' ');
+  return start !== undefined && start !== '' && startOf(Number(pid)) === start ? Number(pid) : undefined;
 }
 
 function placeOf(run: string): string {

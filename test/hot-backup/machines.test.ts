@@ -1,5 +1,5 @@
 /** Drives as they are put together in real machines, and machines that go wrong. */
-import { chmodSync, existsSync, mkdirSync } from 'node:fs';
+import { chmodSync, existsSync, mkdirSync, readdirSync } from 'node:fs';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import {
   type BackupJob,
@@ -141,6 +141,22 @@ describe.skipIf(!hasProgram(program))('a machine', { timeout: 180_000 }, () => {
     );
   });
 
+  it('has backups of a drive that is no file', async () => {
+    await start({
+      drivesOf: () => [
+        ...['-blockdev', `null-co,node-name=drv0,read-zeroes=on,size=${LENGTH}`],
+        ...['-device', 'virtio-blk-pci,drive=drv0,id=disk0'],
+      ],
+    });
+    await backup('disk0');
+    expect(machine.raw(machine.at('target')).equals(Buffer.alloc(LENGTH))).toBe(true);
+    // What is only a part of the name of its device is no name.
+    for (const device of ['peripheral', 'virtio-backend', 'disk']) {
+      await expect(backup(device)).rejects.toMatchObject({ code: 'ERR_STILLFRAME_NOT_FOUND' });
+    }
+    await expect(backup('')).rejects.toMatchObject({ code: 'ERR_STILLFRAME_INVALID_ARGUMENT' });
+  });
+
   it('has an increment of a drive that has grown', async () => {
     await start();
     const disk = { device: 'disk0', bitmap: 'daily' };
@@ -196,6 +212,26 @@ describe.skipIf(!hasProgram(program))('a machine', { timeout: 180_000 }, () => {
       expect(existsSync(machine.at(name))).toBe(false);
     expect(await machine.bitmap('daily')).toBeUndefined();
     expect(await machine.leftovers()).toEqual([]);
+  });
+
+  it('that went away after its backup was killed leaves no place of that behind', async () => {
+    await start();
+    const before = process.env['TMPDIR'];
+    // Other tests look after the usual place.
+    process.env['TMPDIR'] = machine.folder;
+    try {
+      const places = (): string[] =>
+        readdirSync(machine.folder).filter((name) => name.startsWith('stillframe-own-'));
+      await machine.killBackup({ disks: [{ device: 'disk0', target: machine.at('target'), speed: 1024 }] });
+      expect(places()).toHaveLength(1);
+      await machine.crash();
+      await machine.launch();
+      await backup('disk0');
+      expect(places()).toEqual([]);
+    } finally {
+      if (before === undefined) delete process.env['TMPDIR'];
+      else process.env['TMPDIR'] = before;
+    }
   });
 
   it('that goes away fails the backup, and nothing looks finished', async () => {
