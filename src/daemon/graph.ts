@@ -265,7 +265,7 @@ export class Graph {
    */
   async addDrive(options: JsonObject): Promise<GraphNode> {
     const { driver, file } = options;
-    if (driver !== undefined || !isObject(file)) return await this.#make(options, undefined);
+    if (driver !== undefined || !isObject(file)) return await this.make(options);
     const probed = await this.#make(file, { readOnly: true, forceShare: true, discard: undefined });
     let format: ImageFormat;
     try {
@@ -273,7 +273,7 @@ export class Graph {
     } finally {
       await this.#close(probed);
     }
-    return await this.#make({ ...options, driver: format }, undefined);
+    return await this.make({ ...options, driver: format });
   }
 
   /** The nodes below one, as its descriptor has them. */

@@ -8,7 +8,7 @@ import type { Exports } from './exports.js';
 import { filenameOf, type Graph, type GraphNode } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
 import type { Jobs } from './jobs.js';
-import { busyError, checkMirrorTarget, checkUnblocked, jobOf } from './permissions.js';
+import { checkMirrorTarget, checkUnblocked, jobOf } from './permissions.js';
 
 type Given = ArgumentsOf<'blockdev-mirror'> | ArgumentsOf<'drive-mirror'>;
 
@@ -139,8 +139,7 @@ export class Mirrors {
   /** A node that nothing lies on. */
   #root(name: string): GraphNode {
     const node = this.#graph.lookUp(name);
-    const isTarget = [...node.users.values()].includes('target');
-    if (node.parents.size > 0 || isTarget) throw new QmpError('Need a root block node');
+    if (node.parents.size > 0 || jobOf(node) !== undefined) throw new QmpError('Need a root block node');
     return node;
   }
 
@@ -149,8 +148,6 @@ export class Mirrors {
     const { node, target } = wanted;
     const { granularity = 0, replaces, speed = 0 } = given;
     if (granularity !== 0) checkGranularity(granularity);
-    const job = jobOf(node);
-    if (job !== undefined) throw busyError(node.device ?? node.name, job);
     checkUnblocked(target);
     const replaced = replaces === undefined ? node : await this.#replaced(node, replaces);
     if (!MIRROR_SYNC_MODES.includes(wanted.sync))
@@ -250,8 +247,8 @@ export class Mirrors {
     await this.#changes.change([replaced, target], async (section) => {
       const { descriptor: disk } = await this.#graph.disk(node);
       await section.run<void>({ kind: 'finish-mirror', disk, mirror });
-      if (backing !== undefined) await this.#changes.setBacking(section, target, backing.node);
       await this.#changes.replace(section, replaced, target);
+      if (backing !== undefined) await this.#changes.setBacking(section, target, backing.node);
     });
   }
 }

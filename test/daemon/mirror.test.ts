@@ -147,6 +147,26 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io') || !hasPeer('qemu-nb
       },
     );
 
+    it('stays one where the drive is opened anew meanwhile', async () => {
+      const initial = new Random(8).bytes(LENGTH);
+      await start(['qcow2', 'raw'], initial);
+      const history = new History();
+      const stop = await startWriters(at('nbd'), history, 9, 'drive');
+      await client.execute('blockdev-mirror', {
+        ...{ 'job-id': 'm', device: 'd', target: 't', sync: 'full', 'copy-mode': 'write-blocking' },
+      });
+      await client.event('BLOCK_JOB_READY', { device: 'm' });
+      for (let round = 0; round < 20; round++) {
+        await client.execute('blockdev-reopen', { options: [image('d', 'qcow2')] });
+      }
+      await client.execute('job-complete', { id: 'm' });
+      await over('m');
+      expect(await client.event('BLOCK_JOB_COMPLETED', { device: 'm' })).not.toHaveProperty('error');
+      await stop();
+      const end = history.now();
+      expect(history.flaw(await readExport(at('nbd'), 'drive'), initial, end, end)).toBe(-1);
+    });
+
     it('goes on where its target was away, once it is told to', async () => {
       const initial = new Random(7).bytes(LENGTH);
       await start(['raw', 'raw'], initial);

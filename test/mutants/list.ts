@@ -43,7 +43,7 @@ const qcow2 = ['test/block/qcow2.test.ts'];
 const contract = ['test/block/conformance.test.ts'];
 const compressed = ['test/block/qcow2-compressed.test.ts'];
 const durable = ['test/backup/durable.test.ts'];
-const mirrors = ['test/backup/mirror.test.ts', 'test/daemon/mirror.test.ts'];
+const mirrors = ['test/block/mirror.test.ts', 'test/backup/mirror.test.ts', 'test/daemon/mirror.test.ts'];
 const mirrorSessions = ['test/daemon/mirror-sessions.test.ts'];
 
 export const mutants: readonly Mutant[] = [
@@ -787,8 +787,8 @@ export const mutants: readonly Mutant[] = [
     name: 'mirror-side-by-side',
     what: 'two threads of a mirror copy the same range at once',
     file: MIRROR,
-    find: 'return this.#requests.run(from, to, () => {',
-    replace: 'return ((body: () => number) => body())(() => {',
+    find: 'this.#requests.run(from, to, () => this.#copyDirty(from, to, worker))',
+    replace: 'this.#copyDirty(from, to, worker)',
     tests: mirrors,
   },
   {

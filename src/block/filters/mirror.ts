@@ -167,22 +167,25 @@ export class Mirror {
   /** Copies what differs of a range, as the only one. @returns bytes of data that moved */
   #copy(start: number, end: number, worker: MirrorWorker): number {
     const [from, to] = [this.#startOf(start), this.#endOf(start, end - start)];
-    return this.#requests.run(from, to, () => {
-      let moved = 0;
-      try {
-        for (let position = from; !worker.interrupted; ) {
-          const area = this.#bitmap.nextDirty(position, to);
-          if (area === undefined) break;
-          const piece = this.#copyPiece(this.#startOf(area.offset), this.#endOf(area.offset, area.length));
-          moved += piece.moved;
-          position = piece.end;
-        }
-      } catch (error) {
-        if (!(error instanceof CopyError)) throw error;
-        worker.failed(error);
+    // Whoever changes what the disk lies on waits for guests, and a guest may wait for this range: it ends first.
+    return this.#source.use(() => this.#requests.run(from, to, () => this.#copyDirty(from, to, worker)));
+  }
+
+  #copyDirty(from: number, to: number, worker: MirrorWorker): number {
+    let moved = 0;
+    try {
+      for (let position = from; !worker.interrupted; ) {
+        const area = this.#bitmap.nextDirty(position, to);
+        if (area === undefined) break;
+        const piece = this.#copyPiece(this.#startOf(area.offset), this.#endOf(area.offset, area.length));
+        moved += piece.moved;
+        position = piece.end;
       }
-      return moved;
-    });
+    } catch (error) {
+      if (!(error instanceof CopyError)) throw error;
+      worker.failed(error);
+    }
+    return moved;
   }
 
   /**
