@@ -72,6 +72,14 @@ function placeOf({ path, host, port, fd, abstract }: JsonObject): MonitorPlace {
   return { host: String(host ?? 'localhost'), port: Number(port) };
 }
 
+/** What a character device is connected with, as QEMU names it. */
+function filenameOf({ backend, path, host, port, fd, server }: JsonObject): string {
+  if (backend !== 'socket') return String(backend);
+  const place =
+    typeof path === 'string' ? `unix:${path}` : typeof fd === 'string' ? `fd:${fd}` : `tcp:${host}:${port}`;
+  return server === true ? `${place},server=on` : place;
+}
+
 /** Starts a monitor on what a character device says. */
 async function startMonitor(monitors: Monitors, chardev: JsonObject): Promise<void> {
   switch (chardev['backend']) {
@@ -136,12 +144,14 @@ async function setUp(args: Arguments, daemon: Daemon, monitors: Monitors): Promi
         case 'chardev': {
           const chardev = parseOption(modernise(value), CHARDEV, 'backend');
           chardevs.set(String(chardev['id']), chardev);
+          daemon.chardevs.register(String(chardev['id']), String(chardev['backend']), filenameOf(chardev));
           break;
         }
         case 'monitor': {
           const { chardev } = parseOption(value, MONITOR, 'chardev');
           const found = chardevs.get(String(chardev));
           if (found === undefined) throw new QmpError(`chardev "${String(chardev)}" not found`);
+          daemon.chardevs.use(String(chardev));
           await startMonitor(monitors, found);
           break;
         }

@@ -10,6 +10,7 @@ import type { Handlers, QmpEvent } from '../qmp/monitor.js';
 import type { ArgumentsOf, ArgumentsOfAction } from '../qmp/schema.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { Backups, distinct, type Prepared, targetError } from './backups.js';
+import { Chardevs } from './chardevs.js';
 import { Exports } from './exports.js';
 import { Graph } from './graph.js';
 import { GraphChanges } from './graph-changes.js';
@@ -40,6 +41,7 @@ export class Daemon {
   readonly jobs: Jobs;
   readonly exports: Exports;
   readonly objects: Objects;
+  readonly chardevs = new Chardevs();
   readonly handlers: Handlers;
   readonly #engine: Engine;
   readonly #queries: Queries;
@@ -63,8 +65,8 @@ export class Daemon {
     this.#changes = new GraphChanges(engine, this.graph, (from, to) => this.exports.moved(from, to));
     this.#snapshots = new Snapshots(engine, this.graph, this.#changes);
     this.#mirrors = new Mirrors(engine, this.graph, this.#changes, this.exports, this.jobs);
-    const { graph, jobs, exports, objects } = this;
-    const qom = new Qom(objects, () => []);
+    const { graph, jobs, exports, objects, chardevs } = this;
+    const qom = new Qom(objects, () => chardevs.types());
     const io = new QemuIo(
       engine,
       graph,
@@ -107,6 +109,21 @@ export class Daemon {
         this.#start([{ snapshot: await this.#snapshots.prepareFile(given) }], false),
       'blockdev-create': (given) => this.#create(given),
       block_resize: (given) => this.#resize(given),
+      'chardev-add': ({ id, backend }) => {
+        chardevs.add(id, backend);
+        return {};
+      },
+      'chardev-change': ({ id, backend }) => {
+        chardevs.change(id, backend);
+        return {};
+      },
+      'chardev-remove': ({ id }) => chardevs.remove(id),
+      'chardev-send-break': ({ id }) => chardevs.sendBreak(id),
+      'query-chardev': () => chardevs.query(),
+      'query-chardev-backends': () => ['null', 'ringbuf', 'memory'].map((name) => ({ name })),
+      'ringbuf-write': (given) => chardevs.writeRing(given.device, given.data, given.format ?? 'utf8'),
+      'ringbuf-read': (given) => chardevs.readRing(given.device, given.size, given.format ?? 'utf8'),
+      'x-blockdev-set-iothread': (given) => this.#setIothread(given['node-name'], given.iothread),
       'object-add': (given) => objects.add(given),
       'object-del': (given) => objects.remove(given.id),
       'qom-list': ({ path }) => qom.list(path),
@@ -422,6 +439,14 @@ export class Daemon {
         },
       });
     });
+  }
+
+  /** Threads are shared out otherwise: a thread is only looked for. */
+  #setIothread(name: string, thread: string | null): void {
+    if (this.graph.get(name) === undefined)
+      throw new QmpError(`Failed to find node with node-name='${name}'`);
+    if (thread === null || this.objects.get(thread)?.type === 'iothread') return;
+    throw new QmpError(`Cannot find iothread ${thread}`);
   }
 
   /** QMP `block_resize` */

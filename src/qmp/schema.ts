@@ -128,6 +128,18 @@ const TRANSACTION_ACTION: UnionKind = {
   ),
 };
 
+/** Character devices that monitors can make: those on the command line are of other kinds as well. */
+const CHARDEV_BACKEND: UnionKind = {
+  union: 'type',
+  members: { type: required(['null', 'ringbuf', 'memory']) },
+  variants: {
+    null: { data: required({ struct: {} }) },
+    ringbuf: { data: required({ struct: { size: optional('int') } }) },
+    memory: { data: required({ struct: { size: optional('int') } }) },
+  },
+};
+const DATA_FORMAT = ['utf8', 'base64'] as const;
+
 export const COMMANDS = {
   qmp_capabilities: { enable: optional({ list: ['oob'] }) },
   'query-version': {},
@@ -150,6 +162,19 @@ export const COMMANDS = {
   'blockdev-snapshot-sync': SNAPSHOT_SYNC,
   'blockdev-create': { 'job-id': required('str'), options: required(CREATE) },
   block_resize: { device: optional('str'), 'node-name': optional('str'), size: required('int') },
+  'chardev-add': { id: required('str'), backend: required(CHARDEV_BACKEND) },
+  'chardev-change': { id: required('str'), backend: required(CHARDEV_BACKEND) },
+  'chardev-remove': id,
+  'chardev-send-break': id,
+  'query-chardev': {},
+  'query-chardev-backends': {},
+  'ringbuf-write': { ...device, data: required('str'), format: optional(DATA_FORMAT) },
+  'ringbuf-read': { ...device, size: required('int'), format: optional(DATA_FORMAT) },
+  'x-blockdev-set-iothread': {
+    'node-name': required('str'),
+    iothread: required({ alternate: ['str', 'null'] }),
+    force: optional('bool'),
+  },
   'object-add': OBJECT,
   'object-del': id,
   'qom-list': { path: required('str') },

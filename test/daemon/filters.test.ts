@@ -53,6 +53,70 @@ describe.skipIf(!hasQemu())('a session', () => {
     });
   });
 
+  it('makes character devices, and reads what is in their memory', async () => {
+    const make = (id: string, type: string, data: Message = {}): Step => [
+      'chardev-add',
+      { id, backend: { type, data } },
+    ];
+    const change = (id: string): Step => ['chardev-change', { id, backend: { type: 'ringbuf', data: {} } }];
+    const write = (device: string, data: string, format?: string): Step => [
+      'ringbuf-write',
+      { device, data, ...(format === undefined ? {} : { format }) },
+    ];
+    const read = (device: string, size: number, format?: string): Step => [
+      'ringbuf-read',
+      { device, size, ...(format === undefined ? {} : { format }) },
+    ];
+    const thread = (name: string, iothread: string | null): Step => [
+      'x-blockdev-set-iothread',
+      { 'node-name': name, iothread },
+    ];
+    await same({
+      prepare: '',
+      steps: [
+        ['query-chardev'],
+        make('n', 'null'),
+        make('n', 'null'),
+        make('r', 'ringbuf', { size: 16 }),
+        make('r2', 'ringbuf', { size: 15 }),
+        make('m', 'memory'),
+        make('x', 'nope'),
+        write('r', 'hello'),
+        read('r', 3),
+        read('r', 100),
+        read('r', 0),
+        read('r', -1),
+        write('r', '0123456789abcdefXYZ'),
+        read('r', 4),
+        write('r', 'more'),
+        read('r', 100),
+        write('r', 'aGk=', 'base64'),
+        read('r', 100, 'base64'),
+        write('r', '!!!', 'base64'),
+        read('n', 1),
+        read('zz', 1),
+        write('zz', 'x'),
+        write('n', 'x'),
+        ['chardev-send-break', { id: 'n' }],
+        ['chardev-send-break', { id: 'zz' }],
+        change('n'),
+        change('zz'),
+        change('c'),
+        write('n', 'x'),
+        read('n', 10),
+        ...['n', 'n', 'c', 'r', 'm'].map((id): Step => ['chardev-remove', { id }]),
+        ['query-chardev'],
+        ['blockdev-add', { driver: 'null-co', 'node-name': 'nn' }],
+        thread('zz', null),
+        thread('nn', null),
+        thread('nn', 'io'),
+        ['object-add', { 'qom-type': 'iothread', id: 'io' }],
+        thread('nn', 'io'),
+        thread('nn', null),
+      ],
+    });
+  });
+
   it('changes limits of throttle groups, and looks at objects', async () => {
     const group = (id: string, limits: Message, more: Message = {}): Step => [
       'object-add',
