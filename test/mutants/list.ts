@@ -824,14 +824,6 @@ export const mutants: readonly Mutant[] = [
     tests: mirrors,
   },
   {
-    name: 'mirror-not-drained',
-    what: 'guests write while the last part of a mirror is copied',
-    file: MIRROR_JOB,
-    find: 'else this.#disk.drained(() => this.#mirror.finish());',
-    replace: 'else this.#mirror.finish();',
-    tests: mirrors,
-  },
-  {
     name: 'mirror-ready-early',
     what: 'a mirror is ready before everything was copied',
     file: MIRROR_JOB,
