@@ -10,9 +10,10 @@ import {
   type MirrorDescriptor,
   type MirrorWorker,
 } from '../block/filters/mirror.js';
+import { findAbove, layersOf } from '../block/layered-status.js';
 import { STATUS_ALLOCATED } from '../block/node.js';
 import { mayUnmapZeroes } from '../block/unmap.js';
-import { StillframeError, toStillframeError } from '../errors.js';
+import { type PlainError, StillframeError, toStillframeError } from '../errors.js';
 import type { JobControl } from '../job/control.js';
 import { type CommonJobOptions, helpJob, Job, type JobOutcome, jobError } from '../job/job.js';
 import type { Runtime } from '../kernels/runtime.js';
@@ -37,6 +38,10 @@ export interface MirrorJobOptions extends CommonJobOptions {
   readonly targetReadsZero: boolean;
   /** The host has something to do at the commit point of a job that was told to complete. */
   readonly pivots: boolean;
+  /** With `sync: top`: how many layers of the source are copied, where the target is below them; default 1. */
+  readonly layers?: number | undefined;
+  /** Why the target could not be made as long as the source. */
+  readonly failure?: PlainError | undefined;
 }
 
 /** A mirror that is about to run, as plain data. */
@@ -163,7 +168,9 @@ export class MirrorJob extends Job {
   protected override work(): 'completed' | 'cancelled' {
     const { control } = this;
     const { length } = this.#disk.descriptor;
-    if (this.#target.descriptor.length !== length) {
+    const { layers, failure } = this.#options;
+    if (failure !== undefined) throw StillframeError.fromPlain(failure);
+    if (layers === undefined && this.#target.descriptor.length !== length) {
       throw new StillframeError(
         'ERR_STILLFRAME_SIZE_MISMATCH',
         'Source and target image have different sizes',
@@ -213,23 +220,36 @@ export class MirrorJob extends Job {
 
   #scan(): void {
     const { length } = this.#disk.descriptor;
-    const isTop = this.#options.sync === 'top';
+    const { sync, layers = 1 } = this.#options;
+    const isTop = sync === 'top';
     let position = this.#scanned ?? 0;
     const stop = Math.min(length, position + STEP_BYTES);
     while (position < stop) {
-      let extent: { readonly length: number; readonly flags: number };
+      const bytes = stop - position;
+      let found: { readonly length: number; readonly isData: boolean };
       try {
-        const bytes = stop - position;
-        extent = isTop
-          ? this.#disk.use((node) => node.status(position, bytes))
-          : this.#disk.status(position, bytes);
+        found = isTop ? this.#findAbove(layers, position, bytes) : this.#findData(position, bytes);
       } catch (error) {
         throw new CopyError('read', error);
       }
-      if ((extent.flags & STATUS_ALLOCATED) !== 0) this.#mirror.mark(position, extent.length);
-      position += extent.length;
+      if (found.isData) this.#mirror.mark(position, found.length);
+      position += found.length;
     }
     this.#scanned = position < length ? position : undefined;
+  }
+
+  #findAbove(
+    layers: number,
+    at: number,
+    bytes: number,
+  ): { readonly length: number; readonly isData: boolean } {
+    const { length, from } = this.#disk.use((node) => findAbove(layersOf(node, layers), at, bytes));
+    return { length, isData: from !== undefined };
+  }
+
+  #findData(at: number, bytes: number): { readonly length: number; readonly isData: boolean } {
+    const { length, flags } = this.#disk.status(at, bytes);
+    return { length, isData: (flags & STATUS_ALLOCATED) !== 0 };
   }
 
   #follow(): void {

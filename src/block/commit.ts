@@ -11,7 +11,8 @@ import {
   namedBacking,
   openImage,
 } from './graph.js';
-import { type BlockNode, type NodeDescriptor, STATUS_ALLOCATED, STATUS_ZERO } from './node.js';
+import { findAbove } from './layered-status.js';
+import { type BlockNode, type NodeDescriptor, STATUS_ZERO } from './node.js';
 import { emptyQcow2 } from './qcow2/index.js';
 import { resizeOpen } from './resize.js';
 import { chainStatus } from './status.js';
@@ -116,24 +117,6 @@ function openTarget(
 
 function lengthOf(descriptor: NodeDescriptor | undefined): number {
   return descriptor === undefined || isStorage(descriptor) ? 0 : descriptor.length;
-}
-
-/** What the layers above the base say of a range: the layer that has it, `zero`, or nothing. */
-function findAbove(
-  layers: readonly BlockNode[],
-  at: number,
-  length: number,
-): { readonly length: number; readonly from: BlockNode | 'zero' | undefined } {
-  let most = length;
-  for (const layer of layers) {
-    // What a shorter image cuts off reads as zeroes, whatever is below.
-    if (at >= layer.length) return { length: most, from: 'zero' };
-    const extent = layer.status(at, Math.min(most, layer.length - at));
-    most = extent.length;
-    if ((extent.flags & STATUS_ALLOCATED) === 0) continue;
-    return { length: most, from: (extent.flags & STATUS_ZERO) !== 0 ? 'zero' : layer };
-  }
-  return { length: most, from: undefined };
 }
 
 function copyLayers(

@@ -10,7 +10,9 @@ import type { Handlers, QmpEvent } from '../qmp/monitor.js';
 import type { ArgumentsOf, ArgumentsOfAction } from '../qmp/schema.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { Backups, distinct, type Prepared, targetError } from './backups.js';
+import { ChainJobs } from './chain-jobs.js';
 import { Chardevs } from './chardevs.js';
+import { Commits } from './commits.js';
 import { Exports } from './exports.js';
 import { Graph } from './graph.js';
 import { GraphChanges } from './graph-changes.js';
@@ -49,6 +51,8 @@ export class Daemon {
   readonly #changes: GraphChanges;
   readonly #snapshots: Snapshots;
   readonly #mirrors: Mirrors;
+  readonly #chains: ChainJobs;
+  readonly #commits: Commits;
   readonly #tell: (event: QmpEvent) => void;
   readonly #frozen = new Map<string, FrozenDisk>();
   #status: 'running' | 'paused' = 'running';
@@ -65,6 +69,8 @@ export class Daemon {
     this.#changes = new GraphChanges(engine, this.graph, (from, to) => this.exports.moved(from, to));
     this.#snapshots = new Snapshots(engine, this.graph, this.#changes);
     this.#mirrors = new Mirrors(engine, this.graph, this.#changes, this.exports, this.jobs);
+    this.#chains = new ChainJobs(engine, this.graph, this.#changes, this.jobs);
+    this.#commits = new Commits(this.graph, this.exports, this.#chains);
     const { graph, jobs, exports, objects, chardevs } = this;
     const qom = new Qom(objects, () => chardevs.types());
     const io = new QemuIo(
@@ -156,6 +162,9 @@ export class Daemon {
       'blockdev-backup': async (given) => this.#start([await this.#backups.blockdev(given)], false),
       'drive-mirror': (given) => this.#mirrors.drive(given),
       'blockdev-mirror': (given) => this.#mirrors.blockdev(given),
+      'block-stream': (given) => this.#chains.stream(given),
+      'block-commit': (given) => this.#commits.start(given),
+      'change-backing-file': (given) => this.#chains.changeBackingFile(given),
       'job-pause': ({ id }) => this.#pause(jobs.job(id, 'pause')),
       'job-resume': ({ id }) => this.#resume(jobs.job(id, 'resume')),
       'job-cancel': ({ id }) => this.#cancel(jobs.job(id, 'cancel')),

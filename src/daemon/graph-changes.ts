@@ -213,6 +213,26 @@ export class GraphChanges {
     backing?.parents.add(node);
     await this.relink(section, node);
   }
+
+  /**
+   * Makes the header of a writable image name another backing file, or none; what the image lies on stays as it is. Within
+   * {@link change} of the image.
+   */
+  async nameBacking(
+    section: DrainedSection,
+    node: GraphNode,
+    backing: { readonly name: string; readonly format: string } | undefined,
+  ): Promise<void> {
+    const { descriptor } = node;
+    if (descriptor.driver !== 'qcow2') {
+      throw new QmpError(`Image format '${node.driver}' has no backing files`);
+    }
+    const { descriptor: disk } = await this.#graph.disk(node);
+    // What the other backing file does not show is in the image before its header says so.
+    await section.run<void>({ kind: 'request', disk, request: { op: 'flush' } });
+    await section.run<void>({ kind: 'change-backing', node: descriptor, backing });
+    node.descriptor = { ...descriptor, backingFile: backing?.name, backingFormat: backing?.format };
+  }
 }
 
 /** Drivers that are what they pass requests on to. */

@@ -14,7 +14,7 @@ import { isObject, type JsonObject } from '../qmp/types.js';
 import { blkdebugOptions } from './blkdebug-options.js';
 import { Breakpoints } from './breakpoints.js';
 import type { DaemonObject, Objects } from './objects.js';
-import { checkUnblocked, jobOf } from './permissions.js';
+import { checkUnblocked, isHeld } from './permissions.js';
 
 /** A node of a daemon's graph. */
 export interface GraphNode {
@@ -46,8 +46,8 @@ export interface GraphNode {
   readonly adopted?: true;
 }
 
-/** What a node is to somebody else. */
-export type Use = 'export' | 'source' | 'target';
+/** What a node is to somebody else; `chain`: one of those that a job within a backing chain rests on. */
+export type Use = 'export' | 'source' | 'target' | 'chain' | 'intermediate';
 
 /** What the filter node of a job has to tell (QEMU's `copy-before-write` and `mirror_top` nodes of jobs). */
 export type JobFilter = { readonly type: 'mirror' } | ({ readonly type: 'backup' } & HeldInstant);
@@ -64,6 +64,13 @@ export interface HeldInstant {
 /** An export, or a job of a type. */
 export interface User {
   readonly job?: JobType | undefined;
+  readonly id?: string | undefined;
+  /** It changes the length of its target. */
+  readonly resizes?: boolean | undefined;
+  /** The image that it commits. */
+  readonly top?: GraphNode | undefined;
+  /** Exports of this node are above the job. */
+  readonly covered?: GraphNode | undefined;
 }
 
 export interface Child {
@@ -119,7 +126,7 @@ function needsOptions(node: GraphNode, filename: string): boolean {
 }
 
 /** What QEMU calls an overridden backing file. @param filename of the node's own file */
-function hasOtherBacking({ descriptor, children }: GraphNode, filename: string): boolean {
+export function hasOtherBacking({ descriptor, children }: GraphNode, filename: string): boolean {
   if (descriptor.driver !== 'qcow2') return false;
   const { backingFile: named } = descriptor;
   const backing = children.find(({ role }) => role === 'backing')?.node;
@@ -380,8 +387,9 @@ export class Graph {
     const node = this.#nodes.get(name);
     if (node === undefined) throw new QmpError(`Failed to find node with node-name='${name}'`);
     const uses = [...node.users.values()];
-    if (uses.includes('export')) throw new QmpError(`Node ${name} is in use`);
-    if (jobOf(node) === 'mirror' && uses.includes('target')) throw new QmpError(`Node ${name} is in use`);
+    const isCovered = [...node.users.keys()].some(({ covered }) => covered === node);
+    if (uses.includes('export') && !isCovered) throw new QmpError(`Node ${name} is in use`);
+    if (isHeld(node)) throw new QmpError(`Node ${name} is in use`);
     checkUnblocked(node);
     if (!node.owned) throw new QmpError(`Node ${name} is not owned by the monitor`);
     if (node.parents.size > 0) throw new QmpError(`Block device ${name} is in use`);

@@ -4,6 +4,7 @@ import type { TargetFormat } from '../block/graph.js';
 import type { Engine } from '../engine/engine.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
 import type { ArgumentsOf } from '../qmp/schema.js';
+import { backingOf, isFilter, unfiltered } from './chain.js';
 import type { Exports } from './exports.js';
 import { filenameOf, type Graph, type GraphNode } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
@@ -26,17 +27,6 @@ interface Wanted {
   /** The target was opened for this, and goes when nobody wants it. */
   readonly made: boolean;
 }
-
-/** Drivers that show what the node below them has. */
-const FILTERS: ReadonlySet<string> = new Set([
-  'throttle',
-  'compress',
-  'preallocate',
-  'copy-on-read',
-  'copy-before-write',
-  'blkdebug',
-  'mirror_top',
-]);
 
 /** QMP `blockdev-mirror` and `drive-mirror`: a node becomes a copy of another one, and may take its place. */
 export class Mirrors {
@@ -224,7 +214,7 @@ export class Mirrors {
     let shown = node;
     while (shown !== wanted) {
       const [below] = shown.children;
-      if (below === undefined || !FILTERS.has(shown.driver)) {
+      if (below === undefined || !isFilter(shown)) {
         throw new QmpError(
           `Cannot replace '${name}' by a node mirrored from '${node.name}', because it cannot be guaranteed that doing so would not lead to an abrupt change of visible data`,
         );
@@ -251,16 +241,6 @@ export class Mirrors {
       if (backing !== undefined) await this.#changes.setBacking(section, target, backing.node);
     });
   }
-}
-
-function backingOf(node: GraphNode): GraphNode | undefined {
-  return node.children.find(({ role }) => role === 'backing')?.node;
-}
-
-/** What a node shows, itself where it is no filter. */
-function unfiltered(node: GraphNode): GraphNode {
-  const [below] = node.children;
-  return below !== undefined && FILTERS.has(node.driver) ? unfiltered(below.node) : node;
 }
 
 /** What an image on nothing holds is everything. */

@@ -32,10 +32,18 @@ export function checkMirrorTarget(node: GraphNode, exported: 'writable' | 'reada
   }
 }
 
-/** @throws QmpError where the node is the target of a mirror */
+/** @throws QmpError where the node is the target of a mirror, or a commit job has it for itself */
 export function checkExportable(node: GraphNode, writable: boolean): void {
-  if (jobOf(node) === 'mirror' && [...node.users.values()].includes('target')) {
-    throw exportConflict(node, writable);
+  for (const [{ job, id, resizes }, use] of node.users) {
+    if (job === 'mirror' && use === 'target') throw exportConflict(node, writable);
+    if (job !== 'commit') continue;
+    if (use === 'target' && (writable || resizes === true)) {
+      throw conflict(node, writable ? 'write' : 'resize', asRoot(node));
+    }
+    if (use !== 'intermediate') continue;
+    if (writable && node.descriptor.readOnly) throw new QmpError('Cannot export read-only node as writable');
+    const by = `commit job '${id}' (uses node '${node.name}' as 'intermediate node' child)`;
+    throw conflict(node, writable ? 'consistent read, write' : 'consistent read', by);
   }
 }
 
@@ -59,14 +67,22 @@ export function jobOf(node: GraphNode): JobType | undefined {
   return own ?? node.job?.type ?? [...node.parents].find(({ job }) => job !== undefined)?.job?.type;
 }
 
+/** Whether a job reads or writes the node as nothing but a part of its work. */
+export function isHeld(node: GraphNode): boolean {
+  return [...node.users].some(
+    ([{ job, top }, use]) =>
+      (job === 'mirror' && use === 'target') || (job === 'commit' && (use === 'target' || top === node)),
+  );
+}
+
 /** @throws QmpError where a job works on the node, or an image lies on it */
 export function checkUnblocked(node: GraphNode): void {
+  const job = jobOf(node);
+  if (job !== undefined) throw busyError(node.name, job);
   const overlay = overlayOf(node);
   if (overlay !== undefined) {
     throw new QmpError(`Node '${node.name}' is busy: node is used as backing hd of '${overlay.name}'`);
   }
-  const job = jobOf(node);
-  if (job !== undefined) throw busyError(node.name, job);
 }
 
 /** A job of that type works on the node. @param name of the node, or of the device that it is */
@@ -85,8 +101,9 @@ export function checkResizable(
   filter: string | undefined,
 ): void {
   const uses = [...node.users.values()];
-  const isOfJob = uses.includes('target') || node.job !== undefined || jobOf(node) === 'mirror';
-  if (overlayOf(node) !== undefined || isOfJob)
+  const job = jobOf(node);
+  const hasOwner = node.job !== undefined || (job !== undefined && job !== 'backup');
+  if (overlayOf(node) !== undefined || uses.includes('target') || hasOwner)
     throw new QmpError(`Device '${device ?? '(null)'}' is in use`);
   if (node.descriptor.readOnly) throw new QmpError('Image is read-only');
   for (const parent of node.parents) {

@@ -165,6 +165,8 @@ export class Engine {
       // Threads keep their facades and buffers; the pool is bounded and ends with the engine.
       idleTimeout: Number.POSITIVE_INFINITY,
       recordTiming: false,
+      // Files are closed by whichever thread comes by; one that ends would close others' by the same number.
+      trackUnmanagedFds: false,
     };
     this.#jobs = new Piscina({ ...common, minThreads: this.workers, maxThreads: MAX_JOB_THREADS });
     this.#requests = new Piscina({ ...common, minThreads: 0, maxThreads: options.requestThreads ?? 4 });

@@ -2,6 +2,7 @@ import type { BegunMirror, MirrorCopyMode, MirrorJobOptions, MirrorSyncMode } fr
 import type { DiskDescriptor } from '../block/disk.js';
 import { mirrorProgress } from '../block/filters/mirror.js';
 import { interruptNode } from '../block/graph.js';
+import type { PlainError } from '../errors.js';
 import { checkJobId, type JobControl } from '../job/control.js';
 import type { JobOutcome, OnError } from '../job/job.js';
 import type { Arena } from '../kernels/arena.js';
@@ -39,6 +40,8 @@ export interface MirrorOptions {
   readonly autoDismiss?: boolean | undefined;
   /** @internal What is done when it completes, with a mirror that has everything but what was written a moment ago. */
   readonly pivot?: ((mirror: BegunMirror['mirror']) => Promise<void>) | undefined;
+  /** @internal The target is below this many layers of the disk, whose data goes into it. */
+  readonly commit?: { readonly layers: number; readonly failure?: PlainError | undefined } | undefined;
 }
 
 /** A mirror job, as the host program sees it. */
@@ -52,12 +55,12 @@ export class MirrorHandle extends JobHandle {
   constructor(
     arena: Arena,
     source: DiskDescriptor,
-    options: Omit<HandleOptions, 'type' | 'completable'>,
+    options: Omit<HandleOptions, 'completable'>,
     { mirror }: BegunMirror,
     control: JobControl,
     running: RunningJob,
   ) {
-    super(arena, { ...options, type: 'mirror', completable: true }, control, running);
+    super(arena, { ...options, completable: true }, control, running);
     this.#source = source;
     this.#mirror = mirror;
   }
@@ -93,7 +96,8 @@ export async function startMirror(
   target: DiskDescriptor,
   options: MirrorOptions,
 ): Promise<MirrorHandle> {
-  const { speed = 0, pivot, autoFinalize = true, autoDismiss = true } = options;
+  const { speed = 0, pivot, commit, autoFinalize = true, autoDismiss = true } = options;
+  const type = commit === undefined ? 'mirror' : 'commit';
   checkSpeed(speed);
   const number = engine.nextId();
   const id = options.jobId ?? `mirror${number}`;
@@ -108,6 +112,7 @@ export async function startMirror(
     onTargetError: options.onTargetError ?? 'report',
     autoFinalize,
     pivots: pivot !== undefined,
+    ...commit,
   };
   const words = makeControl(engine.arena, speed);
   const control = words.pointer;
@@ -131,7 +136,7 @@ export async function startMirror(
     (port) => ({ kind: 'mirror', disk, target, control, port, begun }),
     Array.from({ length: (options.workers ?? engine.workers) - 1 }, () => help),
     (running) =>
-      new MirrorHandle(engine.arena, disk, { id, autoFinalize, autoDismiss }, begun, words, running),
+      new MirrorHandle(engine.arena, disk, { id, type, autoFinalize, autoDismiss }, begun, words, running),
   );
   if (pivot !== undefined) job.onCommit = () => pivot(mirror);
   return job;

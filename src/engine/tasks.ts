@@ -1,5 +1,6 @@
 import type { MessagePort } from 'node:worker_threads';
 import { BackupJob, type BegunBackup, helpCopying } from '../backup/backup-job.js';
+import { CommitJob } from '../backup/commit-job.js';
 import { type Conversion, type ConversionListener, copyPart } from '../backup/conversion.js';
 import { type ConvertOptions, type ConvertSource, convertImages } from '../backup/convert.js';
 import { endFrozen, type FrozenDescriptor, freeze, type HoldOptions, thaw } from '../backup/freeze.js';
@@ -11,6 +12,7 @@ import {
   MirrorJob,
   type MirrorJobOptions,
 } from '../backup/mirror-job.js';
+import { StreamJob } from '../backup/stream-job.js';
 import { type TransactionAction, transact } from '../backup/transaction.js';
 import { checkImage, type ImageCheck } from '../block/check.js';
 import { type CommitOptions, commitImage } from '../block/commit.js';
@@ -60,6 +62,7 @@ import { Team, type TeamMemory } from '../job/team.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { ExportDescriptor } from '../nbd/server/exports.js';
 import { type ExportOptions, freeExport, makeExport } from '../nbd/server/offer.js';
+import type { ChainWork } from './chain-job.js';
 import { holdDisks, type SectionChannel } from './drained-section.js';
 
 /** Work the host thread hands to a thread of the engine, as plain data. */
@@ -185,6 +188,12 @@ export type Task =
       readonly index: number;
       /** The job that it is for, where cancelling that may give up what is under way. */
       readonly control: number | undefined;
+    }
+  | {
+      readonly kind: 'chain-job';
+      readonly work: ChainWork;
+      readonly control: number;
+      readonly port: MessagePort;
     }
   | {
       readonly kind: 'convert';
@@ -442,6 +451,8 @@ export class TaskRunner {
         return finishMirror(this.#runtime, this.#disk(task.disk), task.mirror);
       case 'copy-for-guests':
         return this.#copyForGuests(task);
+      case 'chain-job':
+        return this.#forJob(task.control, (control) => this.#chainJob(task.work, control, task.port));
       case 'create':
         return createImage(this.#runtime, task.path, task.options);
       case 'convert':
@@ -492,6 +503,15 @@ export class TaskRunner {
       });
     if (control === undefined) serve();
     else this.#forJob(control, serve);
+  }
+
+  #chainJob(work: ChainWork, control: JobControl, port: MessagePort): void {
+    if (work.type === 'stream') {
+      StreamJob.run(this.#runtime, this.#disk(work.disk), control, port, work.options);
+      return;
+    }
+    const [top, base] = [this.#disk(work.top), this.#disk(work.base)];
+    CommitJob.run(this.#runtime, top, base, control, port, work.options);
   }
 
   readonly #copyBuffer = (): CopyBuffer => copyBufferOf(this.#runtime);

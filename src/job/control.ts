@@ -22,7 +22,9 @@ const COMPLETE = 44;
 const SPEED = 48;
 const NEXT_ALLOWED_MS = 56;
 const ANSWER = 64;
-const ERROR = 72;
+const DONE = 72;
+const TOTAL = 80;
+const ERROR = 88;
 const CANCEL_SOFT = 1;
 const CANCEL_FORCED = 2;
 /** Bytes of a job's control block. */
@@ -143,6 +145,18 @@ export class JobControl {
       this.#arena.f64[(this.pointer + NEXT_ALLOWED_MS) / 8] = 0;
     });
     this.wake();
+  }
+
+  /** Bytes that are done and bytes in all, of a job that goes through an image from its start to its end. */
+  get progress(): { readonly done: number; readonly total: number } {
+    const { f64 } = this.#arena;
+    return { done: f64[(this.pointer + DONE) / 8] ?? 0, total: f64[(this.pointer + TOTAL) / 8] ?? 0 };
+  }
+
+  set progress({ done, total }) {
+    const { f64 } = this.#arena;
+    f64[(this.pointer + TOTAL) / 8] = total;
+    f64[(this.pointer + DONE) / 8] = done;
   }
 
   /** Odd while threads shall copy, even while they shall not, negative when they shall end. */

@@ -136,16 +136,27 @@ export abstract class Job {
 
   /** Does what the error policy says about the error of the last pass, if there is one. @throws StillframeError */
   protected settleError(): void {
+    if (this.actOnError() !== undefined) sleep(RETRY_MS);
+  }
+
+  /**
+   * As {@link settleError}, for a job that goes on at once.
+   *
+   * @returns an error that is ignored
+   * @throws StillframeError
+   */
+  protected actOnError(): StillframeError | undefined {
     const error = this.control.takeError();
-    if (error === undefined) return;
+    if (error === undefined) return undefined;
     const { onSourceError, onTargetError } = this.#options;
     const policy = error.operation === 'read' ? onSourceError : onTargetError;
     const noSpace = error.error.code === 'ERR_STILLFRAME_NO_SPACE';
     const action = policy === 'enospc' || policy === 'auto' ? (noSpace ? 'stop' : 'report') : policy;
     this.#post({ type: 'error', operation: error.operation, action, noSpace });
     if (action === 'report') throw StillframeError.fromPlain(error.error);
-    if (action === 'stop') this.control.paused = true;
-    else sleep(RETRY_MS);
+    if (action === 'ignore') return StillframeError.fromPlain(error.error);
+    this.control.paused = true;
+    return undefined;
   }
 
   /** Stands still until it is resumed or cancelled. @param until ends it as well */

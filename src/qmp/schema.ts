@@ -80,6 +80,18 @@ const MIRROR_COMMON = {
   'auto-dismiss': optional('bool'),
 } as const;
 
+/** What `block-stream` and `block-commit` have in common. */
+const CHAIN_COMMON = {
+  'job-id': optional('str'),
+  device: required('str'),
+  'backing-file': optional('str'),
+  speed: optional('int'),
+  'on-error': optional(ON_ERROR),
+  'filter-node-name': optional('str'),
+  'auto-finalize': optional('bool'),
+  'auto-dismiss': optional('bool'),
+} as const;
+
 const BITMAP_ADD = {
   ...bitmap,
   granularity: optional('uint32'),
@@ -220,6 +232,24 @@ export const COMMANDS = {
     unmap: optional('bool'),
   },
   'blockdev-mirror': { ...MIRROR_COMMON, 'filter-node-name': optional('str') },
+  'block-stream': {
+    ...CHAIN_COMMON,
+    base: optional('str'),
+    'base-node': optional('str'),
+    bottom: optional('str'),
+  },
+  'block-commit': {
+    ...CHAIN_COMMON,
+    'base-node': optional('str'),
+    base: optional('str'),
+    'top-node': optional('str'),
+    top: optional('str'),
+  },
+  'change-backing-file': {
+    device: required('str'),
+    'image-node-name': required('str'),
+    'backing-file': required('str'),
+  },
   'job-pause': id,
   'job-resume': id,
   'job-cancel': id,

@@ -1,14 +1,13 @@
 /** The graph of a daemon changes while its drives are in use. */
-import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
-import { CLI } from '../support/cli.js';
 import { tool } from '../support/nbd-client.js';
 import { hasPeer } from '../support/peers.js';
-import { type Message, QmpClient } from '../support/qmp.js';
+import type { Message } from '../support/qmp.js';
 import { MiB, play, type Session, sh, until } from '../support/sessions.js';
+import { startDaemon, verify } from '../support/written-drive.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'stillframe-graph-'));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
@@ -279,48 +278,9 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
   },
 );
 
-/** A daemon with one drive of 64 MiB, exported as `live`. */
-async function startDaemon(): Promise<{
-  readonly client: QmpClient;
-  readonly place: string;
-  readonly end: () => Promise<void>;
-}> {
-  const place = mkdtempSync(join(folder, 'daemon-'));
-  spawnSync(process.execPath, [CLI, 'create', '-f', 'qcow2', join(place, 'a.qcow2'), '64M']);
-  const daemon: ChildProcess = spawn(
-    process.execPath,
-    [
-      ...[CLI, 'daemon', '--chardev', 'socket,id=c,path=q.sock,server=on,wait=off', '--monitor', 'c'],
-      ...['--blockdev', 'driver=qcow2,node-name=a,discard=unmap,file.driver=file,file.filename=a.qcow2'],
-      ...['--nbd-server', 'addr.type=unix,addr.path=n.sock'],
-      ...['--export', 'nbd,id=live,node-name=a,name=live,writable=on'],
-    ],
-    { cwd: place, stdio: ['ignore', 'ignore', 'inherit'] },
-  );
-  const ended = new Promise<number | null>((resolve) => daemon.once('exit', resolve));
-  const client = await QmpClient.connect(join(place, 'q.sock'));
-  await client.execute('qmp_capabilities');
-  const end = async (): Promise<void> => {
-    await client.execute('quit');
-    client.close();
-    expect(await ended).toBe(0);
-  };
-  return { client, place, end };
-}
-
-/** Writes blocks all over the drive with checksums, and reads them again. */
-function verify(place: string): Promise<string> {
-  return tool(
-    'fio',
-    ...['--name=w', '--ioengine=nbd', `--uri=nbd+unix:///live?socket=${join(place, 'n.sock')}`],
-    ...['--rw=randwrite', '--bsrange=512-65536', '--bs_unaligned=1', '--size=48M', '--iodepth=16'],
-    ...['--verify=crc32c', '--do_verify=1', '--verify_fatal=1', '--verify_backlog=64'],
-  );
-}
-
 describe.skipIf(!hasPeer('fio') || !hasPeer('qemu-img'))('under a client that writes and verifies', () => {
   it('nothing is lost when overlays are put on the drive and it is opened anew', async () => {
-    const { client, place, end } = await startDaemon();
+    const { client, place, end } = await startDaemon(folder);
     const written = verify(place);
     let done = false;
     written.finally(() => {

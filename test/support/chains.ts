@@ -1,0 +1,71 @@
+/** Sessions with backing chains: images `b0.qcow2`, `b1.qcow2`, … of 4 MiB, each on the one before. */
+import { join } from 'node:path';
+import { expect } from 'vitest';
+import type { Message } from './qmp.js';
+import { play, type Session, type Step, sh } from './sessions.js';
+
+/** Plays a session to QEMU's daemon and to ours, which are to answer the same. */
+export async function compared(folder: string, session: Session): Promise<void> {
+  const theirs = await play(session.peer ?? 'qemu-storage-daemon', join(folder, 'theirs'), session);
+  const ours = await play('stillframe', join(folder, 'ours'), session);
+  const expected = theirs.answers.map(withoutFilters);
+  expect(ours.answers).toEqual(expected);
+  expect(ours.events).toEqual(theirs.events);
+}
+
+/** Lines for the shell that make the images of a chain, and `was.raw` with what the one on top shows. */
+export function create(count: number): string {
+  const lines: string[] = [];
+  for (let number = 0; number < count; number++) {
+    const on = number === 0 ? '' : `-b b${number - 1}.qcow2 -F qcow2`;
+    lines.push(
+      `qemu-img create -q -f qcow2 ${on} b${number}.qcow2 4M`,
+      `qemu-io -c 'write -P ${number + 1} ${number * 300}k 600k' -c 'write -z ${number * 128}k 64k' b${number}.qcow2 >/dev/null`,
+    );
+  }
+  return `${lines.join('\n')}\nqemu-img convert -O raw b${count - 1}.qcow2 was.raw\n`;
+}
+
+/** The chain as nodes `n0`, `n1`, … on `f0`, `f1`, …; only the one on top is anybody's own. */
+export function chain(count: number, more: Message = {}): Step {
+  const image = (number: number): Message => ({
+    driver: 'qcow2',
+    'node-name': `n${number}`,
+    file: { driver: 'file', filename: `b${number}.qcow2`, 'node-name': `f${number}` },
+    ...(number === 0 ? {} : { backing: image(number - 1) }),
+  });
+  return ['blockdev-add', { ...image(count - 1), discard: 'unmap', ...more }];
+}
+
+export const server = ['nbd-server-start', { addr: { type: 'unix', data: { path: 'n.sock' } } }] as const;
+export const exported = (id: string, node: string, writable = true): Step => [
+  'block-export-add',
+  { type: 'nbd', id, 'node-name': node, name: id, writable },
+];
+export const io = (...commands: readonly string[]): Step =>
+  sh(`qemu-io -f raw ${commands.map((one) => `-c '${one}'`).join(' ')} 'nbd+unix:///live?socket=n.sock'`);
+export const graph: Step = ['query-named-block-nodes', { flat: true }];
+export const jobs: readonly Step[] = [['query-jobs'], ['query-block-jobs']];
+
+/** Lines for the shell that say what became of the images. */
+export function images(count: number): string {
+  const lines: string[] = [];
+  for (let number = 0; number < count; number++) {
+    lines.push(
+      `qemu-img info b${number}.qcow2`,
+      `qemu-img check b${number}.qcow2 | grep -v 'fragmented\\|end offset'`,
+    );
+  }
+  return `${lines.join('; ')}; qemu-img compare b${count - 1}.qcow2 was.raw`;
+}
+
+/** Jobs of QEMU have a node of their own above what they work on; ours have not. */
+function withoutFilters(answer: unknown): unknown {
+  return JSON.parse(
+    JSON.stringify(answer, (_key, value) =>
+      Array.isArray(value) ? value.filter((one) => !JOB_FILTERS.has(String(one?.drv))) : value,
+    ),
+  );
+}
+
+const JOB_FILTERS: ReadonlySet<string> = new Set(['copy-on-read', 'commit_top', 'mirror_top']);
