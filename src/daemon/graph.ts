@@ -314,6 +314,22 @@ export class Graph {
     return await this.#make({ ...image, ...backing, ...options }, inherited);
   }
 
+  /**
+   * Opens the backing file that the header of an image names, for an image that was opened without it.
+   *
+   * @returns undefined where there is none, or the format has none
+   */
+  async openNamedBacking(image: GraphNode): Promise<{ readonly node: GraphNode } | undefined> {
+    const [file] = image.children;
+    if (image.driver !== 'qcow2' || file === undefined) return undefined;
+    const { backing } = await this.header(file.node, 'qcow2', { backing: true, dataFile: false });
+    if (backing === undefined) return undefined;
+    const name = combineNames(filenameOf(file.node), backing.name);
+    const options = await this.#imageOptions(backing.path, name, backing.format);
+    const inherited = { readOnly: true, forceShare: false, discard: undefined };
+    return { node: await this.#make(options, inherited) };
+  }
+
   /** Closes a node that nobody wants any more, and what was made for it. */
   async closeUnused(node: GraphNode): Promise<void> {
     await this.#release(undefined, [{ role: 'file', node }]);

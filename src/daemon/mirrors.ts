@@ -22,8 +22,11 @@ interface Wanted {
   readonly targetReadsZero: boolean;
   /** Zeroes may become holes of the target. */
   readonly unmap: boolean;
-  /** What the target lies on once it takes the place of what it replaces; undefined leaves that as it is. */
-  readonly backing?: { readonly node: GraphNode | undefined } | undefined;
+  /**
+   * What the target lies on once it takes the place of what it replaces: `named` what its header says; undefined leaves
+   * that as it is.
+   */
+  readonly backing?: { readonly node: GraphNode | undefined } | 'named' | undefined;
   /** The target was opened for this, and goes when nobody wants it. */
   readonly made: boolean;
 }
@@ -91,7 +94,7 @@ export class Mirrors {
         sync: syncOf(given.sync, node),
         targetReadsZero: isNew,
         unmap,
-        backing: isNew && given.sync !== 'full' ? { node: below } : undefined,
+        backing: given.sync === 'full' ? undefined : isNew ? { node: below } : 'named',
         made: true,
       });
     } catch (error) {
@@ -234,11 +237,12 @@ export class Mirrors {
     replaced: GraphNode,
     mirror: MirrorDescriptor,
   ): Promise<void> {
+    const below = backing === 'named' ? await this.#graph.openNamedBacking(target) : backing;
     await this.#changes.change([replaced, target], async (section) => {
       const { descriptor: disk } = await this.#graph.disk(node);
       await section.run<void>({ kind: 'finish-mirror', disk, mirror });
       await this.#changes.replace(section, replaced, target);
-      if (backing !== undefined) await this.#changes.setBacking(section, target, backing.node);
+      if (below !== undefined) await this.#changes.setBacking(section, target, below.node);
     });
   }
 }

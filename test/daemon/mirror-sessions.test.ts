@@ -411,7 +411,7 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
       const soft: Step = ['block-job-cancel', device];
       const complete: Step = ['job-complete', id];
       await same({
-        prepare: `${create('base')}; qemu-io -c 'write -P 2 2M 1M' base.qcow2; qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 d.qcow2; qemu-io -c 'write -P 1 0 1M' d.qcow2; ${create('ex', 'b2')}; qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 exb.qcow2; qemu-img create -q -f qcow2 big.qcow2 5M`,
+        prepare: `${create('base')}; qemu-io -c 'write -P 2 2M 1M' base.qcow2; qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 d.qcow2; qemu-io -c 'write -P 1 0 1M' d.qcow2; ${create('ex', 'b2')}; for x in exb exc; do qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 $x.qcow2; done; qemu-img create -q -f qcow2 big.qcow2 5M`,
         steps: [
           qcow2('d'),
           qcow2('b2'),
@@ -445,6 +445,14 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
           ['query-block-exports'],
           sh(
             `qemu-io -f raw -c 'read -P 1 0 1M' -c 'read -P 2 2M 1M' -c 'write -P 3 3M 64k' 'nbd+unix:///x?socket=n.sock'`,
+          ),
+          // What an image that was there says of its backing file counts from then on.
+          ...run(
+            { device: 'n8', target: 'exc.qcow2', mode: 'existing', 'node-name': 'n9', sync: 'top' },
+            complete,
+          ),
+          sh(
+            `qemu-io -f raw -c 'read -P 1 0 1M' -c 'read -P 2 2M 1M' -c 'read -P 3 3M 64k' 'nbd+unix:///x?socket=n.sock'`,
           ),
           ['blockdev-del', { 'node-name': 'd' }],
           ['blockdev-del', { 'node-name': 'n8' }],
