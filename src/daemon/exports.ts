@@ -1,3 +1,4 @@
+import { setTimeout } from 'node:timers/promises';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { Engine, NbdServer } from '../index.js';
 import type { ListenAddress } from '../nbd/server/address.js';
@@ -24,6 +25,9 @@ const FILTERS = new Set([
   'preallocate',
   'throttle',
 ]);
+/** How long clients may take to be gone, and how often it is looked at, in milliseconds. */
+const LEAVING_MS = 200;
+const LEAVING_STEP_MS = 5;
 const DEFAULT_CONNECTIONS = 100;
 const MAX_CONNECTIONS = 10_000;
 
@@ -229,13 +233,20 @@ export class Exports {
     throw new QmpError(`Bitmap '${name}' is not found`);
   }
 
+  /** Whether no client is there, or comes to be: one that has said goodbye a moment ago is still being seen off. */
+  async #isLeft(): Promise<boolean> {
+    for (const end = performance.now() + LEAVING_MS; ; await setTimeout(LEAVING_STEP_MS)) {
+      if ((this.#server?.server.connections ?? 0) === 0) return true;
+      if (performance.now() > end) return false;
+    }
+  }
+
   /** QMP `block-export-del`. @param safe only where nobody uses it */
   async remove(id: string, safe = false): Promise<void> {
     const found = this.#exports.get(id);
     if (found === undefined) throw new QmpError(`Export '${id}' is not found`);
-    if (safe && (this.#server?.server.connections ?? 0) > 0) {
-      throw new QmpError(`export '${id}' still in use`);
-    }
+    if (safe && !(await this.#isLeft())) throw new QmpError(`export '${id}' still in use`);
+    if (this.#exports.get(id) !== found) throw new QmpError(`Export '${id}' is not found`);
     this.#exports.delete(id);
     await this.#server?.server.removeExport(found.name);
     found.node.users.delete(this.#key(id));
