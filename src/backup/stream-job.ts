@@ -66,14 +66,16 @@ export class StreamJob extends ChainJob {
     const end = offset + length;
     const { kernels } = this.runtime;
     this.#disk.undisturbed(offset, length, (node) => {
+      const target = node.unrecorded ?? node;
       for (let at = offset; at < end; ) {
         // A guest may have written since it was looked at.
         const { from, length: bytes } = this.#find(node, at, end - at);
-        if (from === 'zero') node.writeZeroes(at, bytes, false);
+        if (from === 'zero') target.writeZeroes(at, bytes, false);
         else if (from !== undefined) {
           from.read(at, this.buffer, bytes);
-          if (kernels.isZero(this.buffer, bytes)) node.writeZeroes(at, bytes, false);
-          else node.write(at, this.buffer, bytes);
+          node.event?.('cor_write');
+          if (kernels.isZero(this.buffer, bytes)) target.writeZeroes(at, bytes, false);
+          else target.write(at, this.buffer, bytes);
         }
         at += bytes;
       }
