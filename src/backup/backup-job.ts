@@ -97,7 +97,9 @@ export function beginBackup(
 ): BegunBackup {
   const bitmap = findJobBitmap(runtime, disk.descriptor, options);
   refuse(options.refusals?.nodes);
-  const sync = effectiveSync(options.sync, disk.descriptor.node);
+  // A node is given to be written to as it is; whoever names a file wants a whole backup there.
+  const sync =
+    options.targetNode === undefined ? effectiveSync(options.sync, disk.descriptor.node) : options.sync;
   const successor = bitmap && makeSuccessor(runtime, bitmap);
   try {
     if (bitmap !== undefined && options.bitmapMode !== 'never') {
@@ -410,7 +412,7 @@ function copyUntilInterrupted(frame: Frame, control: JobControl): void {
   let from = 0;
   try {
     while (!control.interrupted && !frame.broken) {
-      const began = control.throttle(() => frame.broken);
+      const began = control.throttle(() => frame.broken || frame.remaining === 0);
       let counted = 0;
       try {
         if (control.interrupted || frame.broken) return;

@@ -40,6 +40,8 @@ export interface FreezeOptions {
 export interface HoldOptions extends FreezeOptions {
   /** Open node for old data, in place of a scratch file; it stays open. */
   readonly targetNode?: NodeDescriptor | undefined;
+  /** Least bytes that are saved at once, a power of two up to 2 MiB. */
+  readonly minClusterSize?: number | undefined;
   /** Dirty bitmap of the disk: only what it has dirty is held, the rest cannot be read. */
   readonly bitmap?: string | undefined;
 }
@@ -67,8 +69,10 @@ const OWNER_WORD = 32;
  */
 export function freeze(runtime: Runtime, disk: Disk, options: HoldOptions, id: number): FrozenDescriptor {
   const { targetNode, bitmap } = options;
-  const clusterSize =
-    targetNode === undefined ? CLUSTER_BYTES : copyClusterSize(attachNode(runtime, targetNode));
+  const clusterSize = Math.max(
+    targetNode === undefined ? CLUSTER_BYTES : copyClusterSize(attachNode(runtime, targetNode)),
+    options.minClusterSize ?? 0,
+  );
   if (targetNode !== undefined) checkHolder(runtime, disk, targetNode);
   const plan = bitmap === undefined ? undefined : copyOfBitmap(runtime, disk, bitmap);
   let memory: FrameMemory | undefined;

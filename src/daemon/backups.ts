@@ -1,5 +1,6 @@
+import { statSync } from 'node:fs';
 import { basename } from 'node:path';
-import { COPY_BUFFER_BYTES } from '../block/filters/copy-before-write.js';
+import { isNbdName } from '../block/nbd/index.js';
 import type { BackupHandle } from '../engine/backup.js';
 import type { BackupOptions } from '../engine/disk.js';
 import type { Engine, TransactionItem } from '../engine/engine.js';
@@ -7,7 +8,7 @@ import { StillframeError } from '../errors.js';
 import { QmpError, qmpText, strerror } from '../qmp/errors.js';
 import type { ArgumentsOf } from '../qmp/schema.js';
 import type { Exports } from './exports.js';
-import type { Graph, GraphNode } from './graph.js';
+import { checkMinClusterSize, type Graph, type GraphNode } from './graph.js';
 import type { JobOptions, Jobs } from './jobs.js';
 import { busyError, jobOf } from './permissions.js';
 import type { PreparedSnapshot } from './snapshots.js';
@@ -52,10 +53,7 @@ export class Backups {
     if (format !== undefined && format !== 'raw' && format !== 'qcow2') {
       throw new QmpError(`Unknown file format '${format}'`);
     }
-    if (target === '') {
-      const verb = mode === 'existing' ? 'open' : 'create';
-      throw new QmpError(`Could not ${verb} '': No such file or directory`);
-    }
+    checkName(target, mode === 'existing' ? 'open' : 'create');
     return await this.#prepare(given, node, undefined, {
       target,
       format,
@@ -123,7 +121,8 @@ export class Backups {
       filter = this.#graph.insertFilter(source, target, {
         name: given['filter-node-name'],
         key,
-        job: { type: 'backup', ...handle.held, count: () => handle.heldCounts(kernels) },
+        job: { type: 'backup' },
+        held: { ...handle.held, counts: () => handle.heldCounts(kernels) },
       });
       this.#exports.moved(source, filter);
     };
@@ -167,14 +166,7 @@ export class Backups {
     } catch (error) {
       throw new QmpError(`Could not create node: ${qmpText(error)}`);
     }
-    if (cluster !== undefined && (cluster === 0 || !Number.isInteger(Math.log2(cluster)))) {
-      throw new QmpError('Cannot create block-copy-state: min-cluster-size needs to be a power of 2');
-    }
-    if (cluster !== undefined && cluster > COPY_BUFFER_BYTES) {
-      throw new QmpError(
-        `Cannot create block-copy-state: min-cluster-size too large: ${cluster} > ${COPY_BUFFER_BYTES}`,
-      );
-    }
+    checkMinClusterSize(cluster);
     if (given['discard-source'] === true && node.driver !== 'snapshot-access') {
       throw new QmpError(
         `'discard-source' is for nodes of the driver snapshot-access: nothing is discarded on '${node.name}'`,
@@ -202,6 +194,18 @@ export class Backups {
     const failed = carriedOut[action]?.job;
     if (failed?.refused === 'speed' && error.message.includes("'speed'")) this.#jobs.refused(failed.id);
   }
+}
+
+/** @throws QmpError where no image can have that name, in QEMU's words */
+function checkName(target: string, verb: 'open' | 'create'): void {
+  const [, protocol] = /^([a-z][a-z0-9+.-]*):/i.exec(target) ?? [];
+  if (protocol !== undefined && protocol !== 'file' && !isNbdName(target)) {
+    throw new QmpError(`Unknown protocol '${protocol}'`);
+  }
+  const isFolder = statSync(target, { throwIfNoEntry: false })?.isDirectory() === true;
+  if (target !== '' && !isFolder) return;
+  const why = isFolder ? 'Is a directory' : 'No such file or directory';
+  throw new QmpError(`Could not ${verb} '${target}': ${why}`);
 }
 
 /** What `body` throws, as monitors are told. */
@@ -243,6 +247,9 @@ export function distinct(prepared: readonly Prepared[]): readonly Prepared[] {
 export function targetError(error: unknown, item: TransactionItem): unknown {
   if (item.type !== 'backup' || !(error instanceof StillframeError)) return error;
   const { target, existing, targetNode } = item.options;
+  if (error.code === 'ERR_STILLFRAME_SAME_NODE' && targetNode === undefined) {
+    return new QmpError('Failed to get "write" lock');
+  }
   const words = strerror(error);
   if (words === undefined || targetNode !== undefined || !error.message.includes(basename(target)))
     return error;

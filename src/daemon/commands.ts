@@ -323,17 +323,17 @@ export class Daemon {
 
   async #transaction({ actions, properties }: ArgumentsOf<'transaction'>): Promise<void> {
     const grouped = properties?.['completion-mode'] === 'grouped';
-    for (const { type } of grouped ? actions : []) {
-      if (type === 'drive-backup' || type === 'blockdev-backup' || type === 'abort') continue;
-      throw new QmpError(
-        `Action '${String(type)}' does not support Transaction property completion-mode = grouped`,
-      );
-    }
     const prepared: Prepared[] = [];
     for (const action of actions) {
+      const type = String(action['type']);
       const data: JsonObject = isObject(action['data']) ? action['data'] : {};
       try {
-        prepared.push(await this.#action(String(action['type']), data));
+        if (grouped && type !== 'drive-backup' && type !== 'blockdev-backup' && type !== 'abort') {
+          throw new QmpError(
+            `Action '${type}' does not support Transaction property completion-mode = grouped`,
+          );
+        }
+        prepared.push(await this.#action(type, data));
       } catch (error) {
         // Whatever is wrong with those before it comes first.
         prepared.push({ item: { type: 'abort', why: qmpText(error) } });

@@ -7,7 +7,7 @@ import type { QmpEvent } from '../qmp/monitor.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import type { Graph, GraphNode, User } from './graph.js';
 import type { DaemonObject, Objects } from './objects.js';
-import { checkExportable } from './permissions.js';
+import { checkExportable, FORMATS } from './permissions.js';
 
 interface Export {
   readonly id: string;
@@ -206,7 +206,10 @@ export class Exports {
     }
     for (const parent of node.parents) {
       const role = parent.children.find((child) => child.node === node)?.role ?? 'file';
-      if (parent.descriptor.readOnly && role === 'backing') continue;
+      // An overlay sees what is below it change, unless a job copies from it.
+      if (role === 'backing' && this.#graph.filterOver(parent) === undefined) continue;
+      // Only images want what they lie on for themselves.
+      if (!FORMATS.has(parent.driver)) continue;
       throw new QmpError(
         `Conflicts with use by ${parent.name} as '${role}', which does not allow 'write' on ${node.name}`,
       );
@@ -225,6 +228,9 @@ export class Exports {
       const disk = await this.#graph.disk(owner);
       const bitmap = (await disk.bitmaps()).find((one) => one.name === name);
       if (bitmap === undefined) continue;
+      if (bitmap.busy) {
+        throw new QmpError(`Bitmap '${name}' is currently in use by another operation and cannot be used`);
+      }
       if (!writable && !node.descriptor.readOnly && bitmap.recording) {
         throw new QmpError(`Enabled bitmap '${name}' incompatible with readonly export`);
       }

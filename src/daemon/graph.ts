@@ -1,15 +1,17 @@
 import { resolve } from 'node:path';
 import type { DiskDescriptor } from '../block/disk.js';
 import { BlkdebugState } from '../block/filters/blkdebug-state.js';
+import { COPY_BUFFER_BYTES, type HeldCounts } from '../block/filters/copy-before-write.js';
 import { combineNames, IMAGE_FORMATS, type ImageFormat, imagePath } from '../block/graph.js';
 import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
+import { leaveNbd } from '../block/nbd/index.js';
 import type { LiveDescriptor, NodeDescriptor } from '../block/node.js';
 import type { Links } from '../block/relink.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
 import type { FrozenDisk } from '../engine/frozen-disk.js';
 import type { JobType } from '../engine/job.js';
-import { openErrorText, QmpError } from '../qmp/errors.js';
+import { connectErrorText, openErrorText, QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { blkdebugOptions } from './blkdebug-options.js';
 import { Breakpoints } from './breakpoints.js';
@@ -30,8 +32,10 @@ export interface GraphNode {
   readonly owned: boolean;
   /** Name of the device that it is, if any. */
   device: string | undefined;
-  /** Of the filter of a job: what it is about to say of itself in queries. */
+  /** Of a filter that a job has put there. */
   readonly job?: JobFilter | undefined;
+  /** Of a filter that holds an instant: what it has to say of itself in queries. */
+  readonly held?: Held | undefined;
   /** Who else relies on it: exports and jobs, with what it is to them. */
   readonly users: Map<User, Use>;
   /** Nodes are listed by it. */
@@ -49,16 +53,18 @@ export interface GraphNode {
 /** What a node is to somebody else; `chain`: one of those that a job within a backing chain rests on. */
 export type Use = 'export' | 'source' | 'target' | 'chain' | 'intermediate';
 
-/** What the filter node of a job has to tell (QEMU's `copy-before-write` and `mirror_top` nodes of jobs). */
-export type JobFilter = { readonly type: 'mirror' } | ({ readonly type: 'backup' } & HeldInstant);
+/** The filter node of a job (QEMU's `copy-before-write` and `mirror_top` nodes of jobs). */
+export interface JobFilter {
+  readonly type: 'backup' | 'mirror';
+}
 
-export interface HeldInstant {
+/** What a filter that holds an instant has to tell (QEMU's `copy-before-write`). */
+export interface Held {
   /** Bytes of one cluster. */
   readonly granularity: number;
   /** Bytes of the drive in whole clusters. */
   readonly length: number;
-  /** Bytes that are still to be copied, and bytes that guests have changed since the instant. */
-  readonly count: () => { readonly copy: number; readonly done: number };
+  readonly counts: () => HeldCounts;
 }
 
 /** An export, or a job of a type. */
@@ -95,7 +101,7 @@ const PASSING: ReadonlySet<string> = new Set([
 ]);
 
 /** What opening a node gives. */
-type Opened = Pick<GraphNode, 'descriptor' | 'frozen' | 'group' | 'breakpoints'> &
+type Opened = Pick<GraphNode, 'descriptor' | 'frozen' | 'held' | 'group' | 'breakpoints'> &
   Partial<Pick<GraphNode, 'sequence'>>;
 
 /**
@@ -350,7 +356,17 @@ export class Graph {
   insertFilter(
     node: GraphNode,
     target: GraphNode | undefined,
-    { name, key, job }: { readonly name: string | undefined; readonly key: User; readonly job: JobFilter },
+    {
+      name,
+      key,
+      job,
+      held,
+    }: {
+      readonly name: string | undefined;
+      readonly key: User;
+      readonly job: JobFilter;
+      readonly held?: Held | undefined;
+    },
   ): GraphNode {
     const filter: GraphNode = {
       name: this.#nameOf(name === undefined ? {} : { 'node-name': name }),
@@ -369,6 +385,7 @@ export class Graph {
       sequence: this.#nextSequence++,
       adopted: true,
       job,
+      held,
     };
     node.device = undefined;
     moveExports(node, filter);
@@ -437,11 +454,15 @@ export class Graph {
     this.#nodes.delete(node.name);
     resumeBelow(node);
     if (node.adopted === true) return;
+    if (node.descriptor.driver === 'nbd') leaveNbd(this.#engine.arena, node.descriptor);
     try {
       await node.frozen?.close();
       const disk = await node.disk;
       await disk?.close();
       await this.#engine.run<void>({ kind: 'close-layer', node: node.descriptor });
+    } catch (error) {
+      // A server that is gone does not keep its node: whoever wrote there was told.
+      if (node.driver !== 'nbd') throw error;
     } finally {
       if (node.group !== undefined) node.group.users--;
       await this.#release(node, node.children);
@@ -667,7 +688,14 @@ export class Graph {
 
   async #openNbd(options: JsonObject, readOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> {
     const name = nbdName(options, this.#objects);
-    return await this.#layer({ driver: 'nbd', name, readOnly });
+    const { server } = options;
+    try {
+      return await this.#layer({ driver: 'nbd', name, readOnly });
+    } catch (error) {
+      if (!isObject(server)) throw error;
+      const place = server['path'] ?? `${String(server['host'])}:${String(server['port'])}`;
+      throw new QmpError(connectErrorText(error, String(place)));
+    }
   }
 
   async #openQcow2(options: JsonObject, pass: Inherited, made: Child[]): Promise<Opened> {
@@ -705,8 +733,9 @@ export class Graph {
     options: JsonObject,
     file: GraphNode,
     target: GraphNode,
-  ): Promise<Pick<GraphNode, 'descriptor' | 'frozen'>> {
-    const { bitmap } = options;
+  ): Promise<Pick<GraphNode, 'descriptor' | 'frozen' | 'held'>> {
+    const { bitmap, 'min-cluster-size': cluster } = options;
+    checkMinClusterSize(cluster === undefined ? undefined : Number(cluster));
     let name: string | undefined;
     if (isObject(bitmap)) {
       if (this.lookUp(String(bitmap['node'])) !== file) {
@@ -720,8 +749,10 @@ export class Graph {
       bitmap: name,
       onCbwError: options['on-cbw-error'] === 'break-snapshot' ? 'break-snapshot' : 'break-guest-write',
       cbwTimeoutMs: Number(options['cbw-timeout'] ?? 0) * 1000,
+      minClusterSize: cluster === undefined ? undefined : Number(cluster),
     });
-    return { descriptor: await this.#live(file), frozen };
+    const held = { ...frozen.held, counts: () => frozen.heldCounts() };
+    return { descriptor: await this.#live(file), frozen, held };
   }
 
   /** A node as another one's child that passes requests on: they go through what its jobs and bitmaps want to see. */
@@ -757,6 +788,18 @@ export class Graph {
       await this.#close(probed);
     }
   }
+}
+
+/** @param bytes as commands have it, for copying at least so much at once @throws QmpError where it cannot be that */
+export function checkMinClusterSize(bytes: number | undefined): void {
+  if (bytes === undefined) return;
+  if (bytes === 0 || !Number.isInteger(Math.log2(bytes))) {
+    throw new QmpError('Cannot create block-copy-state: min-cluster-size needs to be a power of 2');
+  }
+  if (bytes <= COPY_BUFFER_BYTES) return;
+  throw new QmpError(
+    `Cannot create block-copy-state: min-cluster-size too large: ${bytes} > ${COPY_BUFFER_BYTES}`,
+  );
 }
 
 function moveExports(from: GraphNode, to: GraphNode): void {
@@ -804,6 +847,8 @@ function nbdName(options: JsonObject, objects: Objects): string {
     if (value !== undefined) parameters.set(key, String(value));
   };
   set('x-reconnect-delay', options['reconnect-delay']);
+  // Who waits for a server to come back takes it as it comes.
+  if (Number(options['reconnect-delay'] ?? 0) > 0) set('x-trusted', 1);
   set('x-open-timeout', options['open-timeout']);
   set('x-dirty-bitmap', options['x-dirty-bitmap']);
   set('tls-hostname', options['tls-hostname']);

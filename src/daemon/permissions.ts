@@ -52,7 +52,7 @@ function exportConflict(node: GraphNode, writable: boolean): QmpError {
 }
 
 /** Formats whose files are theirs alone. */
-const FORMATS: ReadonlySet<string> = new Set(['qcow2', 'vmdk', 'vhdx', 'vpc', 'vdi']);
+export const FORMATS: ReadonlySet<string> = new Set(['qcow2', 'vmdk', 'vhdx', 'vpc', 'vdi']);
 
 /** The node that has this one as its backing file. */
 function overlayOf(node: GraphNode): GraphNode | undefined {
@@ -83,6 +83,13 @@ export function checkUnblocked(node: GraphNode): void {
   if (overlay !== undefined) {
     throw new QmpError(`Node '${node.name}' is busy: node is used as backing hd of '${overlay.name}'`);
   }
+}
+
+/** @throws QmpError where nothing is to be put between the node and what lies on it: a job copies from it */
+export function checkCoverable(node: GraphNode): void {
+  checkUnblocked(node);
+  const filter = [...node.parents].find(({ job }) => job !== undefined)?.job;
+  if (filter !== undefined) throw busyError(node.name, filter.type);
 }
 
 /** A job of that type works on the node. @param name of the node, or of the device that it is */

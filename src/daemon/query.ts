@@ -2,7 +2,7 @@ import type { NodeInfo } from '../block/info.js';
 import type { Engine } from '../index.js';
 import type { JsonObject } from '../qmp/types.js';
 import { isObject } from '../qmp/types.js';
-import { filenameOf, type Graph, type GraphNode, type HeldInstant } from './graph.js';
+import { filenameOf, type Graph, type GraphNode, type Held } from './graph.js';
 
 const NO_LIMITS = { bps: 0, bps_rd: 0, bps_wr: 0, iops: 0, iops_rd: 0, iops_wr: 0 };
 
@@ -41,6 +41,9 @@ const FILTERS = [
   'mirror_top',
 ];
 
+/** Drivers that say nothing of how an image is kept. */
+const UNTOLD = ['snapshot-access', 'nbd'];
+
 /** What a node shows where it has nothing of its own. */
 function backingOf(node: GraphNode): GraphNode | undefined {
   const filtered = FILTERS.includes(node.driver);
@@ -49,8 +52,8 @@ function backingOf(node: GraphNode): GraphNode | undefined {
   )?.node;
 }
 
-/** A bitmap that a job has for itself. */
-function ofJob({ granularity }: HeldInstant, count: number): object {
+/** A bitmap that a filter has for itself. */
+function ofFilter({ granularity }: Held, count: number): object {
   return { count, granularity, recording: false, busy: false, persistent: false };
 }
 
@@ -80,7 +83,8 @@ export class Queries {
       ...NO_LIMITS,
       detect_zeroes: detectZeroes,
       image: await this.#image(node, flat),
-      ro: node.descriptor.readOnly,
+      // Nothing can be written to an instant, and all the same it is not what QEMU calls read-only.
+      ro: node.descriptor.readOnly && node.driver !== 'snapshot-access',
       'node-name': node.name,
       backing_file_depth: depth,
       drv: node.driver,
@@ -101,15 +105,16 @@ export class Queries {
 
   /** `dirty-bitmaps` of a node, those that were added last first. */
   async #bitmaps(node: GraphNode): Promise<object[]> {
-    const { job } = node;
-    if (job?.type === 'mirror') return [];
-    if (job !== undefined) {
-      const { done } = job.count();
-      return [job.length, done].map((count) => ofJob(job, count));
+    const { held } = node;
+    if (held !== undefined) {
+      const { access, done } = held.counts();
+      return [access, done].map((count) => ofFilter(held, count));
     }
-    // What its job is still to copy is with the node below the filter.
-    const filters = [...node.parents].flatMap((parent) => (parent.job?.type === 'backup' ? parent.job : []));
-    const copies = filters.map((filter) => ofJob(filter, filter.count().copy));
+    // What is still to be copied is with the node below the filter.
+    const filters = [...node.parents].flatMap((parent) =>
+      parent.held !== undefined && parent.children[0]?.node === node ? parent.held : [],
+    );
+    const copies = filters.map((filter) => ofFilter(filter, filter.counts().copy));
     return [...copies, ...(await this.#ownBitmaps(node))];
   }
 
@@ -140,7 +145,7 @@ export class Queries {
       ...(info.clusterSize === undefined ? {} : { 'cluster-size': info.clusterSize }),
       format: node.driver,
       ...(info.allocated === undefined ? {} : { 'actual-size': info.allocated }),
-      'dirty-flag': false,
+      ...(UNTOLD.includes(node.driver) ? {} : { 'dirty-flag': false }),
     };
   }
 

@@ -5,7 +5,7 @@ import { openErrorText, QmpError } from '../qmp/errors.js';
 import type { ArgumentsOfAction } from '../qmp/schema.js';
 import { filenameOf, type Graph, type GraphNode, isFormat } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
-import { checkUnblocked } from './permissions.js';
+import { checkCoverable } from './permissions.js';
 
 /** An overlay that is ready to be put on a node. */
 export interface PreparedSnapshot {
@@ -30,7 +30,7 @@ export class Snapshots {
   /** QMP `blockdev-snapshot` */
   prepare({ node: name, overlay: overlayName }: ArgumentsOfAction<'blockdev-snapshot'>): PreparedSnapshot {
     const node = this.#graph.lookUp(name);
-    checkUnblocked(node);
+    checkCoverable(node);
     const overlay = this.#graph.lookUp(overlayName);
     checkOverlay(overlay);
     return { node, overlay, made: false };
@@ -41,7 +41,7 @@ export class Snapshots {
     const { device, 'node-name': nodeName, mode = 'absolute-paths', format = 'qcow2' } = given;
     const { 'snapshot-file': filename, 'snapshot-node-name': overlayName } = given;
     const node = this.#graph.findEither(device, nodeName);
-    checkUnblocked(node);
+    checkCoverable(node);
     if (nodeName !== undefined && overlayName === undefined)
       throw new QmpError('New overlay node-name missing');
     if (overlayName !== undefined && this.#graph.find(overlayName) !== undefined) {

@@ -3,10 +3,11 @@ import { SYNC_MODES, type SyncMode } from '../backup/target.js';
 import type { TransactionAction } from '../backup/transaction.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import {
-  changedByGuests,
   type FrameCounters,
   type FrameDescriptor,
   freeFrame,
+  type HeldCounts,
+  heldCounts,
   readFrameCounters,
 } from '../block/filters/copy-before-write.js';
 import { interruptNode } from '../block/graph.js';
@@ -151,12 +152,11 @@ export class BackupHandle extends JobHandle {
     return { granularity: clusterSize, length: clusterSize * clusters };
   }
 
-  /** @internal Bytes of clusters that are still to be copied, and of those in which guests have changed something. */
-  heldCounts(kernels: Runtime['kernels']): { readonly copy: number; readonly done: number } {
-    if (this.#counters !== undefined) return { copy: 0, done: 0 };
-    const { clusterSize } = this.#frame;
-    const copy = readFrameCounters(this.arena, this.#frame).remaining * clusterSize;
-    return { copy, done: changedByGuests(kernels, this.#frame.holder ?? this.#frame) };
+  /** @internal Counts of it in bytes, as long as the job is not over. */
+  heldCounts(kernels: Runtime['kernels']): HeldCounts {
+    if (this.#counters !== undefined) return { access: 0, copy: 0, done: 0 };
+    // All of it can be read, whatever the job copies.
+    return { ...heldCounts(this.arena, kernels, this.#frame), access: this.held.length };
   }
 
   protected override interrupt(control: JobControl): void {

@@ -1,5 +1,5 @@
 import type { FrozenDescriptor } from '../backup/freeze.js';
-import { readFrameCounters } from '../block/filters/copy-before-write.js';
+import { type HeldCounts, heldCounts, readFrameCounters } from '../block/filters/copy-before-write.js';
 import type { DiskHandle } from './disk.js';
 import type { Engine } from './engine.js';
 import { guestCopies, untilAttended } from './guest-copies.js';
@@ -38,6 +38,18 @@ export class FrozenDisk {
   /** Virtual size in bytes. */
   get length(): number {
     return this.descriptor.frame.length;
+  }
+
+  /** @internal What its copy-before-write holds, in whole clusters. */
+  get held(): { readonly granularity: number; readonly length: number } {
+    const { clusterSize, clusters } = this.descriptor.frame;
+    return { granularity: clusterSize, length: clusterSize * clusters };
+  }
+
+  /** @internal Counts of it in bytes, as long as it is not closed. */
+  heldCounts(): HeldCounts {
+    if (this.#closing !== undefined) return { access: 0, copy: 0, done: 0 };
+    return heldCounts(this.#engine.arena, this.#engine.kernels, this.descriptor.frame);
   }
 
   /** Bytes of old data that guests' writes have put into the scratch file. */

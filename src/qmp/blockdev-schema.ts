@@ -9,9 +9,9 @@ const optional = <K extends Kind>(kind: K): { readonly kind: K; readonly optiona
 const required = <K extends Kind>(kind: K): { readonly kind: K } => ({ kind });
 
 /** A node by its name, or the options of one that is made here. */
-const ref: Kind = { lazy: () => ({ alternate: ['str', BLOCKDEV] }) };
+const ref: Kind = { lazy: () => ({ alternate: ['str', BLOCKDEV], name: 'BlockdevRef' }) };
 /** Likewise; `null` is none. */
-const refOrNull: Kind = { lazy: () => ({ alternate: ['str', 'null', BLOCKDEV] }) };
+const refOrNull: Kind = { lazy: () => ({ alternate: ['str', 'null', BLOCKDEV], name: 'BlockdevRefOrNull' }) };
 
 export const SOCKET_ADDRESS: UnionKind = {
   union: 'type',
@@ -226,7 +226,10 @@ export const EXPORT: UnionKind = {
       name: optional('str'),
       description: optional('str'),
       bitmaps: optional({
-        list: { alternate: ['str', { struct: { node: required('str'), name: required('str') } }] },
+        list: {
+          alternate: ['str', { struct: { node: required('str'), name: required('str') } }],
+          name: 'BlockDirtyBitmapOrStr',
+        },
       }),
       'allocation-depth': optional('bool'),
     },

@@ -48,6 +48,8 @@ export function strerror(error: StillframeError): string | undefined {
 export function jobErrorText(error: unknown): string {
   if (error instanceof QmpError) return error.message;
   const known = toStillframeError(error);
+  // A connection that was lost is an I/O error to whoever has only the words of the system.
+  if (known.code === 'ERR_STILLFRAME_NBD_CONNECTION') return STRERROR['EIO'] ?? known.message;
   return strerror(known) ?? known.message;
 }
 
@@ -58,6 +60,13 @@ const SHORTER: readonly RegExp[] = [
   /^Source and target cannot be the same(?=[:;])/,
   /^Bitmap '.*' is inconsistent and cannot be used(?=: )/s,
   /^Bitmaps are of different sizes .* can't be merged/s,
+  /^Backing file not supported for file format '[^']*'(?=: )/,
+];
+
+/** Those that QEMU says in other words. */
+const OTHERWISE: readonly (readonly [ours: RegExp, theirs: string])[] = [
+  [/^'.*' is not a qcow2 image: /s, 'Image is not in qcow2 format'],
+  [/^Compression not supported for this file format: /, 'Compression is not supported for this drive '],
 ];
 
 /** What a client is told of an error of ours. */
@@ -68,7 +77,15 @@ export function qmpText(error: unknown): string {
     const [text] = shorter.exec(message) ?? [];
     if (text !== undefined) return text;
   }
-  return message;
+  return OTHERWISE.find(([ours]) => ours.test(message))?.[1] ?? message;
+}
+
+/** An error of connecting to an NBD server, in QEMU's words. @param place of the server, as the command has it */
+export function connectErrorText(error: unknown, place: string): string {
+  const { message } = toStillframeError(error);
+  const [, errno = ''] = /cannot connect to .*?: (E[A-Z]+)/s.exec(message) ?? [];
+  const words = STRERROR[errno];
+  return words === undefined ? message : `Failed to connect to '${place}': ${words}`;
 }
 
 /** An error of opening something, in QEMU's words where there are some. */

@@ -101,7 +101,7 @@ const BITMAP_ADD = {
 const BITMAP_MERGE = {
   node: required('str'),
   target: required('str'),
-  bitmaps: required({ list: { alternate: ['str', { struct: bitmap }] } }),
+  bitmaps: required({ list: { alternate: ['str', { struct: bitmap }], name: 'BlockDirtyBitmapOrStr' } }),
 } as const;
 
 const SNAPSHOT = { node: required('str'), overlay: required('str') } as const;

@@ -38,6 +38,8 @@ export interface UnionKind {
 /** One of several types, told apart by their JSON. */
 export interface AlternateKind {
   readonly alternate: readonly Kind[];
+  /** QAPI's name of it, which errors tell. */
+  readonly name: string;
 }
 
 /** A type that contains itself. */
@@ -134,7 +136,8 @@ export function wrongValue(kind: Kind, value: unknown, path: string): string | u
   }
   if ('alternate' in kind) {
     const fitting = kind.alternate.find((one) => sameJson(one, value));
-    return fitting === undefined ? expected('string') : wrongValue(fitting, value, path);
+    if (fitting !== undefined) return wrongValue(fitting, value, path);
+    return `Invalid parameter type for '${leafOf(path)}', expected: ${kind.name}`;
   }
   if (!isObject(value)) return expected('object');
   // An object without a name has its members without one.

@@ -1,7 +1,18 @@
 /** Arguments of `blockdev-backup`, good and bad ones: the same errors as QEMU, and of several the same one first. */
 import { describe, it } from 'vitest';
 import type { Message } from '../support/qmp.js';
-import { backup, bitmap, hasQemu, jobs, qcow2, raw, type Step, same, until } from '../support/sessions.js';
+import {
+  backup,
+  bitmap,
+  copied,
+  hasQemu,
+  jobs,
+  qcow2,
+  raw,
+  type Step,
+  same,
+  until,
+} from '../support/sessions.js';
 
 const over = until('j', 'null');
 const cancel: Step = ['job-cancel', { id: 'j' }];
@@ -49,7 +60,10 @@ const pairs = MISTAKES.flatMap((one, index) =>
 
 describe.skipIf(!hasQemu())('a backup', () => {
   it('takes arguments of the types that QEMU takes', async () => {
-    const tried = (given: Message): Step[] => [backup(given), until('j', 'null')];
+    const tried = (given: Message): Step[] => [
+      backup(given),
+      ...['j', 'x'].map((id) => until(id, 'null')),
+    ];
     await same({
       drains: true,
       prepare: 'for i in d t; do qemu-img create -q -f qcow2 $i.qcow2 1M; done',
@@ -109,7 +123,7 @@ describe.skipIf(!hasQemu())('a backup', () => {
   it('goes in chunks that its rate limit counts, zeroes as well', async () => {
     const limited = (given: Message): Step[] => [
       backup({ speed: 1, ...given }),
-      until('j', 'running'),
+      copied('j', 65536),
       ['job-pause', { id: 'j' }],
       until('j', 'paused'),
       cancel,

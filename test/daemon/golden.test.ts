@@ -111,7 +111,7 @@ describe.skipIf(!hasQemu())('a session', () => {
     const d = (name: string): Message => ({ node: 'd', name });
     const backup = (given: Message): Step[] => [
       ['blockdev-backup', { device: 'd', target: 't', 'job-id': 'j', ...given }],
-      until('j', 'null', 'pending'),
+      until('j', given['auto-finalize'] === false ? 'pending' : 'null'),
     ];
     const nodes: Step = ['query-named-block-nodes', { flat: true }];
     await same(

@@ -55,7 +55,7 @@ describe('options of a node', () => {
     ['qcow2,file.driver=file', "Parameter 'file.filename' is missing"],
     ['qcow2,file=f,x=1', "Parameter 'x' is unexpected"],
     ['raw,file=f,offset=many', "Parameter 'offset' expects uint64"],
-    ['{"driver":"raw","file":5}', "Invalid parameter type for 'file', expected: string"],
+    ['{"driver":"raw","file":5}', "Invalid parameter type for 'file', expected: BlockdevRef"],
     ['{"driver":"raw","file":{"driver":"raw"}}', "Parameter 'file.file' is missing"],
     ['[]', "Parameter 'driver' does not accept value '[]'"],
     ['{"driver"', 'JSON parse error'],

@@ -22,12 +22,15 @@ export type Step =
   | Command
   | { readonly job: string; readonly is: readonly string[] }
   | { readonly event: string; readonly data: Message }
+  | { readonly copied: string; readonly bytes: number }
   | { readonly sh: string };
 
 export type Command = readonly [command: string, given?: Message];
 
 /** `null`: there is no such job, or no more. */
 export const until = (job: string, ...is: readonly string[]): Step => ({ job, is });
+/** The job has come so far, in bytes. */
+export const copied = (job: string, bytes: number): Step => ({ copied: job, bytes });
 export const event = (name: string, data: Message = {}): Step => ({ event: name, data });
 export const sh = (line: string): Step => ({ sh: line });
 
@@ -168,6 +171,8 @@ export async function play(who: 'stillframe' | Peer, place: string, session: Ses
         answers.push({ sh: step.sh, ...shell(place, step.sh) });
       } else if ('job' in step) {
         await within(step, () => settled(client, step.job, step.is));
+      } else if ('copied' in step) {
+        await within(step, () => reached(client, step.copied, step.bytes));
       } else if ('event' in step) {
         const from = since;
         since = client.messages.length;
@@ -239,6 +244,11 @@ async function settled(client: QmpClient, job: string, statuses: readonly string
     ({ event: name, data }) => name === 'JOB_STATUS_CHANGE' && (data as Message)['id'] === job,
   );
   return told === undefined || (told['data'] as Message)['status'] === status;
+}
+
+async function reached(client: QmpClient, job: string, bytes: number): Promise<boolean> {
+  const jobs = (await client.execute('query-jobs')) as readonly Message[];
+  return Number(jobs.find(({ id }) => id === job)?.['current-progress'] ?? 0) >= bytes;
 }
 
 function happened(

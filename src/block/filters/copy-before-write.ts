@@ -165,12 +165,29 @@ function stateBytes(clusters: number): number {
   return Math.ceil(clusters / 32) * 8;
 }
 
-/** Bytes of the clusters in which guests have changed something since the instant, in whole clusters. */
-export function changedByGuests(
+/** What a frame holds, in bytes of whole clusters. */
+export interface HeldCounts {
+  /** What can be read of the instant. */
+  readonly access: number;
+  /** What is still to be copied, or to be saved before it changes. */
+  readonly copy: number;
+  /** Where guests have changed something since the instant. */
+  readonly done: number;
+}
+
+export function heldCounts(
+  arena: Runtime['arena'],
   kernels: Runtime['kernels'],
-  { states, clusters, clusterSize }: Pick<FrameDescriptor, 'states' | 'clusters' | 'clusterSize'>,
-): number {
-  return kernels.bitmapCount(states + stateBytes(clusters), 0, clusters) * clusterSize;
+  frame: FrameDescriptor,
+): HeldCounts {
+  const { clusters, clusterSize, states } = frame.holder ?? frame;
+  const changed = kernels.bitmapCount(states + stateBytes(clusters), 0, clusters);
+  const { skipped, remaining } = readFrameCounters(arena, frame);
+  return {
+    access: (clusters - skipped) * clusterSize,
+    copy: remaining * clusterSize,
+    done: changed * clusterSize,
+  };
 }
 
 /** Gives a frame's memory back; nobody may look at its counters afterwards. */

@@ -24,6 +24,7 @@ import type { NbdTarget } from './uri.js';
  *     +28  open         int32   connections that are there or being made
  *     +32  written      float64 counts writes that were carried out
  *     +40  flushed      float64 the number of those that are durable
+ *     +48  leaving      int32   nobody waits for the server to come back any more
  *     +64  slots        16 × 64 bytes: one for each connection
  *
  * A slot:
@@ -46,6 +47,7 @@ const LIMIT = 24;
 const OPEN = 28;
 const WRITTEN = 32;
 const FLUSHED = 40;
+const LEAVING = 48;
 const SLOTS = 64;
 const SLOT_BYTES = 64;
 export const MAX_CONNECTIONS = 16;
@@ -153,7 +155,8 @@ export class Connections {
         continue;
       }
       const at = this.#slot(slot);
-      if (load(this.#arena, at + FD) < 0 && !this.#connect(slot, reconnectUntilMs)) continue;
+      const untilMs = this.#load(LEAVING) === 0 ? reconnectUntilMs : 0;
+      if (load(this.#arena, at + FD) < 0 && !this.#connect(slot, untilMs)) continue;
       return {
         slot,
         stream: new SocketStream(load(this.#arena, at + FD), 0),
@@ -353,6 +356,7 @@ export class Connections {
 
   /** A connection was lost: what was written and not flushed may be lost with it. */
   countLoss(): void {
+    if (this.#export.target.trusted) return;
     if (this.written > (this.#arena.f64[(this.#control + FLUSHED) / 8] ?? 0)) this.#store(LOST, 1);
   }
 
@@ -435,6 +439,11 @@ function sameExport(before: NonNullable<Export['agreed']>, now: Session): boolea
     now.maxBlock >= before.maxBlock &&
     (before.flags & needed) === (now.flags & needed)
   );
+}
+
+/** From now on nobody waits for a server that is gone. */
+export function leaveConnections(arena: Arena, control: number): void {
+  store(arena, control + LEAVING, 1);
 }
 
 /**

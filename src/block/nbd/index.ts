@@ -3,7 +3,13 @@ import type { Arena } from '../../kernels/arena.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { EXPORT } from '../../nbd/protocol/numbers.js';
 import type { NbdDescriptor } from '../node.js';
-import { allocateConnections, Connections, interruptConnections, MAX_CONTEXTS } from './connections.js';
+import {
+  allocateConnections,
+  Connections,
+  interruptConnections,
+  leaveConnections,
+  MAX_CONTEXTS,
+} from './connections.js';
 import { Exchange } from './exchange.js';
 import { contextNames, NbdNode } from './node.js';
 import { nbdIdentity, parseNbdName } from './uri.js';
@@ -94,4 +100,9 @@ export function closeNbd(runtime: Runtime, descriptor: NbdDescriptor): void {
  */
 export function interruptNbd(arena: Arena, { control, target }: NbdDescriptor, mark?: number): void {
   interruptConnections(arena, control, mark, mark === undefined || target.cut);
+}
+
+/** The export is about to be closed: where its server is gone nobody waits for it to come back. */
+export function leaveNbd(arena: Arena, { control }: NbdDescriptor): void {
+  leaveConnections(arena, control);
 }

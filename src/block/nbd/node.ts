@@ -387,6 +387,7 @@ export class NbdNode implements FileNode {
     throw new StillframeError(
       'ERR_STILLFRAME_IO',
       `'${this.descriptor.path}': a connection was lost after writes that were not flushed, so it is not known whether the server still has them; open it again and write everything anew`,
+      { errno: 'EIO' },
     );
   }
 

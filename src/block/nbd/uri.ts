@@ -20,6 +20,8 @@ export interface NbdTarget {
   readonly connections: number;
   /** Whether cancelling a job cuts the connections that it waits for; otherwise it waits for the answers. */
   readonly cut: boolean;
+  /** A server that comes back is trusted to have what it took and was not told to make durable. */
+  readonly trusted: boolean;
   /** Metadata contexts to ask for beside `base:allocation`. */
   readonly contexts: readonly string[];
 }
@@ -47,6 +49,7 @@ const DEFAULTS = {
   timeoutMs: 120_000,
   connections: 4,
   cut: true,
+  trusted: false,
 } as const;
 
 /** Whether an image name is an export's rather than a file's; a file of such a name is called `./nbd:…`. */
@@ -59,8 +62,8 @@ export function isNbdName(name: string): boolean {
  * `nbd:unix:PATH[:exportname=NAME]`.
  *
  * Beside the parameters of the URI specification and libnbd's `tls-certificates` and `tls-psk-file` there are
- * `x-reconnect-delay`, `x-open-timeout` and `x-timeout` in seconds, `x-connections`, `x-cut`, and `x-dirty-bitmap`
- * as QEMU's driver has it.
+ * `x-reconnect-delay`, `x-open-timeout` and `x-timeout` in seconds, `x-connections`, `x-cut`, `x-trusted`, and
+ * `x-dirty-bitmap` as QEMU's driver has it.
  *
  * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT
  */
@@ -109,6 +112,7 @@ function parseUri(name: string): NbdTarget {
     timeoutMs: milliseconds(name, parameters, 'x-timeout') || DEFAULTS.timeoutMs,
     connections: connectionsOf(name, parameters.get('x-connections')),
     cut: parameters.get('x-cut') !== '0',
+    trusted: parameters.get('x-trusted') === '1',
     contexts: contextsOf(parameters.get('x-dirty-bitmap')),
   };
 }
