@@ -60,10 +60,7 @@ const pairs = MISTAKES.flatMap((one, index) =>
 
 describe.skipIf(!hasQemu())('a backup', () => {
   it('takes arguments of the types that QEMU takes', async () => {
-    const tried = (given: Message): Step[] => [
-      backup(given),
-      ...['j', 'x'].map((id) => until(id, 'null')),
-    ];
+    const tried = (given: Message): Step[] => [backup(given), ...['j', 'x'].map((id) => until(id, 'null'))];
     await same({
       drains: true,
       prepare: 'for i in d t; do qemu-img create -q -f qcow2 $i.qcow2 1M; done',
