@@ -16,7 +16,7 @@ import { isObject, type JsonObject } from '../qmp/types.js';
 import { blkdebugOptions } from './blkdebug-options.js';
 import { Breakpoints } from './breakpoints.js';
 import type { DaemonObject, Objects } from './objects.js';
-import { checkUnblocked, isHeld } from './permissions.js';
+import { checkRemovable, isHeld } from './permissions.js';
 
 /** A node of a daemon's graph. */
 export interface GraphNode {
@@ -423,7 +423,7 @@ export class Graph {
     const isCovered = [...node.users.keys()].some(({ covered }) => covered === node);
     if (uses.includes('export') && !isCovered) throw new QmpError(`Node ${name} is in use`);
     if (isHeld(node)) throw new QmpError(`Node ${name} is in use`);
-    checkUnblocked(node);
+    checkRemovable(node);
     if (!node.owned) throw new QmpError(`Node ${name} is not owned by the monitor`);
     if (node.parents.size > 0) throw new QmpError(`Block device ${name} is in use`);
     await this.#close(node);

@@ -85,6 +85,14 @@ export function checkUnblocked(node: GraphNode): void {
   }
 }
 
+/** @throws QmpError where the node cannot be removed. What a backup copies from is in its way as any child is, and no more */
+export function checkRemovable(node: GraphNode): void {
+  const over = [...node.parents].find(({ job }) => job !== undefined)?.job?.type;
+  const isSource =
+    over === 'backup' && node.job === undefined && ![...node.users.values()].includes('target');
+  if (!isSource) checkUnblocked(node);
+}
+
 /** @throws QmpError where nothing is to be put between the node and what lies on it: a job copies from it */
 export function checkCoverable(node: GraphNode): void {
   checkUnblocked(node);

@@ -131,7 +131,7 @@ export class SnapshotAccess implements BlockNode {
     const { clusterSize, clusters } = this.#frame.descriptor;
     const first = Math.ceil(offset / clusterSize);
     const end = offset + length === this.length ? clusters : Math.floor((offset + length) / clusterSize);
-    if (end > first) this.#frame.forget(first, end - first);
+    if (end > first) this.#frame.forget(first * clusterSize, Math.min(end * clusterSize, this.length));
   }
 
   flush(): void {
