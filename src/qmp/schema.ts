@@ -184,7 +184,7 @@ export const COMMANDS = {
   'ringbuf-read': { ...device, size: required('int'), format: optional(DATA_FORMAT) },
   'x-blockdev-set-iothread': {
     'node-name': required('str'),
-    iothread: required({ alternate: ['str', 'null'] }),
+    iothread: required({ alternate: ['str', 'null'], name: 'StrOrNull' }),
     force: optional('bool'),
   },
   'object-add': OBJECT,
