@@ -105,7 +105,8 @@ export class Queries {
 
   /** `dirty-bitmaps` of a node, those that were added last first. */
   async #bitmaps(node: GraphNode): Promise<object[]> {
-    const { held } = node;
+    const { held, job } = node;
+    if (job?.type === 'mirror') return [];
     if (held !== undefined) {
       const { access, done } = held.counts();
       return [access, done].map((count) => ofFilter(held, count));
