@@ -29,6 +29,8 @@ const BITMAPS = 'src/bitmap/bitmap-set.ts';
 const SNAPSHOT = 'src/block/filters/snapshot-access.ts';
 const MIRROR = 'src/block/filters/mirror.ts';
 const MIRROR_JOB = 'src/backup/mirror-job.ts';
+const STREAM_JOB = 'src/backup/stream-job.ts';
+const COMMIT_JOB = 'src/backup/commit-job.ts';
 
 const threads = ['test/block/disk.test.ts'];
 const hung = ['test/block/nbd.test.ts'];
@@ -45,6 +47,9 @@ const compressed = ['test/block/qcow2-compressed.test.ts'];
 const durable = ['test/backup/durable.test.ts'];
 const mirrors = ['test/block/mirror.test.ts', 'test/backup/mirror.test.ts', 'test/daemon/mirror.test.ts'];
 const mirrorSessions = ['test/daemon/mirror-sessions.test.ts'];
+const chainDevices = ['test/daemon/chain-devices.test.ts'];
+const streams = ['test/daemon/stream.test.ts'];
+const commits = ['test/daemon/commit.test.ts'];
 
 export const mutants: readonly Mutant[] = [
   {
@@ -879,5 +884,29 @@ export const mutants: readonly Mutant[] = [
     find: 'common.skipUnallocated ? common.clusterSize : holderClusterSize(',
     replace: 'holderClusterSize(',
     tests: fleece,
+  },
+  {
+    name: 'stream-recorded',
+    what: 'what is streamed into an image is taken for a change of it',
+    file: STREAM_JOB,
+    find: 'const target = node.unrecorded ?? node;',
+    replace: 'const target = node;',
+    tests: chainDevices,
+  },
+  {
+    name: 'stream-error-forgotten',
+    what: 'an image loses its backing file although an error was ignored',
+    file: STREAM_JOB,
+    find: 'if (this.#ignored !== undefined) throw this.#ignored;',
+    replace: '',
+    tests: streams,
+  },
+  {
+    name: 'commit-without-zeroes',
+    what: 'zeroes of an image are not committed',
+    file: COMMIT_JOB,
+    find: 'if ((extent.flags & STATUS_ZERO) === 0) this.#base.writeZeroes(at, extent.length, false);',
+    replace: '',
+    tests: commits,
   },
 ];
