@@ -84,7 +84,7 @@ export class Exports {
 
   async stop(): Promise<void> {
     if (this.#server === undefined) throw new QmpError('NBD server not running');
-    for (const id of [...this.#exports.keys()]) await this.remove(id);
+    for (const id of [...this.#exports.keys()].reverse()) await this.remove(id);
     await this.#close();
   }
 
@@ -270,7 +270,7 @@ export class Exports {
 
   async close(): Promise<void> {
     await this.#close();
-    for (const [id, { node }] of this.#exports) {
+    for (const [id, { node }] of [...this.#exports].reverse()) {
       node.users.delete(this.#key(id));
       this.#tell({ event: 'BLOCK_EXPORT_DELETED', data: { id } });
     }
