@@ -24,8 +24,9 @@ export class InputReader {
       const end = this.#end();
       if (end === undefined) break;
       const text = this.#text.slice(0, end);
+      const tooDeep = this.#closers.length > MAX_NESTING;
       this.#reset(end);
-      yield parse(text);
+      yield tooDeep ? { error: 'JSON nesting depth limit exceeded' } : parse(text);
     }
     if (this.#text.length > MAX_VALUE_LENGTH) {
       this.#reset(this.#text.length);
@@ -40,12 +41,14 @@ export class InputReader {
     this.#quote = '';
   }
 
-  /** The end of the first value, or undefined where it has not come. */
+  /** The end of the first value, of what is wrong, or undefined where it has not come. */
   #end(): number | undefined {
     if (this.#at === 0) this.#text = this.#text.trimStart();
     for (; this.#at < this.#text.length; this.#at++) {
       const character = this.#text.charAt(this.#at);
       if (this.#quote !== '') {
+        // No string has these, so that one whose end is missing does not swallow the commands behind it.
+        if (character < ' ') return this.#at + 1;
         if (character === '\\') this.#at++;
         else if (character === this.#quote) {
           this.#quote = '';
@@ -62,7 +65,7 @@ export class InputReader {
       } else if (character === '{' || character === '[') {
         if (outermost && this.#at > 0) return this.#at;
         this.#closers.push(character === '{' ? '}' : ']');
-        if (this.#closers.length > MAX_NESTING) return this.#text.length;
+        if (this.#closers.length > MAX_NESTING) return this.#at + 1;
       } else if (character === '}' || character === ']') {
         if (this.#closers.pop() !== character || outermost || this.#closers.length === 0) return this.#at + 1;
       } else if (outermost && /\s/.test(character)) return this.#at;

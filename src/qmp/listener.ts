@@ -155,12 +155,20 @@ export class Monitors {
     this.#streams.set(stream, monitor);
     void this.#started.then(() => {
       input.on('data', (data: Buffer) => {
-        void monitor.take(decoder.write(data)).then(() => input.resume());
+        void monitor.take(decoder.write(withResets(data))).then(() => input.resume());
         if (monitor.queued >= MAX_QUEUED) input.pause();
       });
     });
     this.#onClient?.();
   }
+}
+
+/**
+ * The byte 0xFF is in no UTF-8: a client puts both sides in step again with it, whatever is under way. For what takes the
+ * input apart that is a control character.
+ */
+function withResets(data: Buffer): Uint8Array {
+  return data.includes(0xff) ? data.map((byte) => (byte === 0xff ? 1 : byte)) : data;
 }
 
 /** A socket that nobody listens on any more is in the way; anything else stays. */

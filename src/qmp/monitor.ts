@@ -107,9 +107,12 @@ export class Monitor {
     if (execute !== undefined && outOfBand !== undefined) {
       throw new QmpError("QMP input member 'execute' clashes with 'exec-oob'");
     }
-    const name = execute ?? outOfBand;
+    const name = execute === undefined ? outOfBand : execute;
     if (name === undefined) throw new QmpError("QMP input lacks member 'execute'");
-    if (typeof name !== 'string') throw new QmpError("QMP input member 'execute' must be a string");
+    if (typeof name !== 'string') {
+      const member = execute === undefined ? 'exec-oob' : 'execute';
+      throw new QmpError(`QMP input member '${member}' must be a string`);
+    }
     if (!isObject(given)) throw new QmpError("QMP input member 'arguments' must be an object");
     if (!this.#negotiated && name !== 'qmp_capabilities') {
       throw new QmpError("Expecting capabilities negotiation with 'qmp_capabilities'", 'CommandNotFound');
@@ -129,11 +132,11 @@ export class Monitor {
   }
 
   #negotiate(given: Readonly<Record<string, unknown>>): void {
+    const wrong = wrongArguments('qmp_capabilities', given);
+    if (wrong !== undefined) throw new QmpError(wrong);
     if (this.#negotiated) {
       throw new QmpError('Capabilities negotiation is already complete, command ignored', 'CommandNotFound');
     }
-    const wrong = wrongArguments('qmp_capabilities', given);
-    if (wrong !== undefined) throw new QmpError(wrong);
     const { enable } = given;
     this.#outOfBand = Array.isArray(enable) && enable.includes('oob');
     this.#negotiated = true;

@@ -47,6 +47,15 @@ describe('the input of a monitor', () => {
     expect(read('['.repeat(2000), '\n{"b":1}').some((input) => 'error' in input)).toBe(true);
   });
 
+  it('goes on behind a string without an end, and behind what lies too deep', () => {
+    expect(read('{"a":"b\n{"c":1}').at(-1)).toEqual({ value: { c: 1 } });
+    const deep = `${'['.repeat(1025)}${']'.repeat(1025)}`;
+    const found = read(`${deep}{"c":1}`);
+    expect(found[0]).toEqual({ error: 'JSON nesting depth limit exceeded' });
+    expect(found.at(-1)).toEqual({ value: { c: 1 } });
+    expect(read('['.repeat(1024) + ']'.repeat(1024))).toHaveLength(1);
+  });
+
   it('never throws', () => {
     const random = new Random(7);
     const pieces = [
