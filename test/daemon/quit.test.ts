@@ -30,11 +30,11 @@ const prepare = `
   for i in d t e u f v; do qemu-img create -q -f qcow2 $i.qcow2 4M; done
   for i in d e f; do qemu-io -c 'write -P 1 0 4M' $i.qcow2 >/dev/null; done`;
 
-/** What a bitmap in an image says. */
+/** What a bitmap in an image says. Each server has its own socket: it takes the name away when it ends. */
 const dirty = (image: string, name: string): string => `
-  qemu-nbd -f qcow2 -r -B ${name} -k "$PWD/b.sock" --fork ${image}.qcow2
+  qemu-nbd -f qcow2 -r -B ${name} -k "$PWD/${name}.sock" --fork ${image}.qcow2
   qemu-img map --output=json --image-opts \
-    "driver=nbd,server.type=unix,server.path=$PWD/b.sock,x-dirty-bitmap=qemu:dirty-bitmap:${name}"`;
+    "driver=nbd,server.type=unix,server.path=$PWD/${name}.sock,x-dirty-bitmap=qemu:dirty-bitmap:${name}"`;
 
 /** What an image says of its bitmaps, and whether it is sound. */
 const bitmapsOf = (image: string): string =>
