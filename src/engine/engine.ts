@@ -1,5 +1,10 @@
 import { availableParallelism } from 'node:os';
-import { MessageChannel, type MessagePort, type Transferable } from 'node:worker_threads';
+import {
+  MessageChannel,
+  type MessagePort,
+  receiveMessageOnPort,
+  type Transferable,
+} from 'node:worker_threads';
 import { Piscina } from 'piscina';
 import type { ConvertOptions } from '../backup/convert.js';
 import type { ImageCheck, Repaired } from '../block/check.js';
@@ -113,6 +118,16 @@ export interface CheckOptions extends Omit<ImageOptions, 'allowBacking'> {
 
 /** How {@link Engine.mapImage} opens an image, and which part of it it maps. */
 export interface MapOptions extends ImageOptions, MapRange {}
+
+/** Messages that have come to a port and that nobody has been told of. */
+function takeLeft<T>(port: MessagePort): T[] {
+  const left: T[] = [];
+  for (;;) {
+    const received: { readonly message: T } | undefined = receiveMessageOnPort(port);
+    if (received === undefined) return left;
+    left.push(received.message);
+  }
+}
 
 /** Threads that jobs and tools may use at once. */
 const MAX_JOB_THREADS = 64;
@@ -427,6 +442,7 @@ export class Engine {
     try {
       return await this.run<T>(task(port2), [port2]);
     } finally {
+      for (const message of takeLeft<ToolProgress>(port1)) onProgress?.(message);
       port1.close();
     }
   }
@@ -484,13 +500,16 @@ export class Engine {
     const channel = (): MessagePort => {
       const { port1, port2 } = new MessageChannel();
       port1.on('message', (message: TeamMessage) => {
-        if ('line' in message) onMessage?.(message.line);
-        else if ('started' in message) callHelp(message.started);
-        else onProgress?.(message);
+        if ('started' in message) callHelp(message.started);
+        else tell(message);
       });
       port1.unref();
       ports.push(port1);
       return port2;
+    };
+    const tell = (message: Exclude<TeamMessage, { started: unknown }>): void => {
+      if ('line' in message) onMessage?.(message.line);
+      else onProgress?.(message);
     };
     const callHelp = (started: Started): void => {
       nodes = nodesOf(started);
@@ -518,7 +537,11 @@ export class Engine {
       throw error;
     } finally {
       signal?.removeEventListener('abort', stop);
-      for (const port of ports) port.close();
+      for (const port of ports) {
+        // The last ones may be on their way still; there is nothing to help with any more.
+        for (const message of takeLeft<TeamMessage>(port)) if (!('started' in message)) tell(message);
+        port.close();
+      }
     }
   }
 
