@@ -43,5 +43,6 @@ export function verify(place: string): Promise<string> {
     ...['--name=w', '--ioengine=nbd', `--uri=nbd+unix:///live?socket=${join(place, 'n.sock')}`],
     ...['--rw=randwrite', '--bsrange=512-65536', '--bs_unaligned=1', '--size=48M', '--iodepth=16'],
     ...['--verify=crc32c', '--do_verify=1', '--verify_fatal=1', '--verify_backlog=64'],
+    ...['--verify_state_save=0'],
   );
 }
