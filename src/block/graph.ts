@@ -5,13 +5,11 @@ import type { Arena } from '../kernels/arena.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import { Disk, type DiskDescriptor } from './disk.js';
-import { fileBelow } from './file-below.js';
 import { BlkdebugNode } from './filters/blkdebug.js';
 import { CompressNode } from './filters/compress.js';
 import { CopyBuffer } from './filters/copy-before-write.js';
 import { CopyOnReadNode } from './filters/copy-on-read.js';
 import { LiveNode, OverLiveNode } from './filters/live.js';
-import { PreallocateNode } from './filters/preallocate.js';
 import { SnapshotAccess } from './filters/snapshot-access.js';
 import { ThrottleNode } from './filters/throttle.js';
 import {
@@ -35,7 +33,6 @@ import type {
   LiveDescriptor,
   NodeDescriptor,
   NullDescriptor,
-  PreallocateDescriptor,
   Qcow2Descriptor,
   SnapshotAccessDescriptor,
   StorageDescriptor,
@@ -435,7 +432,7 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockN
     case 'nested':
       return attachFile(runtime, descriptor);
     case 'live':
-      return new LiveNode(runtime, descriptor, liveDisk(runtime, descriptor.disk));
+      return new LiveNode(descriptor, liveDisk(runtime, descriptor.disk));
     case 'copy-on-read':
       return new CopyOnReadNode(runtime, descriptor, liveDisk(runtime, descriptor.disk));
     case 'null-co':
@@ -450,8 +447,6 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockN
       return new BlkdebugNode(runtime, descriptor, attachNode(runtime, descriptor.child));
     case 'compress':
       return new CompressNode(runtime, descriptor, attachNode(runtime, descriptor.child));
-    case 'preallocate':
-      return attachPreallocate(runtime, descriptor);
     case 'raw':
       return attachRaw(runtime, descriptor, attachFile(runtime, descriptor.file));
     case 'qcow2': {
@@ -471,17 +466,6 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockN
 }
 
 attachBelowWith(attachNode);
-
-function attachPreallocate(runtime: Runtime, descriptor: PreallocateDescriptor): PreallocateNode {
-  const { child } = descriptor;
-  const file = fileBelow(child);
-  return new PreallocateNode(
-    runtime,
-    descriptor,
-    attachNode(runtime, child),
-    file && attachFile(runtime, file),
-  );
-}
 
 /** Copy buffers of this thread, made when a guest's write first has to save something. */
 const buffers = new WeakMap<Runtime, CopyBuffer>();
@@ -541,7 +525,6 @@ function isOverlaid(descriptor: NodeDescriptor): descriptor is OverlaidDescripto
     case 'throttle':
     case 'blkdebug':
     case 'compress':
-    case 'preallocate':
       return true;
     default:
       return false;
@@ -567,36 +550,10 @@ export function closeNode(runtime: Runtime, descriptor: NodeDescriptor): void {
 
 /** Closes a node itself, and nothing that it lies on. */
 export function closeLayer(runtime: Runtime, descriptor: NodeDescriptor): void {
-  switch (descriptor.driver) {
-    case 'file':
-    case 'nbd':
-    case 'nested':
-      closeFile(runtime, descriptor);
-      return;
-    case 'qcow2': {
-      const file = attachFile(runtime, descriptor.file);
-      try {
-        closeQcow2(runtime, descriptor, file);
-      } finally {
-        file.giveBack?.();
-      }
-      return;
-    }
-    case 'raw':
-      attachFile(runtime, descriptor.file).giveBack?.();
-      return;
-    case 'blkdebug':
-      runtime.arena.free(descriptor.state);
-      return;
-    case 'preallocate':
-      try {
-        attachPreallocate(runtime, descriptor).giveBack();
-      } finally {
-        runtime.arena.free(descriptor.state);
-      }
-      return;
-    default:
-  }
+  if (isStorage(descriptor)) closeFile(runtime, descriptor);
+  else if (descriptor.driver === 'qcow2') {
+    closeQcow2(runtime, descriptor, attachFile(runtime, descriptor.file));
+  } else if (descriptor.driver === 'blkdebug') runtime.arena.free(descriptor.state);
 }
 
 /** Closes the files of a node and its chain, where its state is gone already. */
@@ -672,7 +629,6 @@ export function filesOf(descriptor: NodeDescriptor): StorageDescriptor[] {
     case 'throttle':
     case 'blkdebug':
     case 'compress':
-    case 'preallocate':
       return filesOf(descriptor.child);
     case 'null-co':
       return [];

@@ -30,7 +30,6 @@ export function relinkNode(runtime: Runtime, node: NodeDescriptor, links: Links)
     case 'throttle':
     case 'blkdebug':
     case 'compress':
-    case 'preallocate':
       return { ...node, child: file ?? node.child };
     case 'raw':
       return openRaw(runtime, file === undefined ? node.file : storageOf(runtime, file), node);

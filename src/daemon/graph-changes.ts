@@ -236,7 +236,7 @@ export class GraphChanges {
 }
 
 /** Drivers that are what they pass requests on to. */
-const PASS_ONLY: ReadonlySet<string> = new Set(['copy-before-write']);
+const PASS_ONLY: ReadonlySet<string> = new Set(['preallocate', 'copy-before-write']);
 
 function filesBelow(node: GraphNode): GraphNode[] {
   return node.children.flatMap(({ role, node: child }) =>

@@ -2,7 +2,6 @@ import { resolve } from 'node:path';
 import type { DiskDescriptor } from '../block/disk.js';
 import { BlkdebugState } from '../block/filters/blkdebug-state.js';
 import { COPY_BUFFER_BYTES, type HeldCounts } from '../block/filters/copy-before-write.js';
-import { PREALLOCATE_ALIGN, PREALLOCATE_SIZE } from '../block/filters/preallocate.js';
 import { combineNames, IMAGE_FORMATS, type ImageFormat, imagePath } from '../block/graph.js';
 import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
 import { leaveNbd } from '../block/nbd/index.js';
@@ -609,7 +608,7 @@ export class Graph {
       case 'compress':
         return await this.#layer({ driver, child: await this.#live(await child('file')) });
       case 'preallocate':
-        return await this.#openPreallocate(options, await child('file'));
+        return { descriptor: await this.#live(await child('file')) };
       case 'copy-on-read': {
         const below = await child('file');
         const depth = this.#depthOf(below, options['bottom']);
@@ -728,21 +727,6 @@ export class Graph {
       dataFile: dataFile?.descriptor,
     });
     return { ...opened, sequence };
-  }
-
-  async #openPreallocate(options: JsonObject, file: GraphNode): Promise<Pick<GraphNode, 'descriptor'>> {
-    const number = (name: string, otherwise: number): number => {
-      const value = Number(options[name] ?? otherwise);
-      if (value >= 0) return value;
-      throw new QmpError(`Parameter '${name}' expects a non-negative number below 2^64`);
-    };
-    const align = number('prealloc-align', PREALLOCATE_ALIGN);
-    const size = number('prealloc-size', PREALLOCATE_SIZE);
-    if (align % SECTOR !== 0) {
-      throw new QmpError(`prealloc-align parameter of preallocate filter is not aligned to ${SECTOR}`);
-    }
-    const child = await this.#live(file);
-    return await this.#layer({ driver: 'preallocate', child, size, align: align === 0 ? 1 : align });
   }
 
   async #openCopyBeforeWrite(

@@ -133,7 +133,7 @@ export interface Session {
    */
   readonly drains?: true | undefined;
   /** How it ends; default: by `quit`. */
-  readonly end?: 'SIGTERM' | 'SIGKILL' | undefined;
+  readonly end?: 'SIGTERM' | undefined;
 }
 
 export interface Played {
