@@ -3,6 +3,7 @@ import { isObject, type JsonObject } from '../qmp/types.js';
 import type { Child, Graph, GraphNode } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
 import type { Objects } from './objects.js';
+import { busyError, jobOf } from './permissions.js';
 
 /** Options of every node that can change, and go back to what they are by default. */
 const COMMON: ReadonlySet<string> = new Set([
@@ -206,7 +207,7 @@ function isAbove(node: GraphNode, other: GraphNode): boolean {
 /** A job's threads have its target, and what that lies on, open as they are. */
 function checkNoTarget(node: GraphNode): void {
   if ([...node.users.values()].includes('target')) {
-    throw new QmpError(`Node '${node.name}' is busy: block device is in use by block job: backup`);
+    throw busyError(node.name, jobOf(node) ?? 'backup');
   }
   for (const parent of node.parents) checkNoTarget(parent);
 }
