@@ -1,6 +1,6 @@
 /** What the parts of the NBD benchmark share: servers that run in turn, and the processor time that they take. */
 import { type ChildProcess, spawn } from 'node:child_process';
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { folder, median, RUNS } from './harness.js';
 
@@ -30,6 +30,8 @@ export async function stop(servers: readonly Server[]): Promise<void> {
   await Promise.all(
     servers.map(({ child }) => child.exitCode ?? new Promise((resolve) => child.once('exit', resolve))),
   );
+  // Not every server removes it, and the next one of that name would seem to be there at once.
+  for (const { socket } of servers) rmSync(socket, { force: true });
 }
 
 /** Seconds of processor time that a process has taken. */
