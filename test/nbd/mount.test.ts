@@ -50,7 +50,7 @@ it.skipIf(!peers || !mayMount())(
       writeFileSync(at('before'), before);
       await tool('cp', at('before'), at('files/before'));
       await tool('sync', '-f', at('files'));
-      const job = await disk.backup({ target: at('backup'), format: 'raw', sync: 'full', speed: 64 << 20 });
+      const job = await disk.backup({ target: at('backup'), format: 'raw', sync: 'full', speed: 1 << 18 });
       await tool(
         'sh',
         '-c',

@@ -210,7 +210,10 @@ function start(who: 'stillframe' | Peer, cwd: string, options: readonly string[]
 }
 
 function shell(cwd: string, line: string): { readonly status: number | null; readonly said: string } {
-  const { status, stdout, stderr } = spawnSync('sh', ['-c', line], { cwd, encoding: 'utf8' });
+  const { status, signal, stdout, stderr } = spawnSync('sh', ['-c', line], {
+    ...{ cwd, encoding: 'utf8', timeout: STEP_MS, killSignal: 'SIGKILL' },
+  });
+  if (signal !== null) throw new Error(`too long: ${line}\n${stdout}${stderr}`);
   return { status, said: withoutSpeed(stdout + stderr) };
 }
 
@@ -220,11 +223,12 @@ function withoutSpeed(text: string): string {
 }
 
 async function within<T>(what: unknown, body: () => T | undefined | Promise<T>): Promise<T> {
-  const end = Date.now() + STEP_MS;
+  const end = performance.now() + STEP_MS;
   for (;;) {
-    const got = await Promise.race([body(), pause(STEP_MS).then(() => undefined)]);
+    const left = end - performance.now();
+    if (left <= 0) throw new Error(`too long: ${JSON.stringify(what)}`);
+    const got = await Promise.race([body(), pause(left).then(() => undefined)]);
     if (got !== undefined && got !== false) return got;
-    if (Date.now() > end) throw new Error(`too long: ${JSON.stringify(what)}`);
     await pause(5);
   }
 }
