@@ -4,10 +4,10 @@
  * @packageDocumentation
  */
 
-export type { BitmapMode } from './backup/backup-job.js';
 export type { FreezeOptions } from './backup/freeze.js';
 export type { MirrorCopyMode, MirrorSyncMode } from './backup/mirror-job.js';
-export type { CompressionType, SyncMode } from './backup/target.js';
+export type { BitmapMode, SyncMode } from './backup/modes.js';
+export type { CompressionType } from './backup/target.js';
 export type { ImageCheck, Repaired } from './block/check.js';
 export type { CommitOptions } from './block/commit.js';
 export type { CompareResult } from './block/comparison.js';

@@ -9,6 +9,7 @@ import {
   Frame,
   type FrameDescriptor,
   freeFrame,
+  guestsFrame,
   type OnCbwError,
 } from '../block/filters/copy-before-write.js';
 import { attachNode } from '../block/graph.js';
@@ -17,6 +18,7 @@ import type { JobControl, JobError } from '../job/control.js';
 import { type CommonJobOptions, helpJob, Job, type JobOutcome, jobError, RETRY_MS } from '../job/job.js';
 import type { Runtime } from '../kernels/runtime.js';
 import { allocateFrame, closeScratch, type FrameMemory, type HolderOptions, makeHolder } from './freeze.js';
+import type { BitmapMode, SyncMode } from './modes.js';
 import {
   abandonTarget,
   commitTarget,
@@ -25,7 +27,6 @@ import {
   isBitmapSync,
   isCompressed,
   openTarget,
-  type SyncMode,
   type Target,
   type TargetOptions,
 } from './target.js';
@@ -57,10 +58,6 @@ export interface BackupJobOptions extends TargetOptions, CommonJobOptions, Backu
   readonly bitmap?: string | undefined;
   readonly bitmapMode?: BitmapMode | undefined;
 }
-
-/** When a backup takes what it has copied off its dirty bitmap (QAPI `BitmapSyncMode`). */
-export const BITMAP_MODES = ['on-success', 'never', 'always'] as const;
-export type BitmapMode = (typeof BITMAP_MODES)[number];
 
 /** A backup whose instant is taken, as plain data: any thread may carry it out, or give it up. */
 export interface BegunBackup {
@@ -126,7 +123,7 @@ function refuse(why: string | undefined): void {
 /** Gives up a backup that nobody has begun to carry out. */
 export function abandonBackup(runtime: Runtime, disk: Disk, begun: BegunBackup): void {
   const { frame, bitmap, target } = begun;
-  endCopies(runtime, guestsFrame(begun));
+  endCopies(runtime, guestsFrame(frame));
   disk.removeFrame(frame.id);
   if (bitmap !== undefined) {
     bitmapsOfDisk(runtime, disk.descriptor).unfreeze(new DirtyBitmap(runtime, bitmap), 'reclaim');
@@ -428,11 +425,6 @@ function copyUntilInterrupted(frame: Frame, control: JobControl): void {
   } catch (error) {
     control.fail(copyError(error));
   }
-}
-
-/** The frame of a backup that guests know. */
-export function guestsFrame({ frame }: Pick<BegunBackup, 'frame'>): FrameDescriptor {
-  return frame.holder ?? frame;
 }
 
 /** Copies along with a job's own thread until the job ends. */

@@ -3,19 +3,19 @@ import { dirname, resolve } from 'node:path';
 import { checkCompression } from '../block/compression.js';
 import { type CreationOptions, createImage } from '../block/create.js';
 import { editBitmap } from '../block/edit-bitmap.js';
+import { filesOf } from '../block/files.js';
 import type { CopyBuffer } from '../block/filters/copy-before-write.js';
 import {
   attachNode,
   closeNode,
   fileIdentity,
-  filesOf,
   type ImageFormat,
   imagePath,
   type OpenImageOptions,
   openImage,
   type TargetFormat,
 } from '../block/graph.js';
-import { isNbdName } from '../block/nbd/index.js';
+import { isNbdName } from '../block/nbd/uri.js';
 import type { NodeDescriptor } from '../block/node.js';
 import { readBitmaps, readHeader } from '../block/qcow2/index.js';
 import { attachFile } from '../block/raw/file.js';

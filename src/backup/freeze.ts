@@ -15,7 +15,7 @@ import {
 } from '../block/filters/copy-before-write.js';
 import { CopyDesk } from '../block/filters/copy-desk.js';
 import { attachNode, closeNode } from '../block/graph.js';
-import { isNbdName } from '../block/nbd/index.js';
+import { isNbdName } from '../block/nbd/uri.js';
 import type { NodeDescriptor } from '../block/node.js';
 import { attachFile, closeFile, openFile } from '../block/raw/file.js';
 import { openRaw } from '../block/raw/raw.js';

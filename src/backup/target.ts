@@ -11,27 +11,23 @@ import {
 } from 'node:fs';
 import { basename, dirname, join, resolve } from 'node:path';
 import { checkCompression } from '../block/compression.js';
+import { filesOf, isStorage } from '../block/files.js';
 import {
   attachNode,
   closeNode,
   fileIdentity,
-  filesOf,
   imagePath,
-  isStorage,
   openImage,
   type TargetFormat,
 } from '../block/graph.js';
-import { isNbdName } from '../block/nbd/index.js';
+import { isNbdName } from '../block/nbd/uri.js';
 import type { BlockNode, NodeDescriptor } from '../block/node.js';
 import { createQcow2, openQcow2 } from '../block/qcow2/index.js';
 import { attachFile, closeFile, openFile } from '../block/raw/file.js';
 import { openRaw } from '../block/raw/raw.js';
 import { StillframeError, systemError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
-
-/** Sync modes of a backup (QAPI `MirrorSyncMode`). */
-export const SYNC_MODES = ['full', 'top', 'none', 'incremental', 'bitmap'] as const;
-export type SyncMode = (typeof SYNC_MODES)[number];
+import type { SyncMode } from './modes.js';
 
 export type CompressionType = 'zlib' | 'zstd';
 

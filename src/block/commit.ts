@@ -1,5 +1,6 @@
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
+import { isStorage } from './files.js';
 import {
   allowedFolders,
   attachNode,
@@ -7,7 +8,6 @@ import {
   fileIdentity,
   type ImageFormat,
   imagePath,
-  isStorage,
   namedBacking,
   openImage,
 } from './graph.js';

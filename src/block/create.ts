@@ -2,18 +2,19 @@ import { rmSync } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
+import { isStorage } from './files.js';
 import {
   closeNode,
   fileIdentity,
   type ImageFormat,
   imagePath,
-  isStorage,
   openImage,
   resolveBackingName,
   type TargetFormat,
 } from './graph.js';
 import { storageOf } from './layers.js';
-import { isNbdName, openNbd } from './nbd/index.js';
+import { openNbd } from './nbd/index.js';
+import { isNbdName } from './nbd/uri.js';
 import type { FileDescriptor, NodeDescriptor, StorageDescriptor } from './node.js';
 import {
   type CreateQcow2Options,

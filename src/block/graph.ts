@@ -1,10 +1,10 @@
 import { realpathSync } from 'node:fs';
 import { dirname, isAbsolute, resolve, sep } from 'node:path';
 import { StillframeError } from '../errors.js';
-import type { Arena } from '../kernels/arena.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import { Disk, type DiskDescriptor } from './disk.js';
+import { backingOf, isOverlaid, isStorage, ownFilesOf } from './files.js';
 import { BlkdebugNode } from './filters/blkdebug.js';
 import { CompressNode } from './filters/compress.js';
 import { CopyBuffer } from './filters/copy-before-write.js';
@@ -21,20 +21,16 @@ import {
   PROBE_BYTES,
   probeForeign,
 } from './foreign/index.js';
-import { interruptNbd, isNbdName, nbdIdentity, openNbd, parseNbdName } from './nbd/index.js';
+import { openNbd } from './nbd/index.js';
+import { isNbdName, nbdIdentity, parseNbdName } from './nbd/uri.js';
 import type {
   BlockNode,
-  CopyOnReadDescriptor,
   FileDescriptor,
-  FilterDescriptor,
   ForeignDescriptor,
   ForeignName,
   ImageDescriptor,
-  LiveDescriptor,
   NodeDescriptor,
-  NullDescriptor,
   Qcow2Descriptor,
-  SnapshotAccessDescriptor,
   StorageDescriptor,
 } from './node.js';
 import { NullNode } from './null.js';
@@ -508,29 +504,6 @@ export function forgetDisk(runtime: Runtime, id: number): void {
   disks.get(runtime)?.delete(id);
 }
 
-/** Nodes that have no files of their own: what they lie on belongs to somebody else. */
-type OverlaidDescriptor =
-  | LiveDescriptor
-  | CopyOnReadDescriptor
-  | NullDescriptor
-  | SnapshotAccessDescriptor
-  | FilterDescriptor;
-
-function isOverlaid(descriptor: NodeDescriptor): descriptor is OverlaidDescriptor {
-  switch (descriptor.driver) {
-    case 'live':
-    case 'copy-on-read':
-    case 'null-co':
-    case 'snapshot-access':
-    case 'throttle':
-    case 'blkdebug':
-    case 'compress':
-      return true;
-    default:
-      return false;
-  }
-}
-
 /**
  * Flushes and closes a node and its chain. No thread may use a facade of it afterwards. Resources are given
  * back even when the flush fails; the first error is thrown then.
@@ -565,17 +538,6 @@ export function closeFiles(runtime: Runtime, descriptor: ImageDescriptor): void 
   ]);
 }
 
-/** Whether a node is what images lie on, and no image. */
-export function isStorage(descriptor: NodeDescriptor): descriptor is StorageDescriptor {
-  const { driver } = descriptor;
-  return driver === 'file' || driver === 'nbd' || driver === 'nested';
-}
-
-/** Whether a node has a format. */
-export function isImage(descriptor: NodeDescriptor): descriptor is ImageDescriptor {
-  return !isStorage(descriptor) && !isOverlaid(descriptor);
-}
-
 /** Runs all of them; the first error is thrown then. */
 function closeAll(closings: readonly (() => void)[]): void {
   let failure: { readonly error: unknown } | undefined;
@@ -587,52 +549,4 @@ function closeAll(closings: readonly (() => void)[]): void {
     }
   }
   if (failure !== undefined) throw failure.error;
-}
-
-/** The files of one layer: the image's own one first. */
-function ownFilesOf(descriptor: ImageDescriptor): StorageDescriptor[] {
-  switch (descriptor.driver) {
-    case 'raw':
-      return [descriptor.file];
-    case 'qcow2':
-      return descriptor.dataFile === undefined ? [descriptor.file] : [descriptor.file, descriptor.dataFile];
-    default:
-      return [descriptor.file, ...descriptor.extents];
-  }
-}
-
-function backingOf(descriptor: ImageDescriptor): NodeDescriptor | undefined {
-  return descriptor.driver === 'raw' ? undefined : descriptor.backing;
-}
-
-/**
- * Ends what threads wait for on the servers of a node's chain, at once. For the host thread.
- *
- * @param mark of the owner whose requests are ended; without it everybody's are, and the node can only be closed then
- */
-export function interruptNode(arena: Arena, descriptor: NodeDescriptor, mark?: number): void {
-  for (const file of filesOf(descriptor)) if (file.driver === 'nbd') interruptNbd(arena, file, mark);
-}
-
-/** The files of a node's chain, top first. */
-export function filesOf(descriptor: NodeDescriptor): StorageDescriptor[] {
-  switch (descriptor.driver) {
-    case 'nested':
-      return filesOf(descriptor.node);
-    case 'file':
-    case 'nbd':
-      return [descriptor];
-    case 'live':
-    case 'copy-on-read':
-    case 'snapshot-access':
-      return filesOf(descriptor.disk.node);
-    case 'throttle':
-    case 'blkdebug':
-    case 'compress':
-      return filesOf(descriptor.child);
-    case 'null-co':
-      return [];
-  }
-  const backing = backingOf(descriptor);
-  return [...ownFilesOf(descriptor), ...(backing === undefined ? [] : filesOf(backing))];
 }

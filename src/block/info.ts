@@ -1,5 +1,6 @@
 import type { Runtime } from '../kernels/runtime.js';
-import { attachNode, combineNames, filesOf, type ImageFormat, isImage } from './graph.js';
+import { filesOf, isImage } from './files.js';
+import { attachNode, combineNames, type ImageFormat } from './graph.js';
 import type { ForeignDescriptor, ImageDescriptor, NodeDescriptor, Qcow2Descriptor } from './node.js';
 import { type BitmapInfo, readBitmaps, readHeader, readSnapshots, type SnapshotInfo } from './qcow2/index.js';
 import { attachFile } from './raw/file.js';

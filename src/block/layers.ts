@@ -1,6 +1,7 @@
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import type { DiskDescriptor } from './disk.js';
+import { isStorage } from './files.js';
 import type { BlkdebugLimits } from './filters/blkdebug.js';
 import { type BlkdebugRule, BlkdebugState, blkdebugBytes } from './filters/blkdebug-state.js';
 import type { FrameDescriptor } from './filters/copy-before-write.js';
@@ -10,7 +11,6 @@ import {
   attachNode,
   formatOfBacking,
   type ImageFormat,
-  isStorage,
   openStorage,
   pathFromHeader,
   probe,

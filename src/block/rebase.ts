@@ -1,16 +1,8 @@
 import { dirname, isAbsolute, resolve } from 'node:path';
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
-import {
-  attachNode,
-  closeNode,
-  fileIdentity,
-  filesOf,
-  type ImageFormat,
-  imagePath,
-  isStorage,
-  openImage,
-} from './graph.js';
+import { filesOf, isStorage } from './files.js';
+import { attachNode, closeNode, fileIdentity, type ImageFormat, imagePath, openImage } from './graph.js';
 import {
   type BlockNode,
   type NodeDescriptor,

@@ -1,6 +1,7 @@
 import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { attachNode, closeFiles, closeNode, type ImageFormat, isStorage, openImage } from './graph.js';
+import { isStorage } from './files.js';
+import { attachNode, closeFiles, closeNode, type ImageFormat, openImage } from './graph.js';
 import type { NodeDescriptor, RawDescriptor } from './node.js';
 import { type Preallocation, resizeQcow2 } from './qcow2/index.js';
 import { attachFile } from './raw/file.js';

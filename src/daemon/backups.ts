@@ -1,6 +1,6 @@
 import { statSync } from 'node:fs';
 import { basename } from 'node:path';
-import { isNbdName } from '../block/nbd/index.js';
+import { isNbdName } from '../block/nbd/uri.js';
 import type { BackupHandle } from '../engine/backup.js';
 import type { BackupOptions } from '../engine/disk.js';
 import type { Engine, TransactionItem } from '../engine/engine.js';

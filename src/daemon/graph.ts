@@ -4,7 +4,7 @@ import { BlkdebugState } from '../block/filters/blkdebug-state.js';
 import { COPY_BUFFER_BYTES, type HeldCounts } from '../block/filters/copy-before-write.js';
 import { combineNames, IMAGE_FORMATS, type ImageFormat, imagePath } from '../block/graph.js';
 import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
-import { leaveNbd } from '../block/nbd/index.js';
+import { leaveNbd } from '../block/nbd/control.js';
 import type { LiveDescriptor, NodeDescriptor } from '../block/node.js';
 import type { Links } from '../block/relink.js';
 import type { DiskHandle } from '../engine/disk.js';

@@ -1,16 +1,17 @@
-import { type BegunBackup, BITMAP_MODES, guestsFrame } from '../backup/backup-job.js';
-import { SYNC_MODES, type SyncMode } from '../backup/target.js';
+import type { BegunBackup } from '../backup/backup-job.js';
+import { BITMAP_MODES, SYNC_MODES, type SyncMode } from '../backup/modes.js';
 import type { TransactionAction } from '../backup/transaction.js';
 import type { DiskDescriptor } from '../block/disk.js';
+import { interruptNode } from '../block/files.js';
 import {
   type FrameCounters,
   type FrameDescriptor,
   freeFrame,
+  guestsFrame,
   type HeldCounts,
   heldCounts,
   readFrameCounters,
 } from '../block/filters/copy-before-write.js';
-import { interruptNode } from '../block/graph.js';
 import type { NodeDescriptor } from '../block/node.js';
 import { StillframeError } from '../errors.js';
 import { checkJobId, type JobControl } from '../job/control.js';
@@ -347,7 +348,7 @@ function launch(
   const helpers = begun.sync === 'none' ? 0 : (options.workers ?? engine.workers) - 1;
   const copy = { kind: 'copy', disk, frame: begun.frame, control } as const;
   // Where the target of a cancelled job is still to be committed, what guests have to save is still saved.
-  const copies = guestCopies(disk, guestsFrame(begun), begun.sync === 'none' ? undefined : control);
+  const copies = guestCopies(disk, guestsFrame(begun.frame), begun.sync === 'none' ? undefined : control);
   const { target, autoFinalize = true, autoDismiss = true } = options;
   return launchJob(
     engine,

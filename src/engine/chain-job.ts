@@ -1,7 +1,7 @@
 import type { ChainJobOptions } from '../backup/chain-job.js';
 import type { CommitJobOptions } from '../backup/commit-job.js';
 import type { DiskDescriptor } from '../block/disk.js';
-import { interruptNode } from '../block/graph.js';
+import { interruptNode } from '../block/files.js';
 import type { JobControl } from '../job/control.js';
 import type { JobOutcome } from '../job/job.js';
 import type { Arena } from '../kernels/arena.js';

@@ -1,5 +1,6 @@
-import type { BackupExtras, BitmapMode } from '../backup/backup-job.js';
+import type { BackupExtras } from '../backup/backup-job.js';
 import type { FreezeOptions, FrozenDescriptor, HoldOptions } from '../backup/freeze.js';
+import type { BitmapMode } from '../backup/modes.js';
 import type { TargetOptions } from '../backup/target.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapStatus, DiskBitmapAction } from '../block/disk-bitmaps.js';

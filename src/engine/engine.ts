@@ -13,7 +13,8 @@ import { type CompareResult, compareResult, type Finding } from '../block/compar
 import type { CreateImageOptions } from '../block/create.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapAction } from '../block/edit-bitmap.js';
-import { type ImageFormat, interruptNode } from '../block/graph.js';
+import { interruptNode } from '../block/files.js';
+import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
 import { MapBatch, type MapRange, type PackedMap } from '../block/map-batch.js';
 import type { Measure, MeasureOptions } from '../block/measure.js';

@@ -1,7 +1,7 @@
 import type { BegunMirror, MirrorCopyMode, MirrorJobOptions, MirrorSyncMode } from '../backup/mirror-job.js';
 import type { DiskDescriptor } from '../block/disk.js';
+import { interruptNode } from '../block/files.js';
 import { mirrorProgress } from '../block/filters/mirror.js';
-import { interruptNode } from '../block/graph.js';
 import type { PlainError } from '../errors.js';
 import { checkJobId, type JobControl } from '../job/control.js';
 import type { JobOutcome, OnError } from '../job/job.js';

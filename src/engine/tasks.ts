@@ -28,6 +28,7 @@ import {
 } from '../block/disk.js';
 import { bitmapSha256, bitmapStatuses, closeDiskBitmaps, openDiskBitmaps } from '../block/disk-bitmaps.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
+import { isStorage } from '../block/files.js';
 import type { CopyBuffer, Frame, FrameDescriptor } from '../block/filters/copy-before-write.js';
 import { CopyDesk } from '../block/filters/copy-desk.js';
 import type { MirrorDescriptor } from '../block/filters/mirror.js';
@@ -37,7 +38,6 @@ import {
   closeNode,
   copyBufferOf,
   forgetDisk,
-  isStorage,
   liveDisk,
   type OpenImageOptions,
   openImage,

@@ -1,7 +1,7 @@
 import { chownSync, rmSync, type Stats, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, isAbsolute, join } from 'node:path';
-import { isNbdName } from '../block/nbd/index.js';
+import { isNbdName } from '../block/nbd/uri.js';
 import type { BackupHandle, BackupResult } from '../engine/backup.js';
 import type { BackupOptions, DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';

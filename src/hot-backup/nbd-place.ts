@@ -1,4 +1,4 @@
-import { parseNbdName } from '../block/nbd/index.js';
+import { parseNbdName } from '../block/nbd/uri.js';
 import { StillframeError } from '../errors.js';
 
 const URI = /^(nbds?(?:\+[a-z]+)?:\/\/[^/?#]*)(\/[^?#]*)?(?:\?([^#]*))?$/i;

@@ -5,7 +5,8 @@ import { copyFileSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } fro
 import { deflateSync } from 'node:zlib';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { COMPARE_BUFFER_BYTES, comparePart } from '#src/block/compare.js';
-import { filesOf, isImage, type OpenImageOptions, openImage } from '#src/block/graph.js';
+import { filesOf, isImage } from '#src/block/files.js';
+import { type OpenImageOptions, openImage } from '#src/block/graph.js';
 import { imageInfo } from '#src/block/info.js';
 import { type BlockNode, type ImageDescriptor, STATUS_DATA, STATUS_ZERO } from '#src/block/node.js';
 import { Team } from '#src/job/team.js';

@@ -3,7 +3,8 @@ import { linkSync, mkdirSync, mkdtempSync, realpathSync, rmSync, symlinkSync, wr
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeEach, describe, expect, it } from 'vitest';
-import { closeNode, filesOf, openImage } from '#src/block/graph.js';
+import { filesOf } from '#src/block/files.js';
+import { closeNode, openImage } from '#src/block/graph.js';
 import { imageInfo } from '#src/block/info.js';
 import { EXTENSION, Qcow2Bytes } from '../support/qcow2-bytes.js';
 import { Workbench } from './qcow2-support.js';

@@ -1,5 +1,5 @@
 import { expect, it } from 'vitest';
-import { isNbdName, nbdIdentity, parseNbdName } from '#src/block/nbd/index.js';
+import { isNbdName, nbdIdentity, parseNbdName } from '#src/block/nbd/uri.js';
 
 const tcp = (host: string, port: number) => ({ type: 'tcp', host, port });
 const unix = (path: string) => ({ type: 'unix', path });

@@ -1,11 +1,11 @@
 import { closeSync, openSync, readSync, statSync } from 'node:fs';
 import { checkImage, type ImageCheck } from '#src/block/check.js';
 import { type BitmapAction, editBitmap } from '#src/block/edit-bitmap.js';
+import { isImage } from '#src/block/files.js';
 import {
   attachNode,
   closeNode,
   type ImageFormat,
-  isImage,
   type OpenImageOptions,
   openImage,
 } from '#src/block/graph.js';

@@ -1,7 +1,7 @@
 /** For the explorer, whose scenarios have one job: where others may come in between, and what makes two states the same. */
 import { DISK_CONTROL_BYTES } from '#src/block/disk.js';
+import { isImage } from '#src/block/files.js';
 import type { FrameDescriptor } from '#src/block/filters/copy-before-write.js';
-import { isImage } from '#src/block/graph.js';
 import type { NodeDescriptor } from '#src/block/node.js';
 import { State } from '#src/block/qcow2/state.js';
 import { JOB_CONTROL_BYTES } from '#src/job/control.js';

@@ -190,6 +190,11 @@ export function heldCounts(
   };
 }
 
+/** The frame that guests know, where another one copies what it holds. */
+export function guestsFrame(frame: FrameDescriptor): FrameDescriptor {
+  return frame.holder ?? frame;
+}
+
 /** Gives a frame's memory back; nobody may look at its counters afterwards. */
 export function freeFrame(
   runtime: Pick<Runtime, 'arena'>,

@@ -3,66 +3,36 @@ import type { Arena } from '../../kernels/arena.js';
 import { advance, load, store, waitWhile, withLock } from '../../kernels/futex.js';
 import { EXPORT } from '../../nbd/protocol/numbers.js';
 import { type SocketAddress, type Sockets, sockets } from '../../os/sockets.js';
+import {
+  CONTEXTS,
+  CONTROL_BYTES,
+  COOKIE,
+  EDGE_LOCK,
+  FD,
+  FD_LOCK,
+  FLUSHED,
+  HEADERS_AT,
+  INTERRUPTED,
+  LEAVING,
+  LIMIT,
+  LOST,
+  MAX_CONNECTIONS,
+  MUTATIONS,
+  OPEN,
+  OWNER,
+  READY,
+  SEQUENCE,
+  SLOT_BYTES,
+  SLOTS,
+  STATE,
+  WRITTEN,
+} from './control.js';
 import { connectionError, refusedError } from './errors.js';
 import { negotiate, type Session } from './handshake.js';
 import { currentOwner } from './owner.js';
 import { ConnectionLost, SocketStream } from './stream.js';
 import { startTls } from './tls.js';
 import type { NbdTarget } from './uri.js';
-
-/**
- * The connections to one export, shared by all threads. A thread takes one for itself, makes any number of requests and
- * gives it back; further connections are made when all are taken and the server allows several.
- *
- *     +0   lock         int32   held for taking and giving back
- *     +4   sequence     int32   advanced when a connection may have become free
- *     +8   interrupted  int32   nobody is to wait for this export any more
- *     +12  mutations    int32   counts changes that were asked for: what was known of the block status is void
- *     +16  edge lock    int32   held while a block is read, changed in part and written back
- *     +20  lost         int32   a connection was lost after writes that were not made durable
- *     +24  limit        int32   most connections
- *     +28  open         int32   connections that are there or being made
- *     +32  written      float64 counts writes that were carried out
- *     +40  flushed      float64 the number of those that are durable
- *     +48  leaving      int32   nobody waits for the server to come back any more
- *     +64  slots        16 × 64 bytes: one for each connection
- *
- * A slot:
- *
- *     +0  state     int32   see FREE
- *     +4  fd        int32   -1 while there is none
- *     +8  fd lock   int32   held while the descriptor is closed or shut down
- *     +12 owner     int32   mark of whoever has it; 0 nobody's
- *     +16 cookie    uint32  no request with this one or a later one was made
- *     +20 headers   int32   index into HEADERS
- *     +24 contexts  6 × int32  numbers of the contexts of the descriptor, -1 where the server has it not
- *     +48 ready     int32   1 while there is a connection that requests can be made on
- */
-const SEQUENCE = 4;
-const INTERRUPTED = 8;
-const MUTATIONS = 12;
-const EDGE_LOCK = 16;
-const LOST = 20;
-const LIMIT = 24;
-const OPEN = 28;
-const WRITTEN = 32;
-const FLUSHED = 40;
-const LEAVING = 48;
-const SLOTS = 64;
-const SLOT_BYTES = 64;
-export const MAX_CONNECTIONS = 16;
-/** Contexts that a descriptor can have, `base:allocation` included. */
-export const MAX_CONTEXTS = 6;
-const CONTROL_BYTES = SLOTS + MAX_CONNECTIONS * SLOT_BYTES;
-
-const STATE = 0;
-const FD = 4;
-const FD_LOCK = 8;
-const OWNER = 12;
-const COOKIE = 16;
-const HEADERS_AT = 20;
-const CONTEXTS = 24;
-const READY = 48;
 
 /** States of a slot: nothing in it; waiting to be taken; taken. */
 const FREE = 0;
@@ -439,34 +409,4 @@ function sameExport(before: NonNullable<Export['agreed']>, now: Session): boolea
     now.maxBlock >= before.maxBlock &&
     (before.flags & needed) === (now.flags & needed)
   );
-}
-
-/** From now on nobody waits for a server that is gone. */
-export function leaveConnections(arena: Arena, control: number): void {
-  store(arena, control + LEAVING, 1);
-}
-
-/**
- * Ends what threads wait for in the connections to an export, at once. For the host thread: it takes no lock that is
- * held for long.
- *
- * @param mark of the owner whose requests are ended; without it everybody's are, and nobody can use the export any more
- * @param cut with false those that are under way are still answered, and nothing more is asked
- */
-export function interruptConnections(
-  arena: Arena,
-  control: number,
-  mark: number | undefined,
-  cut: boolean,
-): void {
-  if (mark === undefined) store(arena, control + INTERRUPTED, 1);
-  for (let index = 0; cut && index < MAX_CONNECTIONS; index++) {
-    const at = control + SLOTS + index * SLOT_BYTES;
-    if (mark !== undefined && load(arena, at + OWNER) !== (mark | 0)) continue;
-    withLock(arena, at + FD_LOCK, () => {
-      const fd = load(arena, at + FD);
-      if (fd >= 0) sockets()?.shutdown(fd);
-    });
-  }
-  advance(arena, control + SEQUENCE);
 }

@@ -1,22 +1,15 @@
 import { StillframeError } from '../../errors.js';
-import type { Arena } from '../../kernels/arena.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import { EXPORT } from '../../nbd/protocol/numbers.js';
 import type { NbdDescriptor } from '../node.js';
-import {
-  allocateConnections,
-  Connections,
-  interruptConnections,
-  leaveConnections,
-  MAX_CONTEXTS,
-} from './connections.js';
+import { allocateConnections, Connections } from './connections.js';
+import { MAX_CONTEXTS } from './control.js';
 import { Exchange } from './exchange.js';
 import { contextNames, NbdNode } from './node.js';
 import { nbdIdentity, parseNbdName } from './uri.js';
 
 export { NbdNode } from './node.js';
 export { type Owner, workingFor } from './owner.js';
-export { isNbdName, nbdIdentity, parseNbdName } from './uri.js';
 
 /**
  * Connects to an export.
@@ -90,19 +83,4 @@ export function closeNbd(runtime: Runtime, descriptor: NbdDescriptor): void {
     const session = { headers: taken.headers, length };
     new Exchange(path, taken.stream, session, target.timeoutMs, connections.cookie(taken)).disconnect();
   });
-}
-
-/**
- * Ends the requests that threads wait for, at once. For the host thread.
- *
- * @param mark of the owner whose requests are ended; without it everybody's, and nothing can be done with the export
- *   any more but close it
- */
-export function interruptNbd(arena: Arena, { control, target }: NbdDescriptor, mark?: number): void {
-  interruptConnections(arena, control, mark, mark === undefined || target.cut);
-}
-
-/** The export is about to be closed: where its server is gone nobody waits for it to come back. */
-export function leaveNbd(arena: Arena, { control }: NbdDescriptor): void {
-  leaveConnections(arena, control);
 }

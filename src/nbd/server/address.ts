@@ -1,5 +1,5 @@
 import { resolve } from 'node:path';
-import { isNbdName, parseNbdName } from '../../block/nbd/index.js';
+import { isNbdName, parseNbdName } from '../../block/nbd/uri.js';
 import { StillframeError } from '../../errors.js';
 
 /** Where a server listens. */
