@@ -38,6 +38,13 @@ const { values } = parseArgs({
 
 /** A minute, if nothing is said; as long as it takes where rounds are counted. */
 const minutes = Number(values.minutes ?? (values.rounds === undefined ? 1 : Number.POSITIVE_INFINITY));
+/** Whoever interrupts it is told of the rounds so far, once the one that is under way has ended. */
+let interrupted = false;
+for (const signal of ['SIGINT', 'SIGTERM'] as const) {
+  process.once(signal, () => {
+    interrupted = true;
+  });
+}
 
 async function soak(): Promise<void> {
   const first = values.seed === undefined ? Date.now() % 1_000_000_000 : Number(values.seed);
@@ -50,7 +57,7 @@ async function soak(): Promise<void> {
   let rounds = 0;
   try {
     console.log(`first seed ${first}`);
-    for (; performance.now() < deadline && rounds < most; rounds++) {
+    for (; performance.now() < deadline && rounds < most && !interrupted; rounds++) {
       const report = await runRound(engine, folder, first + rounds);
       const total = totals.get(report.mode) ?? { rounds: 0, cancelled: 0, requests: 0, cbw: 0 };
       totals.set(report.mode, {
@@ -86,10 +93,12 @@ async function soakNbd(): Promise<void> {
   let rounds = 0;
   try {
     console.log(`first seed ${first}`);
-    for (; performance.now() < deadline && rounds < most; rounds++) {
+    for (; performance.now() < deadline && rounds < most && !interrupted; rounds++) {
       const { kind, requests } = await runNbdRound(engine, folder, first + rounds);
       const total = kinds.get(kind) ?? { rounds: 0, requests: 0 };
       kinds.set(kind, { rounds: total.rounds + 1, requests: total.requests + requests });
+      if (rounds % 100 === 99)
+        console.log(`${rounds + 1} rounds, arena in use ${engine.arena.usedBytes} bytes`);
     }
   } finally {
     await engine.close();

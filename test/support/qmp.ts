@@ -17,11 +17,13 @@ export class QmpClient {
     });
   }
 
-  /** Waits until somebody listens there, and for the greeting. */
-  static async connect(path: string): Promise<QmpClient> {
+  /** Waits until somebody listens there, and for the greeting. @param gone nobody will listen there any more */
+  static async connect(path: string, gone: () => unknown = () => undefined): Promise<QmpClient> {
     // The socket has its name before anybody listens.
     let socket: Socket | undefined;
     while (socket === undefined) {
+      const why = gone();
+      if (why !== undefined) throw new Error(`nobody listens at ${path}: ${String(why)}`);
       socket = await new Promise<Socket | undefined>((resolve) => {
         const made = connect(path);
         made.once('connect', () => resolve(made));

@@ -161,7 +161,10 @@ export async function play(who: 'stillframe' | Peer, place: string, session: Ses
   const ended = new Promise<unknown>((resolve) => {
     daemon.once('exit', (code, signal) => resolve(signal ?? code));
   });
-  const client = await QmpClient.connect(join(place, 'q.sock'));
+  const client = await QmpClient.connect(join(place, 'q.sock'), () => {
+    const how = daemon.exitCode ?? daemon.signalCode;
+    return how === null ? undefined : `${who} ended with ${how}: ${said}`;
+  });
   const events: Message[] = [];
   try {
     let since = client.messages.length;
