@@ -1,14 +1,8 @@
-import { spawnSync } from 'node:child_process';
 import { describe, expect, it } from 'vitest';
 import { FOREIGN_NAMES } from '#src/block/foreign/index.js';
+import { command } from '../support/commands.js';
 
-function fuzz(...args: string[]): { readonly status: number | null; readonly output: string } {
-  const { status, stdout, stderr } = spawnSync('npm', ['run', '--silent', 'fuzz', '--', ...args], {
-    encoding: 'utf8',
-    maxBuffer: 1 << 26,
-  });
-  return { status, output: stdout + stderr };
-}
+const fuzz = command('bench/dist/test/fuzz/fuzz.js');
 
 describe('images damaged at random', { timeout: 600_000 }, () => {
   it('make nothing but errors with a code, open nothing, take no memory, and read as QEMU reads them', () => {

@@ -1,18 +1,12 @@
-import { spawnSync } from 'node:child_process';
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
+import { command } from '../support/commands.js';
 import { withFolder } from '../support/data.js';
 import { hasPeer, run } from '../support/peers.js';
 import { checkQcow2 } from './qcow2-check.js';
 
-function simulate(...args: string[]): { readonly status: number | null; readonly output: string } {
-  const { status, stdout, stderr } = spawnSync('npm', ['run', '--silent', 'sim', '--', ...args], {
-    encoding: 'utf8',
-    maxBuffer: 1 << 26,
-  });
-  return { status, output: stdout + stderr };
-}
+const simulate = command('bench/dist/test/sim/sim.js');
 
 describe('the production code in a simulated world', { timeout: 600_000 }, () => {
   it('violates nothing under random schedules, faults and power cuts', () => {
