@@ -34,8 +34,10 @@ const image = (name: string): string =>
   `qemu-img info ${name}.qcow2; qemu-img check ${name}.qcow2 | sed 's/, .*fragmented//; /end offset/d';`;
 
 async function same(session: Session): Promise<void> {
-  const theirs = await play('qemu-storage-daemon', join(folder, 'theirs'), session);
-  const ours = await play('stillframe', join(folder, 'ours'), session);
+  const [theirs, ours] = await Promise.all([
+    play('qemu-storage-daemon', join(folder, 'theirs'), session),
+    play('stillframe', join(folder, 'ours'), session),
+  ]);
   expect(ours.answers).toEqual(theirs.answers);
   expect(ours.events).toEqual(theirs.events);
 }

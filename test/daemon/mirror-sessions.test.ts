@@ -37,8 +37,10 @@ const over: readonly Step[] = [until('m', 'concluded'), ...jobs, ['job-dismiss',
 
 async function same(session: Session): Promise<void> {
   const { peer = 'qemu-storage-daemon' } = session;
-  const theirs = await play(peer, join(folder, 'qemu'), session);
-  const ours = await play('stillframe', join(folder, 'stillframe'), session);
+  const [theirs, ours] = await Promise.all([
+    play(peer, join(folder, 'qemu'), session),
+    play('stillframe', join(folder, 'stillframe'), session),
+  ]);
   expect(ours.answers).toEqual(theirs.answers);
   // A machine tells of its end.
   const { '': _, ...events } = theirs.events;

@@ -6,8 +6,10 @@ import { play, type Session, type Step, sh } from './sessions.js';
 
 /** Plays a session to QEMU's daemon and to ours, which are to answer the same. */
 export async function compared(folder: string, session: Session): Promise<void> {
-  const theirs = await play(session.peer ?? 'qemu-storage-daemon', join(folder, 'theirs'), session);
-  const ours = await play('stillframe', join(folder, 'ours'), session);
+  const [theirs, ours] = await Promise.all([
+    play(session.peer ?? 'qemu-storage-daemon', join(folder, 'theirs'), session),
+    play('stillframe', join(folder, 'ours'), session),
+  ]);
   const expected = theirs.answers.map(withoutFilters);
   expect(ours.answers).toEqual(expected);
   const { '': others, ...events } = theirs.events;
