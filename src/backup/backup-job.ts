@@ -42,6 +42,11 @@ export interface BackupExtras {
   /** What was copied is discarded on the source, which is an instant that is held. Default false. */
   readonly discardSource?: boolean | undefined;
   /**
+   * It ends as QEMU's job where that is less strict: also completed where old data was lost to a guest's write that was let
+   * through, and without a flush of a target that somebody gave it. Default false.
+   */
+  readonly asQemu?: boolean | undefined;
+  /**
    * Why the job is refused, where somebody has found something wrong already: for its nodes, before anything is opened, or
    * for the job itself, after everything else. So the first thing that is wrong is told of in QEMU's order.
    */
@@ -219,6 +224,7 @@ function beginFrame(
       maxChunk: maxChunk === 0 ? undefined : maxChunk,
       paceZeroes: options.paceZeroes,
       discardSource: options.discardSource,
+      outlivesLoss: options.asQemu,
       plan: planned ? bitmap?.pointer : undefined,
       holder,
     };
@@ -307,22 +313,22 @@ export class BackupJob extends Job {
   /** The background copy. Returns once everything planned is in the target. */
   protected override work(): 'completed' | 'cancelled' {
     const { control } = this;
-    const broken = (): boolean => this.#frame.broken;
+    const unusable = (): boolean => this.#frame.unusable;
     if (this.#sync === 'none') {
       for (;;) {
-        control.waitUntil(() => control.cancelled || control.paused || this.#frame.broken);
+        control.waitUntil(() => control.cancelled || control.paused || unusable());
         if (control.cancelled) return 'cancelled';
-        if (this.#frame.broken) throw brokenFrameError('the backup has failed');
-        this.pause(broken);
+        if (unusable()) throw brokenFrameError('the backup has failed');
+        this.pause(unusable);
       }
     }
     const scans = this.#sync === 'top' || isBitmapSync(this.#sync);
     let scanned: number | undefined = scans ? 0 : undefined;
     for (;;) {
       if (control.cancelled) return 'cancelled';
-      if (this.#frame.broken) throw brokenFrameError('the backup has failed');
+      if (unusable()) throw brokenFrameError('the backup has failed');
       if (control.paused) {
-        this.pause(broken);
+        this.pause(unusable);
         continue;
       }
       if (scanned !== undefined) scanned = this.#scan(scanned);
@@ -355,7 +361,12 @@ export class BackupJob extends Job {
 
   /** Most of the data becomes durable here; copy-before-write is still active. */
   protected override prepare(): void {
-    this.#frame.target.flush();
+    if (!this.#leavesFlushing) this.#frame.target.flush();
+  }
+
+  /** Whoever gave the target makes it durable. */
+  get #leavesFlushing(): boolean {
+    return this.#options.asQemu === true && this.#target.borrowed === true;
   }
 
   /** Takes the frame off the disk and commits or removes the target. */
@@ -369,12 +380,12 @@ export class BackupJob extends Job {
     endCopies(this.#runtime, holder ?? this.#frame.descriptor);
     // No guest is in the frame any more: from here on nothing can break it.
     // A job that was cancelled needs its frame no more.
-    const broken = keep ? this.#frame.broken : this.#frame.lost;
-    if (failure === undefined && broken) failure = brokenFrameError('the backup has failed');
+    const isSpoilt = keep ? this.#frame.unusable : this.#frame.lost && this.#options.asQemu !== true;
+    if (failure === undefined && isSpoilt) failure = brokenFrameError('the backup has failed');
     if (holder !== undefined) closeScratch(this.#runtime, holder);
     if (keep && failure === undefined) {
       try {
-        commitTarget(this.#runtime, this.#target);
+        if (!this.#leavesFlushing) commitTarget(this.#runtime, this.#target);
       } catch (error) {
         failure = toStillframeError(error);
       }
@@ -408,11 +419,11 @@ function copyError(error: unknown): JobError {
 function copyUntilInterrupted(frame: Frame, control: JobControl): void {
   let from = 0;
   try {
-    while (!control.interrupted && !frame.broken) {
-      const began = control.throttle(() => frame.broken || frame.remaining === 0);
+    while (!control.interrupted && !frame.unusable) {
+      const began = control.throttle(() => frame.unusable || frame.remaining === 0);
       let counted = 0;
       try {
-        if (control.interrupted || frame.broken) return;
+        if (control.interrupted || frame.unusable) return;
         const paced = began !== undefined && frame.descriptor.paceZeroes === true;
         const run = frame.copyNext(from, paced);
         if (run === undefined) return;

@@ -254,6 +254,10 @@ export const daemon: Command = {
     },
     { long: 'pidfile', value: 'PATH', help: 'file for the number of the process, once everything is set up' },
     { long: 'daemonize', help: 'go on in the background once everything is set up' },
+    {
+      long: 'x-qemu-compat',
+      help: "backup jobs complete where QEMU's do: also without a flush of the target, and with a frame that lost old data",
+    },
     { long: 'trace', short: 'T', value: 'PATTERN', multiple: true, help: 'taken and ignored' },
     ALLOW_BACKING,
   ],
@@ -272,6 +276,7 @@ export const daemon: Command = {
         // The answer is to be on its way before the sockets close.
         quit: () => setImmediate(() => end(0)),
         allowBacking: args.texts('allow-backing'),
+        qemuCompat: args.flag('x-qemu-compat'),
       });
       monitors.handlers = running.handlers;
       for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => end(0));

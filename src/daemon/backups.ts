@@ -38,12 +38,15 @@ export class Backups {
   readonly #graph: Graph;
   readonly #jobs: Jobs;
   readonly #exports: Exports;
+  readonly #asQemu: boolean;
 
-  constructor(engine: Engine, graph: Graph, jobs: Jobs, exports: Exports) {
+  /** @param asQemu jobs end as QEMU's where ours are stricter */
+  constructor(engine: Engine, graph: Graph, jobs: Jobs, exports: Exports, asQemu: boolean) {
     this.#engine = engine;
     this.#graph = graph;
     this.#jobs = jobs;
     this.#exports = exports;
+    this.#asQemu = asQemu;
   }
 
   /** QMP `drive-backup`. @throws QmpError where it names no node, or no format of ours */
@@ -112,6 +115,7 @@ export class Backups {
         maxChunk: perf?.['max-chunk'],
         paceZeroes: true,
         discardSource: given['discard-source'],
+        asQemu: this.#asQemu,
         refusals: { nodes, job },
       },
     };

@@ -35,6 +35,8 @@ export interface DaemonOptions {
   readonly quit: () => void;
   /** Folders from which image headers may open files; default: each image's own. */
   readonly allowBacking?: readonly string[] | undefined;
+  /** Backup jobs end as QEMU's do where ours are stricter. Default false. */
+  readonly qemuCompat?: boolean | undefined;
 }
 
 /** What monitors control: nodes, jobs, bitmaps, exports and objects, with QEMU's commands. */
@@ -57,7 +59,7 @@ export class Daemon {
   readonly #frozen = new Map<string, FrozenDisk>();
   #status: 'running' | 'paused' = 'running';
 
-  constructor(engine: Engine, { tell, quit, allowBacking }: DaemonOptions) {
+  constructor(engine: Engine, { tell, quit, allowBacking, qemuCompat = false }: DaemonOptions) {
     this.#engine = engine;
     this.#tell = tell;
     this.objects = new Objects(engine);
@@ -65,7 +67,7 @@ export class Daemon {
     this.jobs = new Jobs(tell);
     this.exports = new Exports(engine, this.graph, this.objects, tell);
     this.#queries = new Queries(engine, this.graph);
-    this.#backups = new Backups(engine, this.graph, this.jobs, this.exports);
+    this.#backups = new Backups(engine, this.graph, this.jobs, this.exports, qemuCompat);
     this.#changes = new GraphChanges(engine, this.graph, (from, to) => this.exports.moved(from, to));
     this.#snapshots = new Snapshots(engine, this.graph, this.#changes);
     this.#mirrors = new Mirrors(engine, this.graph, this.#changes, this.exports, this.jobs);

@@ -37,6 +37,7 @@ const BACKUP_COMMON = {
   compress: optional('bool'),
   'on-source-error': optional(ON_ERROR),
   'on-target-error': optional(ON_ERROR),
+  /** With `break-snapshot` old data may be lost, and the job fails then: a daemon with `--x-qemu-compat` lets it complete. */
   'on-cbw-error': optional(['break-guest-write', 'break-snapshot']),
   'auto-finalize': optional('bool'),
   'auto-dismiss': optional('bool'),

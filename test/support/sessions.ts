@@ -125,6 +125,8 @@ export interface Session {
   readonly peer?: Peer | undefined;
   /** Options of the daemon, as both have them. */
   readonly options?: readonly string[] | undefined;
+  /** Options of ours alone. */
+  readonly own?: readonly string[] | undefined;
   /** Lines for the shell after the daemon has ended; what they print is compared. */
   readonly after?: string | undefined;
   /**
@@ -167,7 +169,8 @@ async function playOnce(who: 'stillframe' | Peer, place: string, session: Sessio
   const answers: unknown[] = [];
   const prepared = await shell(place, session.prepare);
   if (prepared.status !== 0) throw new Error(`cannot prepare the session: ${prepared.said}`);
-  const daemon = start(who, place, session.options ?? []);
+  const own = who === 'stillframe' ? (session.own ?? []) : [];
+  const daemon = start(who, place, [...(session.options ?? []), ...own]);
   let said = '';
   daemon.stderr?.on('data', (data) => {
     said += String(data);

@@ -53,6 +53,8 @@ export interface FrameDescriptor {
   /** What was copied is discarded on the source (QMP `discard-source`). */
   readonly discardSource?: boolean | undefined;
   readonly onCbwError: OnCbwError;
+  /** Its job goes on where old data was lost (QEMU's backup job): what it copies is not the instant then. */
+  readonly outlivesLoss?: boolean | undefined;
   /** How long a guest may be kept for its old data, in milliseconds; 0 and undefined: as long as it takes. */
   readonly cbwTimeoutMs?: number | undefined;
   /** Pointer of a {@link CopyDesk}, where guests have a time-out: threads there copy for them. */
@@ -270,7 +272,12 @@ export class Frame {
     return own || this.#holder?.broken === true;
   }
 
-  /** It is so, and not because its job was cancelled. */
+  /** It is so, and its job minds. */
+  get unusable(): boolean {
+    return this.descriptor.outlivesLoss === true ? this.#holder?.broken === true : this.broken;
+  }
+
+  /** It is broken, and not because its job was cancelled. */
   get lost(): boolean {
     const own = (load(this.#runtime.arena, this.descriptor.control + BROKEN) & LOST) !== 0;
     return own || this.#holder?.lost === true;
