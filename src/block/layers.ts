@@ -55,7 +55,12 @@ export type Layer =
       readonly dataFile: NodeDescriptor | undefined;
     }
   | { readonly driver: ForeignName; readonly file: NodeDescriptor }
-  | { readonly driver: 'throttle'; readonly child: NodeDescriptor; readonly group: number }
+  | {
+      readonly driver: 'throttle';
+      readonly child: NodeDescriptor;
+      readonly group: number;
+      readonly member: number;
+    }
   | {
       readonly driver: 'blkdebug';
       readonly child: NodeDescriptor;
@@ -102,8 +107,8 @@ export function openNodeLayer(runtime: Runtime, layer: Layer): NodeDescriptor {
       });
     }
     case 'throttle': {
-      const { child, group } = layer;
-      return { ...filterOf(runtime, child), driver: 'throttle', child, group };
+      const { child, group, member } = layer;
+      return { ...filterOf(runtime, child), driver: 'throttle', child, group, member };
     }
     case 'copy-on-read': {
       const { child, depth } = layer;

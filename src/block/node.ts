@@ -320,6 +320,8 @@ export interface ThrottleDescriptor extends DescriptorBase {
   readonly length: number;
   /** Arena pointer to the buckets of its group: see `filters/throttle.ts`. */
   readonly group: number;
+  /** Its number among the members of the group. */
+  readonly member: number;
 }
 
 /** Fails requests, as rules say (QEMU: `blkdebug`). */

@@ -179,8 +179,7 @@ export class GraphChanges {
         return;
       }
       case 'throttle': {
-        const { group } = this.#graph.takeGroup(node);
-        node.descriptor = { ...descriptor, group };
+        node.descriptor = { ...descriptor, ...this.#graph.takeGroup(node) };
         await this.relink(section, node);
         return;
       }

@@ -301,11 +301,11 @@ export class Graph {
   }
 
   /** Puts a throttle node into the group that its options name. */
-  takeGroup(node: GraphNode): DaemonObject & { readonly group: number } {
-    const group = this.#objects.takeGroup(String(node.options['throttle-group']));
+  takeGroup(node: GraphNode): { readonly group: number; readonly member: number } {
+    const { object, ...membership } = this.#objects.takeGroup(String(node.options['throttle-group']));
     if (node.group !== undefined) node.group.users--;
-    node.group = group;
-    return group;
+    node.group = object;
+    return membership;
   }
 
   /** An image by its file name, and not what it lies on. @param format looked for in the first bytes where it is missing */
@@ -596,12 +596,12 @@ export class Graph {
       case 'qcow2':
         return await this.#openQcow2(options, pass, made);
       case 'throttle': {
-        const group = this.#objects.takeGroup(String(options['throttle-group']));
+        const { object, ...membership } = this.#objects.takeGroup(String(options['throttle-group']));
         try {
           const below = await this.#live(await child('file'));
-          return { ...(await this.#layer({ driver, child: below, group: group.group })), group };
+          return { ...(await this.#layer({ driver, child: below, ...membership })), group: object };
         } catch (error) {
-          group.users--;
+          object.users--;
           throw error;
         }
       }

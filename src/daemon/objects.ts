@@ -24,6 +24,7 @@ export interface DaemonObject {
 export class Objects {
   readonly #engine: Engine;
   readonly #objects = new Map<string, DaemonObject>();
+  #nextMember = 0;
 
   constructor(engine: Engine) {
     this.#engine = engine;
@@ -62,12 +63,12 @@ export class Objects {
     if (object.group !== undefined) this.#engine.arena.free(object.group);
   }
 
-  /** The group of a throttle node, which uses it from now on. */
-  takeGroup(id: string): DaemonObject & { readonly group: number } {
+  /** The group of a throttle node, which uses it from now on, as its member of that number. */
+  takeGroup(id: string): { readonly object: DaemonObject; readonly group: number; readonly member: number } {
     const object = this.#objects.get(id);
     if (object?.group === undefined) throw new QmpError(`Throttle group '${id}' does not exist`);
     object.users++;
-    return Object.assign(object, { group: object.group });
+    return { object, group: object.group, member: this.#nextMember++ };
   }
 
   get(id: string): DaemonObject | undefined {

@@ -76,7 +76,7 @@ setLimits(
   group,
   changeLimits(UNLIMITED, (name) => (name === 'iops-total' ? 1_000_000 : undefined)),
 );
-const throttle: Above = (child) => openNodeLayer(runtime, { driver: 'throttle', child, group });
+const throttle: Above = (child) => openNodeLayer(runtime, { driver: 'throttle', child, group, member: 0 });
 const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
 let disks = 0;
 const live: Above = (node, readOnly) => {

@@ -1,26 +1,29 @@
-import { advance, load, waitWhile, withLock } from '../../kernels/futex.js';
+import { load, waitWhile, withLock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { BlockNode, ThrottleDescriptor } from '../node.js';
 import { FilterNode } from './filter.js';
 import { BUCKETS, type Bucket, type ThrottleLimits } from './throttle-limits.js';
+import { type Direction, THROTTLE_QUEUE_BYTES, ThrottleQueue } from './throttle-queue.js';
 
 /*
- * In the arena: a lock int32, a sequence int32 that limits which change advance, then as float64 when the buckets were
- * looked at last (milliseconds), the bytes of one request, and for each bucket
+ * In the arena: a lock int32, then as float64 when the buckets were looked at last (milliseconds), the bytes of one
+ * request, and for each bucket
  *
  *     average, max (per second), maxLength (seconds), level, burst level (bytes or requests)
+ *
+ * and the queue of those that wait.
  *
  * Buckets leak: the level falls by the average of a second, the burst level by the max. What goes through raises both.
  * Nothing goes through while one of them is above what its bucket holds.
  */
-const SEQUENCE = 4;
 const SEEN = 8;
 const IOPS_SIZE = 16;
 const FIRST = 24;
 const STRIDE = 40;
 const [AVERAGE, MAX, LEVEL, BURST] = [0, 1, 3, 4];
-/** Bytes of a group's buckets. */
-export const THROTTLE_GROUP_BYTES = FIRST + BUCKETS.length * STRIDE;
+const QUEUE = FIRST + BUCKETS.length * STRIDE;
+/** Bytes of a group: its buckets, and its queue. */
+export const THROTTLE_GROUP_BYTES = QUEUE + THROTTLE_QUEUE_BYTES;
 /** A bucket holds what goes through in a tenth of a second, where nothing else is said. */
 const TENTH = 10;
 
@@ -38,19 +41,23 @@ export function setLimits(runtime: Pick<Runtime, 'arena'>, group: number, limits
       const { average, max, maxLength } = limits.buckets[bucket];
       arena.f64.set([average, max, maxLength, 0, 0], (group + FIRST + index * STRIDE) / 8);
     });
+    new ThrottleQueue(arena, group + QUEUE).wake();
   });
-  advance(arena, group + SEQUENCE);
 }
 
 /** Lets requests through no faster than the limits of its group say: leaky buckets that the members share. */
 export class ThrottleNode extends FilterNode {
   readonly #runtime: Runtime;
   readonly #group: number;
+  readonly #member: number;
+  readonly #queue: ThrottleQueue;
 
   constructor(runtime: Runtime, descriptor: ThrottleDescriptor, child: BlockNode) {
     super(descriptor, child);
     this.#runtime = runtime;
     this.#group = descriptor.group;
+    this.#member = descriptor.member;
+    this.#queue = new ThrottleQueue(runtime.arena, descriptor.group + QUEUE);
   }
 
   override read(offset: number, pointer: number, length: number): void {
@@ -83,21 +90,29 @@ export class ThrottleNode extends FilterNode {
     super.discard(offset, length);
   }
 
-  #wait(direction: 'read' | 'write', bytes: number): void {
+  #wait(direction: Direction, bytes: number): void {
     const { arena } = this.#runtime;
-    const group = this.#group;
     const wanted = [`bps-total`, `bps-${direction}`, 'iops-total', `iops-${direction}`] as const;
     if (wanted.every((bucket) => this.#average(bucket) === 0)) return;
+    const queue = this.#queue;
+    let slot: number | undefined;
     for (;;) {
-      const sequence = load(arena, group + SEQUENCE);
-      const delay = withLock(arena, group, () => {
+      const wait = withLock(arena, this.#group, () => {
         this.#leak();
-        const longest = Math.max(...wanted.map((bucket) => this.#delay(bucket)));
-        if (longest === 0) for (const bucket of wanted) this.#account(bucket, bytes);
-        return longest;
+        // Nobody overtakes those that wait already.
+        const isTurn = queue.turn(direction) === slot;
+        const delay = isTurn ? Math.max(...wanted.map((bucket) => this.#delay(bucket))) : Infinity;
+        if (delay === 0) {
+          for (const bucket of wanted) this.#account(bucket, bytes);
+          if (slot !== undefined) queue.leave(slot, direction);
+          return undefined;
+        }
+        slot ??= queue.join(direction, this.#member);
+        const word = slot === undefined ? queue.freed : queue.word(slot);
+        return { word, value: load(arena, word), delay };
       });
-      if (delay === 0) return;
-      waitWhile(arena, group + SEQUENCE, sequence, delay);
+      if (wait === undefined) return;
+      waitWhile(arena, wait.word, wait.value, wait.delay);
     }
   }
 
