@@ -1,5 +1,6 @@
 import type { Disk, DiskDescriptor } from '../block/disk.js';
 import { type DiskBitmapAction, editDiskBitmap } from '../block/disk-bitmaps.js';
+import { drainOrder } from '../block/drain-order.js';
 import { StillframeError, toStillframeError } from '../errors.js';
 import { JobControl } from '../job/control.js';
 import type { Runtime } from '../kernels/runtime.js';
@@ -43,9 +44,7 @@ export function transact(
   for (const action of actions) {
     if (action.type !== 'abort') disks.set(action.disk.id, attach(action.disk));
   }
-  // Always in the same order, so that two transactions never wait for each other.
-  const order = [...disks].sort(([one], [other]) => one - other).map(([, disk]) => disk);
-  return drainedAll(actions.length > 1 ? order : [], () => {
+  return drainedAll(actions.length > 1 ? drainOrder(runtime, [...disks.values()]) : [], () => {
     const done: Done[] = [];
     try {
       for (const action of actions) done.push(carryOut(runtime, action, attach));

@@ -55,6 +55,11 @@ const CHECKS = {
 } as const;
 type Check = keyof typeof CHECKS;
 
+/** A job or an export relies on the bitmap of that name. */
+export function busyBitmap(name: string): StillframeError {
+  return new StillframeError('ERR_STILLFRAME_BITMAP_BUSY', `Bitmap '${name}' ${CHECKS.busy}`);
+}
+
 /** The dirty bitmaps of a disk: those of its image where that is open for writing and keeps some, else its own. */
 export function bitmapsOfDisk(runtime: Runtime, { control, node }: DiskDescriptor): BitmapSet {
   return node.driver === 'qcow2' && !node.readOnly
@@ -199,7 +204,7 @@ export function editDiskBitmap(runtime: Runtime, disk: DiskDescriptor, action: D
     case 'remove': {
       const bitmap = findBitmap(runtime, disk, name, ['busy', 'read-only']);
       if (bitmap.pins > 0) {
-        throw new StillframeError('ERR_STILLFRAME_BITMAP_BUSY', `Bitmap '${name}' ${CHECKS.busy}`);
+        throw busyBitmap(name);
       }
       const { busy } = bitmap;
       // Until nobody can want it back.

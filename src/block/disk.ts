@@ -3,6 +3,7 @@ import { DirtyBitmap } from '../bitmap/dirty-bitmap.js';
 import { StillframeError } from '../errors.js';
 import { advance, load, store, waitWhile } from '../kernels/futex.js';
 import type { Runtime } from '../kernels/runtime.js';
+import { livesOf } from './files.js';
 import {
   type CopyBuffer,
   Frame,
@@ -496,18 +497,36 @@ export class Disk {
     const { arena } = this.#runtime;
     const active = new Set<number>();
     for (let index = 0; index < count; index++) {
-      const entry = (this.#control + FIRST_FRAME + index * FRAME_ENTRY) >> 2;
-      const id = arena.i32[entry] ?? 0;
+      const id = arena.i32[this.#frameEntry(index)] ?? 0;
       active.add(id);
-      if (this.#frames.has(id)) continue;
-      const json = arena.copyOut(arena.u32[entry + 1] ?? 0, arena.u32[entry + 2] ?? 0);
-      const descriptor: FrameDescriptor = JSON.parse(new TextDecoder().decode(json));
-      this.#frames.set(id, this.attachFrame(descriptor));
+      if (!this.#frames.has(id)) this.#frames.set(id, this.attachFrame(this.#frameAt(index)));
     }
     if (this.#frames.size !== active.size) {
       for (const id of this.#frames.keys()) if (!active.has(id)) this.#frames.delete(id);
     }
     return this.#frames.values();
+  }
+
+  /** Index of a frame's words. */
+  #frameEntry(index: number): number {
+    return (this.#control + FIRST_FRAME + index * FRAME_ENTRY) >> 2;
+  }
+
+  #frameAt(index: number): FrameDescriptor {
+    const { arena } = this.#runtime;
+    const entry = this.#frameEntry(index);
+    const json = arena.copyOut(arena.u32[entry + 1] ?? 0, arena.u32[entry + 2] ?? 0);
+    return JSON.parse(new TextDecoder().decode(json));
+  }
+
+  /** Other disks that requests on this one go on to: what it lies on, and what old data or new one is copied to. */
+  get below(): DiskDescriptor[] {
+    const look = ({ descriptor }: BlockNode): DiskDescriptor[] => {
+      const targets = Array.from({ length: this.#frameCount() }, (_, index) => this.#frameAt(index).target);
+      const mirror = this.#activeMirror()?.descriptor.target;
+      return [...[descriptor, ...targets].flatMap(livesOf), ...(mirror === undefined ? [] : [mirror])];
+    };
+    return this.#held ? this.use(look) : this.undisturbed(0, 1, look);
   }
 
   /** This thread's view of a frame of this disk. */

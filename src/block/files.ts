@@ -1,4 +1,5 @@
 import type { Arena } from '../kernels/arena.js';
+import type { DiskDescriptor } from './disk.js';
 import { interruptNbd } from './nbd/control.js';
 import type {
   CopyOnReadDescriptor,
@@ -70,6 +71,28 @@ export function backingOf(descriptor: ImageDescriptor): NodeDescriptor | undefin
  */
 export function interruptNode(arena: Arena, descriptor: NodeDescriptor, mark?: number): void {
   for (const file of filesOf(descriptor)) if (file.driver === 'nbd') interruptNbd(arena, file, mark);
+}
+
+/** The live disks that requests on a node go on to, without those that these lie on. */
+export function livesOf(descriptor: NodeDescriptor): DiskDescriptor[] {
+  switch (descriptor.driver) {
+    case 'live':
+    case 'copy-on-read':
+    case 'snapshot-access':
+      return [descriptor.disk];
+    case 'nested':
+      return livesOf(descriptor.node);
+    case 'throttle':
+    case 'blkdebug':
+    case 'compress':
+      return livesOf(descriptor.child);
+    case 'file':
+    case 'nbd':
+    case 'null-co':
+      return [];
+  }
+  const backing = backingOf(descriptor);
+  return [...ownFilesOf(descriptor), ...(backing === undefined ? [] : [backing])].flatMap(livesOf);
 }
 
 /** The files of a node's chain, top first. */

@@ -2,7 +2,7 @@ import { BitmapSet } from '../bitmap/bitmap-set.js';
 import { type PlainError, StillframeError, toStillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 import { DISK_BITMAPS, type DiskDescriptor } from './disk.js';
-import { bitmapsOfDisk, closeDiskBitmaps, openDiskBitmaps } from './disk-bitmaps.js';
+import { bitmapsOfDisk, busyBitmap, closeDiskBitmaps, openDiskBitmaps } from './disk-bitmaps.js';
 import { NO_LIMITS } from './filters/blkdebug.js';
 import { type BlkdebugRule, BlkdebugState, blkdebugBytes } from './filters/blkdebug-state.js';
 import { attachNode } from './graph.js';
@@ -100,7 +100,11 @@ function anew(
   wanted: Qcow2Descriptor,
   close: () => void,
 ): Changed {
-  const bitmaps = bitmapsOfDisk(runtime, { ...disk, node }).takeTransient();
+  const set = bitmapsOfDisk(runtime, { ...disk, node });
+  // The image keeps those: they are others once it is open again.
+  const relied = set.all().find(({ persistent, busy, pins }) => persistent && (busy || pins > 0));
+  if (relied !== undefined) return { node, failure: busyBitmap(relied.name).toPlain() };
+  const bitmaps = set.takeTransient();
   closeDiskBitmaps(runtime, disk);
   let failure = failureOf(close);
   let opened: NodeDescriptor | undefined;

@@ -1,6 +1,7 @@
 import type { DiskDescriptor } from '../block/disk.js';
 import type { Changed } from '../block/live-changes.js';
-import type { NodeDescriptor } from '../block/node.js';
+import type { NodeDescriptor, Qcow2Descriptor } from '../block/node.js';
+import type { Links } from '../block/relink.js';
 import { DrainedSection } from '../engine/drained-section.js';
 import type { Engine } from '../engine/engine.js';
 import { StillframeError } from '../errors.js';
@@ -46,6 +47,7 @@ export class GraphChanges {
         for (const node of touched().reverse()) {
           if (!nodes.includes(node)) await this.relink(section, node);
           await this.#reroot(section, node);
+          followBelow(node);
         }
       }
     });
@@ -115,8 +117,14 @@ export class GraphChanges {
    */
   async setReadOnly(section: DrainedSection, node: GraphNode, readOnly: boolean): Promise<void> {
     if (node.descriptor.readOnly === readOnly) return;
-    node.options = { ...node.options, 'read-only': readOnly };
-    await this.reopen(section, node, readOnly);
+    const { options } = node;
+    node.options = { ...options, 'read-only': readOnly };
+    try {
+      await this.reopen(section, node, readOnly);
+    } catch (error) {
+      node.options = options;
+      throw error;
+    }
   }
 
   /** Opens a node anew, on the children and with the options that it has now. Otherwise as {@link setReadOnly}. */
@@ -153,6 +161,11 @@ export class GraphChanges {
       case 'qcow2': {
         const links = await this.#graph.linksOf(node);
         if (!readOnly && links.file?.readOnly === true) throw new QmpError('Block node is read-only');
+        if (descriptor.readOnly === readOnly && isOnSameFiles(descriptor, links)) {
+          // It stays open: jobs and exports may rely on its bitmaps.
+          await this.relink(section, node);
+          return;
+        }
         const { descriptor: disk } = await this.#graph.disk(node);
         const options = { ...links, readOnly };
         GraphChanges.settle(
@@ -236,6 +249,27 @@ export class GraphChanges {
 
 /** Drivers that are what they pass requests on to. */
 const PASS_ONLY: ReadonlySet<string> = new Set(['preallocate', 'copy-before-write']);
+
+/** Whether an image lies on the same files as before, however they are open. */
+function isOnSameFiles({ file, dataFile }: Qcow2Descriptor, links: Links): boolean {
+  return (
+    (links.file === undefined || identityOf(links.file) === identityOf(file)) &&
+    (links.dataFile === undefined || identityOf(links.dataFile) === dataFile?.identity)
+  );
+}
+
+function identityOf(descriptor: NodeDescriptor): string | undefined {
+  return 'identity' in descriptor ? descriptor.identity : undefined;
+}
+
+/** The filters of jobs on a node are what it is. */
+function followBelow(node: GraphNode): void {
+  for (const parent of node.parents) {
+    if (parent.job === undefined || parent.children[0]?.node !== node) continue;
+    parent.descriptor = node.descriptor;
+    followBelow(parent);
+  }
+}
 
 function filesBelow(node: GraphNode): GraphNode[] {
   return node.children.flatMap(({ role, node: child }) =>

@@ -32,7 +32,6 @@ export class DrainedSection {
   /**
    * Runs `body` in such a section.
    *
-   * @param disks those that pass requests on before those to which they do
    * @param exclusive nobody reads or flushes either
    */
   static async run<T>(

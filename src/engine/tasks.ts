@@ -27,6 +27,7 @@ import {
   freeRoot,
 } from '../block/disk.js';
 import { bitmapSha256, bitmapStatuses, closeDiskBitmaps, openDiskBitmaps } from '../block/disk-bitmaps.js';
+import { drainOrder } from '../block/drain-order.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
 import { isStorage } from '../block/files.js';
 import type { CopyBuffer, Frame, FrameDescriptor } from '../block/filters/copy-before-write.js';
@@ -395,7 +396,10 @@ export class TaskRunner {
         return transact(this.#runtime, task.actions, (disk) => this.#disk(disk));
       case 'hold':
         return holdDisks(
-          task.disks.map((disk) => this.#disk(disk)),
+          drainOrder(
+            this.#runtime,
+            task.disks.map((disk) => this.#disk(disk)),
+          ),
           task.exclusive,
           task.channel,
           (next) => answerTo(this, next),
