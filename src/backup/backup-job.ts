@@ -1,4 +1,5 @@
 import type { MessagePort } from 'node:worker_threads';
+import { BitmapSet } from '../bitmap/bitmap-set.js';
 import { DirtyBitmap } from '../bitmap/dirty-bitmap.js';
 import type { Disk, DiskDescriptor } from '../block/disk.js';
 import { bitmapsOfDisk, claimDiskBitmap, findBitmap, makeSuccessor } from '../block/disk-bitmaps.js';
@@ -131,7 +132,8 @@ export function abandonBackup(runtime: Runtime, disk: Disk, begun: BegunBackup):
   endCopies(runtime, guestsFrame(frame));
   disk.removeFrame(frame.id);
   if (bitmap !== undefined) {
-    bitmapsOfDisk(runtime, disk.descriptor).unfreeze(new DirtyBitmap(runtime, bitmap), 'reclaim');
+    const frozen = new DirtyBitmap(runtime, bitmap);
+    BitmapSet.of(runtime, frozen).unfreeze(frozen, 'reclaim');
   }
   if (frame.holder !== undefined) closeScratch(runtime, frame.holder);
   freeFrame(runtime, frame);
@@ -401,7 +403,8 @@ export class BackupJob extends Job {
     const bitmap = this.#bitmap;
     if (bitmap === undefined) return;
     const { bitmapMode = 'on-success' } = this.#options;
-    const set = bitmapsOfDisk(this.#runtime, this.#disk.descriptor);
+    // Its node may have got an overlay, which the disk is on now.
+    const set = BitmapSet.of(this.#runtime, bitmap);
     if (bitmapMode === 'always' && !success) {
       // A new target that was removed has taken with it what was copied.
       const lost = this.#target.partialPath !== undefined;

@@ -25,6 +25,11 @@ export class BitmapSet {
     this.#control = control;
   }
 
+  /** The set that a bitmap is in now: that of its node, wherever the disk is that somebody found it on. */
+  static of(runtime: Runtime, bitmap: DirtyBitmap): BitmapSet {
+    return new BitmapSet(runtime, bitmap.home);
+  }
+
   get empty(): boolean {
     return load(this.#runtime.arena, this.#control + FIRST) === 0;
   }
@@ -53,7 +58,7 @@ export class BitmapSet {
         }
       }
       const added = DirtyBitmap.create(this.#runtime, options);
-      store(this.#runtime.arena, this.#endLink(), added.pointer);
+      this.#append(added);
       return added;
     });
   }
@@ -78,7 +83,7 @@ export class BitmapSet {
     this.#locked(() => {
       for (const bitmap of bitmaps) {
         store(this.#runtime.arena, bitmap.pointer + NEXT_BITMAP, 0);
-        store(this.#runtime.arena, this.#endLink(), bitmap.pointer);
+        this.#append(bitmap);
       }
     });
   }
@@ -95,7 +100,7 @@ export class BitmapSet {
       bitmap.enabled = false;
       bitmap.busy = true;
       bitmap.successor = successor;
-      store(this.#runtime.arena, this.#endLink(), successor.pointer);
+      this.#append(successor);
     });
   }
 
@@ -115,12 +120,9 @@ export class BitmapSet {
       bitmap.successor = undefined;
       bitmap.busy = false;
       if (bitmap.persistent) bitmap.changed = true;
+      // The successor is as old as the job.
+      if (how === 'abdicate') this.#moveBehind(bitmap, successor);
       this.#unlink(successor);
-      if (how === 'reclaim') return;
-      // The successor has taken its place: it is the youngest.
-      this.#unlink(bitmap);
-      store(this.#runtime.arena, bitmap.pointer + NEXT_BITMAP, 0);
-      store(this.#runtime.arena, this.#endLink(), bitmap.pointer);
     });
     successor.free();
   }
@@ -133,6 +135,19 @@ export class BitmapSet {
       if (other.pointer === bitmap.pointer) store(arena, link, load(arena, next));
       else link = next;
     }
+  }
+
+  /** Puts a bitmap of the set behind another one of it. */
+  #moveBehind(bitmap: DirtyBitmap, other: DirtyBitmap): void {
+    const { arena } = this.#runtime;
+    this.#unlink(bitmap);
+    store(arena, bitmap.pointer + NEXT_BITMAP, load(arena, other.pointer + NEXT_BITMAP));
+    store(arena, other.pointer + NEXT_BITMAP, bitmap.pointer);
+  }
+
+  #append(bitmap: DirtyBitmap): void {
+    store(this.#runtime.arena, this.#endLink(), bitmap.pointer);
+    bitmap.home = this.#control;
   }
 
   /** Where the pointer to one more bitmap goes. */

@@ -22,7 +22,8 @@ const LENGTH = 24;
 const PLACE = 32;
 const SUCCESSOR = 40;
 const PINS = 44;
-const HEAD_BYTES = 48;
+const HOME = 48;
+const HEAD_BYTES = 56;
 
 const ENABLED = 1;
 const PERSISTENT = 2;
@@ -179,6 +180,15 @@ export class DirtyBitmap {
 
   set successor(value: DirtyBitmap | undefined) {
     store(this.#runtime.arena, this.pointer + SUCCESSOR, value?.pointer ?? 0);
+  }
+
+  /** Arena pointer of the set that it is in, or was in last. */
+  get home(): number {
+    return load(this.#runtime.arena, this.pointer + HOME) >>> 0;
+  }
+
+  set home(pointer: number) {
+    store(this.#runtime.arena, this.pointer + HOME, pointer);
   }
 
   /** Has the other one's bits from now on, and the other one has these. Both are of one granularity and length. */

@@ -24,6 +24,8 @@ interface PreparedJob {
   readonly id: string;
   readonly options: JobOptions;
   readonly node: GraphNode;
+  /** It copies what the node has itself, and not what that shows. */
+  readonly isTop: boolean;
   /** Puts the job's filter over its source, or over what that has become in the same transaction. */
   readonly begun: (handle: BackupHandle, node: GraphNode) => void;
   /** Monitors are told that it was created and went, where the transaction fails. */
@@ -119,13 +121,14 @@ export class Backups {
         refusals: { nodes, job },
       },
     };
+    const isTop = given.sync === 'top';
     let filter: GraphNode | undefined;
     const begun = (handle: BackupHandle, source: GraphNode): void => {
       const { kernels } = this.#engine;
       filter = this.#graph.insertFilter(source, target, {
         name: given['filter-node-name'],
         key,
-        job: { type: 'backup' },
+        job: { type: 'backup', isTop },
         held: { ...handle.held, counts: () => handle.heldCounts(kernels) },
       });
       this.#exports.moved(source, filter);
@@ -140,7 +143,7 @@ export class Backups {
     const refused = job === undefined ? 'created' : speed < 0 ? 'speed' : undefined;
     return {
       item: { type: 'backup', disk, options },
-      job: { id, node, options: { speed, autoFinalize, autoDismiss, onEnd }, begun, refused },
+      job: { id, node, isTop, options: { speed, autoFinalize, autoDismiss, onEnd }, begun, refused },
     };
   }
 
@@ -224,6 +227,14 @@ function told(body: () => void): string | undefined {
 
 function lengthOf({ descriptor }: GraphNode): number | undefined {
   return 'length' in descriptor ? descriptor.length : undefined;
+}
+
+/** @throws QmpError where an overlay would be taken for what a backup of the same transaction copies */
+export function checkTops(prepared: readonly Prepared[]): void {
+  for (const { job } of prepared) {
+    if (job?.isTop !== true || prepared.every(({ snapshot }) => snapshot?.node !== job.node)) continue;
+    throw busyError(job.node.name, 'backup');
+  }
 }
 
 /** No two jobs of a transaction have one name. */

@@ -9,7 +9,7 @@ import { QmpError, qmpText, strerror } from '../qmp/errors.js';
 import type { Handlers, QmpEvent } from '../qmp/monitor.js';
 import type { ArgumentsOf, ArgumentsOfAction } from '../qmp/schema.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
-import { Backups, distinct, type Prepared, targetError } from './backups.js';
+import { Backups, checkTops, distinct, type Prepared, targetError } from './backups.js';
 import { ChainJobs } from './chain-jobs.js';
 import { Chardevs } from './chardevs.js';
 import { Commits } from './commits.js';
@@ -112,7 +112,7 @@ export class Daemon {
       'blockdev-del': (given) => graph.remove(given['node-name']),
       'blockdev-reopen': ({ options }) => reopenNodes(graph, objects, this.#changes, options),
       'blockdev-snapshot': async (given) =>
-        this.#start([{ snapshot: this.#snapshots.prepare(given) }], false),
+        this.#start([{ snapshot: await this.#snapshots.prepare(given) }], false),
       'blockdev-snapshot-sync': async (given) =>
         this.#start([{ snapshot: await this.#snapshots.prepareFile(given) }], false),
       'blockdev-create': (given) => this.#create(given),
@@ -336,6 +336,7 @@ export class Daemon {
           );
         }
         prepared.push(await this.#action(type, data));
+        checkTops(prepared);
       } catch (error) {
         // Whatever is wrong with those before it comes first.
         prepared.push({ item: { type: 'abort', why: qmpText(error) } });
@@ -370,7 +371,7 @@ export class Daemon {
       case 'block-dirty-bitmap-merge':
         return { item: await this.#merge(data as ArgumentsOfAction<'block-dirty-bitmap-merge'>) };
       case 'blockdev-snapshot':
-        return { snapshot: this.#snapshots.prepare(data as ArgumentsOfAction<'blockdev-snapshot'>) };
+        return { snapshot: await this.#snapshots.prepare(data as ArgumentsOfAction<'blockdev-snapshot'>) };
       case 'blockdev-snapshot-sync': {
         const given = data as ArgumentsOfAction<'blockdev-snapshot-sync'>;
         return { snapshot: await this.#snapshots.prepareFile(given) };

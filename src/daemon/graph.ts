@@ -36,6 +36,8 @@ export interface GraphNode {
   readonly job?: JobFilter | undefined;
   /** Of a filter that holds an instant: what it has to say of itself in queries. */
   readonly held?: Held | undefined;
+  /** Of the filter of a job: what it has been put on, below overlays that came later. */
+  readonly origin?: GraphNode | undefined;
   /** Who else relies on it: exports and jobs, with what it is to them. */
   readonly users: Map<User, Use>;
   /** Nodes are listed by it. */
@@ -56,6 +58,8 @@ export type Use = 'export' | 'source' | 'target' | 'chain' | 'intermediate';
 /** The filter node of a job (QEMU's `copy-before-write` and `mirror_top` nodes of jobs). */
 export interface JobFilter {
   readonly type: 'backup' | 'mirror';
+  /** It goes by what the node below it has itself, and not by what that shows (a backup with sync mode `top`). */
+  readonly isTop?: boolean | undefined;
 }
 
 /** What a filter that holds an instant has to tell (QEMU's `copy-before-write`). */
@@ -114,6 +118,7 @@ export function filenameOf(node: GraphNode): string {
   const [child] = node.children;
   if (child === undefined) return node.descriptor.path;
   const plain = filenameOf(child.node);
+  if (node.driver === 'copy-before-write' || node.driver === 'mirror_top') return plain;
   return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
 }
 
@@ -386,6 +391,7 @@ export class Graph {
       adopted: true,
       job,
       held,
+      origin: node,
     };
     node.device = undefined;
     moveExports(node, filter);

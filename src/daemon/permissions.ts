@@ -79,10 +79,13 @@ export function isHeld(node: GraphNode): boolean {
 export function checkUnblocked(node: GraphNode): void {
   const job = jobOf(node);
   if (job !== undefined) throw busyError(node.name, job);
+  checkNoOverlay(node);
+}
+
+function checkNoOverlay(node: GraphNode): void {
   const overlay = overlayOf(node);
-  if (overlay !== undefined) {
-    throw new QmpError(`Node '${node.name}' is busy: node is used as backing hd of '${overlay.name}'`);
-  }
+  if (overlay === undefined) return;
+  throw new QmpError(`Node '${node.name}' is busy: node is used as backing hd of '${overlay.name}'`);
 }
 
 /** @throws QmpError where the node cannot be removed. What a backup copies from is in its way as any child is, and no more */
@@ -93,11 +96,20 @@ export function checkRemovable(node: GraphNode): void {
   if (!isSource) checkUnblocked(node);
 }
 
-/** @throws QmpError where nothing is to be put between the node and what lies on it: a job copies from it */
+/**
+ * @throws QmpError where nothing is to be put between the node and what lies on it. What a backup copies is the same
+ *   through an overlay, but for one that goes by what the node has itself
+ */
 export function checkCoverable(node: GraphNode): void {
-  checkUnblocked(node);
-  const filter = [...node.parents].find(({ job }) => job !== undefined)?.job;
-  if (filter !== undefined) throw busyError(node.name, filter.type);
+  const filters = [...node.parents].flatMap(({ job }) => job ?? []);
+  const isCopied = filters.some(({ type }) => type === 'backup') && node.job === undefined;
+  if (!isCopied) checkUnblocked(node);
+  for (const { type, isTop } of filters) {
+    if (type !== 'backup' || isTop === true) throw busyError(node.name, type);
+  }
+  const own = [...node.users.keys()].find(({ job }) => job !== undefined)?.job;
+  if (own !== undefined) throw busyError(node.name, own);
+  checkNoOverlay(node);
 }
 
 /** A job of that type works on the node. @param name of the node, or of the device that it is */

@@ -112,9 +112,11 @@ export class Queries {
       return [access, done].map((count) => ofFilter(held, count));
     }
     // What is still to be copied is with the node below the filter.
-    const filters = [...node.parents].flatMap((parent) =>
-      parent.held !== undefined && parent.children[0]?.node === node ? parent.held : [],
-    );
+    const filters = this.#graph
+      .all()
+      .flatMap(({ held: of, origin, children: [child] }) =>
+        of !== undefined && (origin ?? child?.node) === node ? of : [],
+      );
     const copies = filters.map((filter) => ofFilter(filter, filter.counts().copy));
     return [...copies, ...(await this.#ownBitmaps(node))];
   }

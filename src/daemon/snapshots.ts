@@ -1,6 +1,7 @@
 import type { ImageFormat } from '../block/graph.js';
 import type { DrainedSection } from '../engine/drained-section.js';
 import type { Engine } from '../engine/engine.js';
+import { StillframeError } from '../errors.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
 import type { ArgumentsOfAction } from '../qmp/schema.js';
 import { filenameOf, type Graph, type GraphNode, isFormat } from './graph.js';
@@ -28,11 +29,15 @@ export class Snapshots {
   }
 
   /** QMP `blockdev-snapshot` */
-  prepare({ node: name, overlay: overlayName }: ArgumentsOfAction<'blockdev-snapshot'>): PreparedSnapshot {
+  async prepare({
+    node: name,
+    overlay: overlayName,
+  }: ArgumentsOfAction<'blockdev-snapshot'>): Promise<PreparedSnapshot> {
     const node = this.#graph.lookUp(name);
     checkCoverable(node);
     const overlay = this.#graph.lookUp(overlayName);
     checkOverlay(overlay);
+    await this.#checkLength(node, overlay);
     return { node, overlay, made: false };
   }
 
@@ -64,11 +69,20 @@ export class Snapshots {
     }
     try {
       checkOverlay(overlay);
+      await this.#checkLength(node, overlay);
     } catch (error) {
       await this.#graph.closeUnused(overlay);
       throw error;
     }
     return { node, overlay, made: true };
+  }
+
+  /** @throws QmpError where a job would not find in the overlay what it copies from the node */
+  async #checkLength(node: GraphNode, overlay: GraphNode): Promise<void> {
+    if (this.#graph.filterOver(node) === undefined) return;
+    const [own, others] = [await this.#graph.disk(node), await this.#graph.disk(overlay)];
+    if (own.length === others.length) return;
+    throw new QmpError(`The overlay is not as long as '${node.name}', which a job copies from`);
   }
 
   async #create(filename: string, format: ImageFormat, node: GraphNode): Promise<void> {
@@ -102,9 +116,18 @@ export class Snapshots {
   /** Within a change of the nodes. */
   async commit(section: DrainedSection, { node, overlay }: PreparedSnapshot): Promise<void> {
     await this.#changes.replace(section, node, overlay);
-    await this.#changes.setReadOnly(section, node, true);
+    try {
+      await this.#changes.setReadOnly(section, node, true);
+    } catch (error) {
+      // As QEMU has it, the overlay is in place all the same. What is at work on bitmaps goes on to write them.
+      if (!isBusy(error)) throw error;
+    }
     await this.#changes.setBacking(section, overlay, node);
   }
+}
+
+function isBusy(error: unknown): boolean {
+  return error instanceof StillframeError && error.code === 'ERR_STILLFRAME_BITMAP_BUSY';
 }
 
 /** @throws QmpError where somebody has something on the overlay already */

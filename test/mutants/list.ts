@@ -440,7 +440,7 @@ export const mutants: readonly Mutant[] = [
     name: 'broken-at-the-end',
     what: 'whether the frame broke is not looked at once it is off the disk',
     file: JOB,
-    find: "    if (failure === undefined && broken) failure = brokenFrameError('the backup has failed');\n",
+    find: "    if (failure === undefined && isSpoilt) failure = brokenFrameError('the backup has failed');\n",
     replace: '',
   },
   {
