@@ -7,8 +7,11 @@ import type { Engine, TransactionItem } from '../engine/engine.js';
 import { StillframeError } from '../errors.js';
 import { QmpError, qmpText, strerror } from '../qmp/errors.js';
 import type { ArgumentsOf } from '../qmp/schema.js';
+import { checkMinClusterSize } from './drivers.js';
 import type { Exports } from './exports.js';
-import { checkMinClusterSize, type Graph, type GraphNode } from './graph.js';
+import type { Graph } from './graph.js';
+import type { GraphNode } from './graph-node.js';
+import { checkSpeed, jobIdOf, listOptions, runOptions } from './job-arguments.js';
 import type { JobOptions, Jobs } from './jobs.js';
 import { busyError, jobOf } from './permissions.js';
 import type { PreparedSnapshot } from './snapshots.js';
@@ -89,7 +92,7 @@ export class Backups {
   ): Promise<Prepared> {
     const disk = await this.#graph.disk(node);
     const { speed = 0, 'x-perf': perf } = given;
-    const id = given['job-id'] ?? node.device ?? '';
+    const id = jobIdOf(given, node);
     const nodes = told(() => this.#checkNodes(given, node, target));
     const job = told(() => this.#checkJob(id, speed));
     const key = { job: 'backup' } as const;
@@ -97,21 +100,16 @@ export class Backups {
     const maxWorkers = perf?.['max-workers'] ?? 0;
     const options: BackupOptions = {
       ...targetOptions,
+      ...runOptions(id, given),
       jobId: job === undefined ? id : undefined,
       sync: given.sync,
-      speed: Math.max(0, speed),
       bitmap: given.bitmap,
       bitmapMode: given['bitmap-mode'],
       compress: given.compress,
       workers: maxWorkers < 1 ? undefined : Math.min(maxWorkers, this.#engine.workers),
-      onSourceError: given['on-source-error'],
-      onTargetError: given['on-target-error'],
       onCbwError: given['on-cbw-error'],
       cbwTimeoutMs: (given['x-cbw-timeout'] ?? 0) * 1000,
       fleece: (given['x-fleece'] ?? given['x-scratch'] !== undefined) && (given['x-scratch'] ?? true),
-      autoFinalize: given['auto-finalize'] ?? true,
-      // Until all monitors were told of its end.
-      autoDismiss: false,
       internal: {
         minClusterSize: perf?.['min-cluster-size'],
         maxChunk: perf?.['max-chunk'],
@@ -138,12 +136,10 @@ export class Backups {
       if (filter !== undefined) this.#exports.moved(filter, this.#graph.removeFilter(filter));
       filter = undefined;
     };
-    const { autoFinalize = true } = options;
-    const autoDismiss = given['auto-dismiss'] ?? true;
     const refused = job === undefined ? 'created' : speed < 0 ? 'speed' : undefined;
     return {
       item: { type: 'backup', disk, options },
-      job: { id, node, isTop, options: { speed, autoFinalize, autoDismiss, onEnd }, begun, refused },
+      job: { id, node, isTop, options: listOptions(given, onEnd), begun, refused },
     };
   }
 
@@ -189,7 +185,7 @@ export class Backups {
 
   #checkJob(id: string, speed: number): void {
     this.#jobs.checkFree(id);
-    if (speed < 0) throw new QmpError("Parameter 'speed' expects a non-negative value");
+    checkSpeed(speed);
   }
 
   /** Tells of jobs that were made before something else of their transaction failed. */

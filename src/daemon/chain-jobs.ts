@@ -1,4 +1,5 @@
 import { isAbsolute, resolve } from 'node:path';
+import type { ChainJobOptions } from '../backup/chain-job.js';
 import type { MirrorDescriptor } from '../block/filters/mirror.js';
 import { combineNames } from '../block/graph.js';
 import { type ChainWork, startChainJob } from '../engine/chain-job.js';
@@ -6,12 +7,14 @@ import type { DrainedSection } from '../engine/drained-section.js';
 import type { Engine } from '../engine/engine.js';
 import type { JobHandle } from '../engine/job.js';
 import { type PlainError, StillframeError, toStillframeError } from '../errors.js';
-import type { OnError } from '../job/job.js';
 import { jobErrorText, QmpError } from '../qmp/errors.js';
 import type { ArgumentsOf } from '../qmp/schema.js';
 import { backingOf, below, chainOf, findBackingImage, isFilter, overlayIn, unfiltered } from './chain.js';
-import { filenameOf, type Graph, type GraphNode, type Use, type User } from './graph.js';
+import { filenameOf } from './filenames.js';
+import type { Graph } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
+import type { GraphNode, Use, User } from './graph-node.js';
+import { checkSpeed, jobIdOf, listOptions, type RunOptions, runOptions } from './job-arguments.js';
 import type { Jobs } from './jobs.js';
 import { busyError, jobOf } from './permissions.js';
 
@@ -119,8 +122,8 @@ export class ChainJobs {
       written: top,
       launch: async () => {
         const { descriptor: disk } = await this.#graph.disk(topmostLive(node));
-        const options = { ...optionsOf(given), layers };
-        return this.#launch(id, given, { type: 'stream', disk, options }, commit);
+        const run = runOptions(id, given);
+        return this.#launch(run, { type: 'stream', disk, options: { ...policyOf(run), layers } }, commit);
       },
       became,
     });
@@ -172,8 +175,9 @@ export class ChainJobs {
         const failure = resizes ? await this.#grow(image, topDisk.length) : undefined;
         const { descriptor: from } = await this.#graph.disk(top);
         const { descriptor: to } = await this.#graph.disk(base);
-        const options = { ...optionsOf(given), layers, failure };
-        return this.#launch(id, given, { type: 'commit', top: from, base: to, options }, commit);
+        const run = runOptions(id, given);
+        const options = { ...policyOf(run), layers, failure };
+        return this.#launch(run, { type: 'commit', top: from, base: to, options }, commit);
       },
       became,
     });
@@ -216,16 +220,10 @@ export class ChainJobs {
       written: image,
       launch: async () => {
         const failure = resizes ? await this.#grow(image, topDisk.length) : undefined;
-        const { onError, autoFinalize } = optionsOf(given);
         const disk = await this.#graph.disk(topmostLive(top));
         return await disk.mirror(await this.#graph.disk(base), {
-          jobId: id,
+          ...runOptions(id, given),
           sync: 'top',
-          speed: given.speed,
-          onSourceError: onError,
-          onTargetError: onError,
-          autoFinalize,
-          autoDismiss: false,
           pivot,
           commit: { layers, failure },
         });
@@ -247,9 +245,12 @@ export class ChainJobs {
     for (const one of [...between.toReversed(), ...above]) await this.#changes.relink(section, one);
   }
 
-  #launch(id: string, { speed = 0 }: Given, work: ChainWork, commit: () => Promise<void>): JobHandle {
-    // It is forgotten when all monitors were told of its end.
-    return startChainJob(this.#engine, work, { id, speed, autoDismiss: false }, commit);
+  #launch(
+    { jobId: id, speed, autoDismiss }: RunOptions,
+    work: ChainWork,
+    commit: () => Promise<void>,
+  ): JobHandle {
+    return startChainJob(this.#engine, work, { id, speed, autoDismiss }, commit);
   }
 
   /** QMP `change-backing-file`: only what the header says. Order of what is looked at: as in QEMU. */
@@ -277,16 +278,19 @@ export class ChainJobs {
 
   /** @throws QmpError where no job can have the name that it would have */
   #checkId(given: Given, node: GraphNode): string {
-    const id = given['job-id'] ?? node.device ?? '';
+    const id = jobIdOf(given, node);
     this.#jobs.checkFree(id);
     return id;
   }
 
   /** What is looked at when the job is there already. */
-  #checkStart(id: string, { speed = 0 }: Given): void {
-    if (speed >= 0) return;
-    this.#jobs.refused(id);
-    throw new QmpError("Parameter 'speed' expects a non-negative value");
+  #checkStart(id: string, { speed }: Given): void {
+    try {
+      checkSpeed(speed);
+    } catch (error) {
+      this.#jobs.refused(id);
+      throw error;
+    }
   }
 
   async #start({ given, user, uses, written, launch, became }: Wanted): Promise<void> {
@@ -306,13 +310,7 @@ export class ChainJobs {
         isReopened = true;
       }
       const handle = await launch();
-      const options = {
-        speed: given.speed ?? 0,
-        autoFinalize: given['auto-finalize'] ?? true,
-        autoDismiss: given['auto-dismiss'] ?? true,
-        onEnd,
-      };
-      await this.#jobs.add([{ handle, options }]);
+      await this.#jobs.add([{ handle, options: listOptions(given, onEnd) }]);
     } catch (error) {
       await release();
       throw error;
@@ -361,11 +359,12 @@ export class ChainJobs {
   }
 }
 
-function optionsOf(given: Given): {
-  readonly onError: OnError;
-  readonly autoFinalize: boolean;
-} {
-  return { onError: given['on-error'] ?? 'report', autoFinalize: given['auto-finalize'] ?? true };
+/** These jobs have one policy for errors of all that they work on. */
+function policyOf({
+  onSourceError: onError,
+  autoFinalize,
+}: RunOptions): Pick<ChainJobOptions, 'onError' | 'autoFinalize'> {
+  return { onError, autoFinalize };
 }
 
 /** What nodes are to a job that commits those between a node of a chain and a base. */

@@ -1,6 +1,7 @@
 import { realpathSync } from 'node:fs';
 import { combineNames } from '../block/graph.js';
-import { filenameOf, type GraphNode, hasOtherBacking } from './graph.js';
+import { filenameOf, hasOtherBacking } from './filenames.js';
+import type { GraphNode } from './graph-node.js';
 
 /** Drivers that show what the node below them has. */
 const FILTERS: ReadonlySet<string> = new Set([

@@ -3,7 +3,9 @@ import type { ArgumentsOf } from '../qmp/schema.js';
 import { chainOf, findBackingImage, overlayIn, unfiltered } from './chain.js';
 import { type ChainJobs, checkNoJob } from './chain-jobs.js';
 import type { Exports } from './exports.js';
-import { filenameOf, type Graph, type GraphNode } from './graph.js';
+import { filenameOf } from './filenames.js';
+import type { Graph } from './graph.js';
+import type { GraphNode } from './graph-node.js';
 import { jobOf } from './permissions.js';
 
 /** QMP `block-commit`: which images it is about. */

@@ -5,7 +5,8 @@ import type { ListenAddress } from '../nbd/server/address.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
 import type { QmpEvent } from '../qmp/monitor.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
-import type { Graph, GraphNode, User } from './graph.js';
+import type { Graph } from './graph.js';
+import type { GraphNode, User } from './graph-node.js';
 import type { DaemonObject, Objects } from './objects.js';
 import { checkExportable, FORMATS } from './permissions.js';
 

@@ -7,7 +7,8 @@ import type { Engine } from '../engine/engine.js';
 import { StillframeError } from '../errors.js';
 import type { LockMode } from '../os/image-lock.js';
 import { QmpError } from '../qmp/errors.js';
-import type { Graph, GraphNode } from './graph.js';
+import type { Graph } from './graph.js';
+import type { GraphNode } from './graph-node.js';
 
 /** Changes of a graph whose nodes are in use: guests wait while one is made, and see nothing else of it. */
 export class GraphChanges {

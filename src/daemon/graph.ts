@@ -1,192 +1,31 @@
 import { resolve } from 'node:path';
 import type { DiskDescriptor } from '../block/disk.js';
-import { BlkdebugState } from '../block/filters/blkdebug-state.js';
-import { COPY_BUFFER_BYTES, type HeldCounts } from '../block/filters/copy-before-write.js';
 import { combineNames, IMAGE_FORMATS, type ImageFormat, imagePath } from '../block/graph.js';
-import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
+import type { HeaderOptions, LayerHeader } from '../block/layers.js';
 import { leaveNbd } from '../block/nbd/control.js';
-import type { LiveDescriptor, NodeDescriptor } from '../block/node.js';
+import type { LiveDescriptor } from '../block/node.js';
 import type { Links } from '../block/relink.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
-import type { FrozenDisk } from '../engine/frozen-disk.js';
-import type { JobType } from '../engine/job.js';
-import { connectErrorText, openErrorText, QmpError } from '../qmp/errors.js';
+import { QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
-import { blkdebugOptions } from './blkdebug-options.js';
-import { Breakpoints } from './breakpoints.js';
-import type { DaemonObject, Objects } from './objects.js';
+import { Drivers, type Inherited } from './drivers.js';
+import { filenameOf } from './filenames.js';
+import { type Child, type GraphNode, type Held, type JobFilter, PASSING, type User } from './graph-node.js';
+import type { Objects } from './objects.js';
 import { checkRemovable, isHeld } from './permissions.js';
-
-/** A node of a daemon's graph. */
-export interface GraphNode {
-  /** Nodes that nobody gave a name have one that begins with `#`. */
-  readonly name: string;
-  readonly driver: string;
-  options: JsonObject;
-  descriptor: NodeDescriptor;
-  children: readonly Child[];
-  /** Nodes that lie on it. */
-  readonly parents: Set<GraphNode>;
-  /** It was made by its name, and goes by it; the others go with their parents. */
-  readonly owned: boolean;
-  /** Name of the device that it is, if any. */
-  device: string | undefined;
-  /** Of a filter that a job has put there. */
-  readonly job?: JobFilter | undefined;
-  /** Of a filter that holds an instant: what it has to say of itself in queries. */
-  readonly held?: Held | undefined;
-  /** Of the filter of a job: what it has been put on, below overlays that came later. */
-  readonly origin?: GraphNode | undefined;
-  /** Who else relies on it: exports and jobs, with what it is to them. */
-  readonly users: Map<User, Use>;
-  /** Nodes are listed by it. */
-  readonly sequence: number;
-  /** Of a `copy-before-write` node: the instant it holds. */
-  readonly frozen?: FrozenDisk | undefined;
-  group?: DaemonObject | undefined;
-  /** Of a `blkdebug` node. */
-  readonly breakpoints?: Breakpoints | undefined;
-  disk?: Promise<DiskHandle> | undefined;
-  /** Somebody else has opened it and will close it. */
-  readonly adopted?: true;
-}
-
-/** What a node is to somebody else; `chain`: one of those that a job within a backing chain rests on. */
-export type Use = 'export' | 'source' | 'target' | 'chain' | 'intermediate';
-
-/** The filter node of a job (QEMU's `copy-before-write` and `mirror_top` nodes of jobs). */
-export interface JobFilter {
-  readonly type: 'backup' | 'mirror';
-  /** It goes by what the node below it has itself, and not by what that shows (a backup with sync mode `top`). */
-  readonly isTop?: boolean | undefined;
-}
-
-/** What a filter that holds an instant has to tell (QEMU's `copy-before-write`). */
-export interface Held {
-  /** Bytes of one cluster. */
-  readonly granularity: number;
-  /** Bytes of the drive in whole clusters. */
-  readonly length: number;
-  readonly counts: () => HeldCounts;
-}
-
-/** An export, or a job of a type. */
-export interface User {
-  readonly job?: JobType | undefined;
-  readonly id?: string | undefined;
-  /** It changes the length of its target. */
-  readonly resizes?: boolean | undefined;
-  /** The image that it commits. */
-  readonly top?: GraphNode | undefined;
-  /** Exports of this node are above the job. */
-  readonly covered?: GraphNode | undefined;
-}
-
-export interface Child {
-  readonly role: 'file' | 'backing' | 'data-file' | 'image' | 'target';
-  readonly node: GraphNode;
-}
-
-/** What a node passes on to those that are made for it. */
-interface Inherited {
-  readonly readOnly: boolean;
-  readonly forceShare: boolean;
-  readonly discard: unknown;
-}
-
-/** Drivers that pass requests on to a node that others use as well, with all that its jobs and bitmaps want to see. */
-const PASSING: ReadonlySet<string> = new Set([
-  'throttle',
-  'compress',
-  'preallocate',
-  'copy-on-read',
-  'copy-before-write',
-]);
-
-/** What opening a node gives. */
-type Opened = Pick<GraphNode, 'descriptor' | 'frozen' | 'held' | 'group' | 'breakpoints'> &
-  Partial<Pick<GraphNode, 'sequence'>>;
-
-/**
- * The name by which people know a node and can open it again: that of the file at its bottom, as it was given; `json:` and
- * options where that alone would open something else.
- */
-export function filenameOf(node: GraphNode): string {
-  const { filename } = node.options;
-  if (typeof filename === 'string') return filename;
-  const [child] = node.children;
-  if (child === undefined) return node.descriptor.path;
-  const plain = filenameOf(child.node);
-  if (node.driver === 'copy-before-write' || node.driver === 'mirror_top') return plain;
-  return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
-}
-
-/** @param filename of the node below */
-function needsOptions(node: GraphNode, filename: string): boolean {
-  if (filename.startsWith('json:')) return true;
-  switch (node.driver) {
-    case 'raw':
-      return node.options['offset'] !== undefined || node.options['size'] !== undefined;
-    case 'throttle':
-    case 'copy-on-read':
-      return true;
-    default:
-      return hasOtherBacking(node, filename);
-  }
-}
-
-/** What QEMU calls an overridden backing file. @param filename of the node's own file */
-export function hasOtherBacking({ descriptor, children }: GraphNode, filename: string): boolean {
-  if (descriptor.driver !== 'qcow2') return false;
-  const { backingFile: named } = descriptor;
-  const backing = children.find(({ role }) => role === 'backing')?.node;
-  if (named === undefined || backing === undefined) return (named === undefined) !== (backing === undefined);
-  const name = filenameOf(backing);
-  return name !== named && name !== combineNames(filename, named);
-}
-
-/** Members in the order in which QEMU has them. */
-function optionsToOpen(node: GraphNode): JsonObject {
-  const { driver, children, options } = node;
-  const [child] = children;
-  if (child === undefined) return { driver, filename: options['filename'] ?? node.descriptor.path };
-  const file = optionsToOpen(child.node);
-  const backing = children.find(({ role }) => role === 'backing')?.node;
-  const { offset, size, 'throttle-group': group } = options;
-  const all = {
-    'throttle-group': driver === 'throttle' ? group : undefined,
-    offset: driver === 'raw' ? offset : undefined,
-    backing: hasOtherBacking(node, filenameOf(child.node))
-      ? backing === undefined
-        ? null
-        : optionsToOpen(backing)
-      : undefined,
-    driver,
-    size: driver === 'raw' ? size : undefined,
-    file,
-  };
-  return Object.fromEntries(Object.entries(all).filter(([, value]) => value !== undefined));
-}
-
-/** As QEMU writes it. */
-function spacedJson(value: unknown): string {
-  if (!isObject(value)) return JSON.stringify(value);
-  const members = Object.entries(value).map(([name, one]) => `${JSON.stringify(name)}: ${spacedJson(one)}`);
-  return `{${members.join(', ')}}`;
-}
 
 /** What a child of each role is to a node's own descriptor. */
 const LINKS = { file: 'file', image: 'file', backing: 'backing', 'data-file': 'dataFile' } as const;
 
 const NODE_NAME = /^[A-Za-z][A-Za-z0-9\-._]{0,30}$/;
-const SECTOR = 512;
 
 /** The nodes of a daemon by their names. */
 export class Graph {
   readonly #engine: Engine;
   readonly #objects: Objects;
   readonly #nodes = new Map<string, GraphNode>();
+  readonly #drivers: Drivers;
   readonly #folders: readonly string[] | undefined;
   #nextImplicit = 0;
   #nextSequence = 0;
@@ -196,6 +35,17 @@ export class Graph {
     this.#engine = engine;
     this.#objects = objects;
     this.#folders = folders;
+    this.#drivers = new Drivers(engine, objects, {
+      get: (name) => this.get(name),
+      lookUp: (name) => this.lookUp(name),
+      disk: (node) => this.disk(node),
+      live: (node) => this.#live(node),
+      header: (node, format, follow) => this.header(node, format, follow),
+      child: (role, wanted, inherited, made) => this.#child(role, wanted, inherited, made),
+      image: async (path, name, format, inherited) =>
+        this.#make(await this.#imageOptions(path, name, format), inherited),
+      nextSequence: () => this.#nextSequence++,
+    });
   }
 
   /** All nodes, those that were made last first. */
@@ -536,7 +386,7 @@ export class Graph {
     }
     const children: Child[] = [];
     try {
-      const opened = await this.#open(options, inherited, children);
+      const opened = await this.#drivers.open(options, inherited, children);
       const node: GraphNode = {
         name,
         driver: String(options['driver']),
@@ -556,209 +406,6 @@ export class Graph {
       await this.#release(undefined, children);
       throw error;
     }
-  }
-
-  async #layer(layer: Layer): Promise<Pick<GraphNode, 'descriptor'>> {
-    return { descriptor: await this.#engine.run<NodeDescriptor>({ kind: 'open-layer', layer }) };
-  }
-
-  /** Opens what the options say on nodes that it makes or finds. @param made takes these */
-  async #open(options: JsonObject, inherited: Inherited | undefined, made: Child[]): Promise<Opened> {
-    const driver = String(options['driver']);
-    const readOnly = (options['read-only'] ?? inherited?.readOnly ?? false) === true;
-    const forceShare = (options['force-share'] ?? inherited?.forceShare ?? false) === true;
-    const pass: Inherited = { readOnly, forceShare, discard: options['discard'] ?? inherited?.discard };
-    if (forceShare && !readOnly) {
-      throw new QmpError('force-share=on can only be used with read-only images');
-    }
-    const child = (role: Child['role'], key: string = role): Promise<GraphNode> =>
-      this.#child(role, options[key], pass, made);
-    switch (driver) {
-      case 'file':
-      case 'host_device':
-        return await this.#openFile(options, readOnly, forceShare);
-      case 'nbd':
-        return await this.#openNbd(options, readOnly);
-      case 'null-co':
-      case 'null-aio':
-        return await this.#layer({
-          driver: 'null-co',
-          readOnly,
-          length: Math.ceil(Number(options['size'] ?? 2 ** 30) / SECTOR) * SECTOR,
-          readsZero: options['read-zeroes'] === true,
-          latencyMs: Number(options['latency-ns'] ?? 0) / 1e6,
-        });
-      case 'raw': {
-        const { descriptor: file } = await child('file');
-        const { offset, size } = options;
-        return await this.#layer({
-          driver,
-          file,
-          readOnly,
-          offset: offset === undefined ? undefined : Number(offset),
-          size: size === undefined ? undefined : Number(size),
-        });
-      }
-      case 'qcow2':
-        return await this.#openQcow2(options, pass, made);
-      case 'throttle': {
-        const { object, ...membership } = this.#objects.takeGroup(String(options['throttle-group']));
-        try {
-          const below = await this.#live(await child('file'));
-          return { ...(await this.#layer({ driver, child: below, ...membership })), group: object };
-        } catch (error) {
-          object.users--;
-          throw error;
-        }
-      }
-      case 'compress':
-        return await this.#layer({ driver, child: await this.#live(await child('file')) });
-      case 'preallocate':
-        return { descriptor: await this.#live(await child('file')) };
-      case 'copy-on-read': {
-        const below = await child('file');
-        const depth = this.#depthOf(below, options['bottom']);
-        return await this.#layer({ driver, child: await this.#live(below), depth });
-      }
-      case 'blkdebug': {
-        const rules = blkdebugOptions(options);
-        const { descriptor: below } = await child('image');
-        const opened = await this.#layer({ driver, child: below, ...rules });
-        return { ...opened, breakpoints: this.#breakpoints(opened.descriptor) };
-      }
-      case 'copy-before-write':
-        return await this.#openCopyBeforeWrite(options, await child('file'), await child('target'));
-      case 'snapshot-access': {
-        const below = await child('file');
-        if (below.frozen === undefined) {
-          throw new QmpError(`Node '${below.name}' holds no instant: it is no copy-before-write node`);
-        }
-        const { disk, descriptor } = below.frozen;
-        return await this.#layer({ driver, disk: disk.descriptor, frame: descriptor.frame });
-      }
-      case 'vmdk':
-      case 'vhdx':
-      case 'vpc':
-      case 'vdi': {
-        if (!readOnly) throw new QmpError(`Block format '${driver}' is only read: set read-only=on`);
-        return await this.#layer({ driver, file: (await child('file')).descriptor });
-      }
-      default:
-        throw new QmpError(`Unknown driver '${driver}'`);
-    }
-  }
-
-  /** How many layers below an image there are down to the one of that name. */
-  #depthOf(top: GraphNode, bottom: unknown): number | undefined {
-    if (typeof bottom !== 'string') return undefined;
-    const wanted = this.#nodes.get(bottom);
-    if (wanted === undefined) throw new QmpError(`Bottom node '${bottom}' not found`);
-    let depth = 0;
-    for (let node: GraphNode | undefined = top; node !== undefined; ) {
-      if (node === wanted) return depth;
-      const backing: Child | undefined = node.children.find(({ role }) => role === 'backing');
-      const below: Child | undefined = PASSING.has(node.driver) ? node.children[0] : backing;
-      if (below === backing) depth++;
-      node = below?.node;
-    }
-    throw new QmpError(`Bottom node '${bottom}' is not in the backing chain of '${top.name}'`);
-  }
-
-  #breakpoints(descriptor: NodeDescriptor): Breakpoints | undefined {
-    if (descriptor.driver !== 'blkdebug') return undefined;
-    return new Breakpoints(new BlkdebugState(this.#engine.arena, descriptor.state, descriptor.rules));
-  }
-
-  async #openFile(
-    options: JsonObject,
-    readOnly: boolean,
-    forceShare: boolean,
-  ): Promise<Pick<GraphNode, 'descriptor'>> {
-    const filename = String(options['filename']);
-    const noLock = forceShare || options['locking'] === 'off';
-    const open = (asReadOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> =>
-      this.#layer({
-        driver: 'file',
-        path: filename.replace(/^file:/, ''),
-        readOnly: asReadOnly,
-        lock: noLock ? 'none' : asReadOnly ? 'read' : 'write',
-      });
-    try {
-      return await open(readOnly);
-    } catch (error) {
-      const mayFall = !readOnly && options['auto-read-only'] === true && isReadOnlyError(error);
-      if (mayFall) return await open(true);
-      throw new QmpError(openErrorText(error, filename));
-    }
-  }
-
-  async #openNbd(options: JsonObject, readOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> {
-    const name = nbdName(options, this.#objects);
-    const { server } = options;
-    try {
-      return await this.#layer({ driver: 'nbd', name, readOnly });
-    } catch (error) {
-      if (!isObject(server)) throw error;
-      const place = server['path'] ?? `${String(server['host'])}:${String(server['port'])}`;
-      throw new QmpError(connectErrorText(error, String(place)));
-    }
-  }
-
-  async #openQcow2(options: JsonObject, pass: Inherited, made: Child[]): Promise<Opened> {
-    const file = await this.#child('file', options['file'], pass, made);
-    // Before its backing files, as QEMU lists them.
-    const sequence = this.#nextSequence++;
-    const { backing: wanted, 'data-file': wantedData } = options;
-    const header = await this.header(file, 'qcow2', {
-      backing: wanted === undefined,
-      dataFile: wantedData === undefined,
-    });
-    const data = wantedData ?? (header.dataFile && { driver: 'file', filename: header.dataFile });
-    const dataFile = data === undefined ? undefined : await this.#child('data-file', data, pass, made);
-    const below = { ...pass, readOnly: true };
-    let backing: GraphNode | undefined;
-    if (wanted === undefined) {
-      const named = header.backing;
-      if (named !== undefined) {
-        const name = combineNames(filenameOf(file), named.name);
-        backing = await this.#make(await this.#imageOptions(named.path, name, named.format), below);
-        made.push({ role: 'backing', node: backing });
-      }
-    } else if (wanted !== null) backing = await this.#child('backing', wanted, below, made);
-    const opened = await this.#layer({
-      driver: 'qcow2',
-      file: file.descriptor,
-      readOnly: pass.readOnly,
-      backing: backing && (backing.descriptor.readOnly ? backing.descriptor : await this.#live(backing)),
-      dataFile: dataFile?.descriptor,
-    });
-    return { ...opened, sequence };
-  }
-
-  async #openCopyBeforeWrite(
-    options: JsonObject,
-    file: GraphNode,
-    target: GraphNode,
-  ): Promise<Pick<GraphNode, 'descriptor' | 'frozen' | 'held'>> {
-    const { bitmap, 'min-cluster-size': cluster } = options;
-    checkMinClusterSize(cluster === undefined ? undefined : Number(cluster));
-    let name: string | undefined;
-    if (isObject(bitmap)) {
-      if (this.lookUp(String(bitmap['node'])) !== file) {
-        throw new QmpError(`the bitmap must be one of the node '${file.name}'`);
-      }
-      name = String(bitmap['name']);
-    }
-    const disk = await this.disk(file);
-    const frozen = await disk.hold({
-      targetNode: target.descriptor,
-      bitmap: name,
-      onCbwError: options['on-cbw-error'] === 'break-snapshot' ? 'break-snapshot' : 'break-guest-write',
-      cbwTimeoutMs: Number(options['cbw-timeout'] ?? 0) * 1000,
-      minClusterSize: cluster === undefined ? undefined : Number(cluster),
-    });
-    const held = { ...frozen.held, counts: () => frozen.heldCounts() };
-    return { descriptor: await this.#live(file), frozen, held };
   }
 
   /** A node as another one's child that passes requests on: they go through what its jobs and bitmaps want to see. */
@@ -796,18 +443,6 @@ export class Graph {
   }
 }
 
-/** @param bytes as commands have it, for copying at least so much at once @throws QmpError where it cannot be that */
-export function checkMinClusterSize(bytes: number | undefined): void {
-  if (bytes === undefined) return;
-  if (bytes === 0 || !Number.isInteger(Math.log2(bytes))) {
-    throw new QmpError('Cannot create block-copy-state: min-cluster-size needs to be a power of 2');
-  }
-  if (bytes <= COPY_BUFFER_BYTES) return;
-  throw new QmpError(
-    `Cannot create block-copy-state: min-cluster-size too large: ${bytes} > ${COPY_BUFFER_BYTES}`,
-  );
-}
-
 function moveExports(from: GraphNode, to: GraphNode): void {
   for (const [key, use] of from.users) {
     if (use !== 'export') continue;
@@ -835,42 +470,4 @@ export function isFormat(name: string): name is ImageFormat {
 
 function isNbd(path: string): boolean {
   return /^nbds?(\+[a-z]+)?:/i.test(path);
-}
-
-function isReadOnlyError(error: unknown): boolean {
-  if (!(error instanceof Error) || !('code' in error)) return false;
-  return error.code === 'ERR_STILLFRAME_PERMISSION' || error.code === 'ERR_STILLFRAME_READ_ONLY';
-}
-
-/** The URI of an export, from the options of its node. */
-function nbdName(options: JsonObject, objects: Objects): string {
-  const uri = options['x-uri'];
-  if (typeof uri === 'string') return uri;
-  const { server, export: name = '', 'tls-creds': creds } = options;
-  if (!isObject(server)) throw new TypeError('the schema was not looked at');
-  const parameters = typeof creds === 'string' ? objects.clientTlsOf(creds) : new URLSearchParams();
-  const set = (key: string, value: unknown): void => {
-    if (value !== undefined) parameters.set(key, String(value));
-  };
-  set('x-reconnect-delay', options['reconnect-delay']);
-  // Who waits for a server to come back takes it as it comes.
-  if (Number(options['reconnect-delay'] ?? 0) > 0) set('x-trusted', 1);
-  set('x-open-timeout', options['open-timeout']);
-  set('x-dirty-bitmap', options['x-dirty-bitmap']);
-  set('tls-hostname', options['tls-hostname']);
-  const scheme = typeof creds === 'string' ? 'nbds' : 'nbd';
-  const path = encodeURIComponent(String(name));
-  if (server['type'] === 'unix') {
-    set('socket', server['path']);
-    return `${scheme}+unix:///${path}?${parameters}`;
-  }
-  if (server['type'] !== 'inet') {
-    throw new QmpError(
-      `an NBD server of type '${String(server['type'])}' is not supported; use inet or unix`,
-    );
-  }
-  const host = String(server['host']);
-  const place = host.includes(':') ? `[${host}]` : host;
-  const query = parameters.size === 0 ? '' : `?${parameters}`;
-  return `${scheme}://${place}:${String(server['port'])}/${path}${query}`;
 }

@@ -1,4 +1,5 @@
-import type { Graph, GraphNode } from './graph.js';
+import type { Graph } from './graph.js';
+import type { GraphNode } from './graph-node.js';
 import type { QemuIo } from './qemu-io.js';
 
 const HELP = 'Try "help qemu-io" for more information';

@@ -5,6 +5,7 @@ import { checkVerb } from '../job/status.js';
 import { jobErrorText, QmpError } from '../qmp/errors.js';
 import type { QmpEvent } from '../qmp/monitor.js';
 import type { JsonObject } from '../qmp/types.js';
+import { checkSpeed } from './job-arguments.js';
 
 /** How long an answer waits for what a job makes of a command, in milliseconds. */
 const SETTLE_MS = 1000;
@@ -252,7 +253,7 @@ export class Jobs {
   setSpeed(device: string, bytesPerSecond: number): void {
     const handle = this.blockJob(device);
     checkVerb(device, handle.status, 'set-speed');
-    if (bytesPerSecond < 0) throw new QmpError("Parameter 'speed' expects a non-negative value");
+    checkSpeed(bytesPerSecond);
     handle.setSpeed(bytesPerSecond);
     const entry = this.#entries.get(device);
     if (entry !== undefined) entry.speed = bytesPerSecond;

@@ -6,8 +6,11 @@ import { openErrorText, QmpError } from '../qmp/errors.js';
 import type { ArgumentsOf } from '../qmp/schema.js';
 import { backingOf, isFilter, unfiltered } from './chain.js';
 import type { Exports } from './exports.js';
-import { filenameOf, type Graph, type GraphNode } from './graph.js';
+import { filenameOf } from './filenames.js';
+import type { Graph } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
+import type { GraphNode } from './graph-node.js';
+import { checkSpeed, jobIdOf, listOptions, runOptions } from './job-arguments.js';
 import type { Jobs } from './jobs.js';
 import { checkMirrorTarget, checkUnblocked, jobOf } from './permissions.js';
 
@@ -139,7 +142,7 @@ export class Mirrors {
   /** Order of what is looked at: as in QEMU. */
   async #start(given: Given, wanted: Wanted): Promise<void> {
     const { node, target } = wanted;
-    const { granularity = 0, replaces, speed = 0 } = given;
+    const { granularity = 0, replaces } = given;
     if (granularity !== 0) checkGranularity(granularity);
     checkUnblocked(target);
     const replaced = replaces === undefined ? node : await this.#replaced(node, replaces);
@@ -150,10 +153,10 @@ export class Mirrors {
     if ('filter-node-name' in given && given['filter-node-name'] !== undefined) {
       this.#graph.checkName(given['filter-node-name']);
     }
-    const id = given['job-id'] ?? node.device ?? '';
+    const id = jobIdOf(given, node);
     this.#jobs.checkFree(id);
     try {
-      if (speed < 0) throw new QmpError("Parameter 'speed' expects a non-negative value");
+      checkSpeed(given.speed);
       if (target.descriptor.readOnly) throw new QmpError('Block node is read-only');
       checkMirrorTarget(target, this.#exports.useOf(target));
     } catch (error) {
@@ -177,18 +180,12 @@ export class Mirrors {
     try {
       const disk = await this.#graph.disk(node);
       const handle = await disk.mirror(await this.#graph.disk(target), {
-        jobId: id,
+        ...runOptions(id, given),
         sync: wanted.sync,
         copyMode: given['copy-mode'],
         granularity: granularity === 0 ? undefined : granularity,
         unmap: wanted.unmap,
         targetReadsZero: wanted.targetReadsZero,
-        speed,
-        onSourceError: given['on-source-error'],
-        onTargetError: given['on-target-error'],
-        autoFinalize: given['auto-finalize'],
-        // Until all monitors were told of its end.
-        autoDismiss: false,
         pivot: (mirror) => {
           uncover();
           return this.#pivot(wanted, replaced, mirror);
@@ -197,13 +194,7 @@ export class Mirrors {
       const name = 'filter-node-name' in given ? given['filter-node-name'] : undefined;
       filter = this.#graph.insertFilter(node, target, { name, key, job: { type: 'mirror' } });
       this.#exports.moved(node, filter);
-      const options = {
-        speed,
-        autoFinalize: given['auto-finalize'] ?? true,
-        autoDismiss: given['auto-dismiss'] ?? true,
-        onEnd: release,
-      };
-      await this.#jobs.add([{ handle, options }]);
+      await this.#jobs.add([{ handle, options: listOptions(given, release) }]);
     } catch (error) {
       for (const used of [node, target]) used.users.delete(key);
       throw error;

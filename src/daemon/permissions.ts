@@ -1,6 +1,6 @@
 import type { JobType } from '../engine/job.js';
 import { QmpError } from '../qmp/errors.js';
-import type { GraphNode } from './graph.js';
+import type { GraphNode } from './graph-node.js';
 
 /*
  * What QEMU's permissions and operation blockers keep from happening, in its words. Who has something on a node says what
@@ -110,6 +110,16 @@ export function checkCoverable(node: GraphNode): void {
   const own = [...node.users.keys()].find(({ job }) => job !== undefined)?.job;
   if (own !== undefined) throw busyError(node.name, own);
   checkNoOverlay(node);
+}
+
+/**
+ * A job's threads have its target, and what that lies on, open as they are.
+ *
+ * @throws QmpError where the node, or one that lies on it, is the target of a job
+ */
+export function checkReopenable(node: GraphNode): void {
+  if ([...node.users.values()].includes('target')) throw busyError(node.name, jobOf(node) ?? 'backup');
+  for (const parent of node.parents) checkReopenable(parent);
 }
 
 /** A job of that type works on the node. @param name of the node, or of the device that it is */

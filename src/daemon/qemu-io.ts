@@ -7,7 +7,8 @@ import { toStillframeError } from '../errors.js';
 import { jobErrorText, QmpError } from '../qmp/errors.js';
 import type { Breakpoints } from './breakpoints.js';
 import { getopt } from './getopt.js';
-import type { Graph, GraphNode } from './graph.js';
+import type { Graph } from './graph.js';
+import type { GraphNode } from './graph-node.js';
 import { dump, humanSize, parsePattern, parseSize, report } from './qemu-io-format.js';
 
 /** Most bytes of one request. */

@@ -2,7 +2,9 @@ import type { NodeInfo } from '../block/info.js';
 import type { Engine } from '../index.js';
 import type { JsonObject } from '../qmp/types.js';
 import { isObject } from '../qmp/types.js';
-import { filenameOf, type Graph, type GraphNode, type Held } from './graph.js';
+import { filenameOf } from './filenames.js';
+import type { Graph } from './graph.js';
+import type { GraphNode, Held } from './graph-node.js';
 
 const NO_LIMITS = { bps: 0, bps_rd: 0, bps_wr: 0, iops: 0, iops_rd: 0, iops_wr: 0 };
 

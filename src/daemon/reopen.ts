@@ -1,9 +1,10 @@
 import { QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
-import type { Child, Graph, GraphNode } from './graph.js';
+import type { Graph } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
+import type { Child, GraphNode } from './graph-node.js';
 import type { Objects } from './objects.js';
-import { busyError, jobOf } from './permissions.js';
+import { checkReopenable } from './permissions.js';
 
 /** Options of every node that can change, and go back to what they are by default. */
 const COMMON: ReadonlySet<string> = new Set([
@@ -64,7 +65,7 @@ export async function reopenNodes(
   const reopenings = wanted.map(([node, options]) => prepare(graph, objects, node, options));
   for (const { node, readOnly } of reopenings) {
     checkWriters(node, readOnly);
-    checkNoTarget(node);
+    checkReopenable(node);
   }
   if (reopenings.length === 0) return;
   const nodes = reopenings.flatMap(({ node, children }) => [
@@ -202,14 +203,6 @@ function prepareChild(
 /** Whether a node lies on `node`, or is it. */
 function isAbove(node: GraphNode, other: GraphNode): boolean {
   return node === other || other.children.some(({ node: child }) => isAbove(node, child));
-}
-
-/** A job's threads have its target, and what that lies on, open as they are. */
-function checkNoTarget(node: GraphNode): void {
-  if ([...node.users.values()].includes('target')) {
-    throw busyError(node.name, jobOf(node) ?? 'backup');
-  }
-  for (const parent of node.parents) checkNoTarget(parent);
 }
 
 /** Whoever writes has to be able to go on. */

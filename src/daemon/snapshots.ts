@@ -4,8 +4,10 @@ import type { Engine } from '../engine/engine.js';
 import { StillframeError } from '../errors.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
 import type { ArgumentsOfAction } from '../qmp/schema.js';
-import { filenameOf, type Graph, type GraphNode, isFormat } from './graph.js';
+import { filenameOf } from './filenames.js';
+import { type Graph, isFormat } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
+import type { GraphNode } from './graph-node.js';
 import { checkCoverable } from './permissions.js';
 
 /** An overlay that is ready to be put on a node. */

@@ -1,0 +1,319 @@
+import { BlkdebugState } from '../block/filters/blkdebug-state.js';
+import { COPY_BUFFER_BYTES } from '../block/filters/copy-before-write.js';
+import { combineNames, type ImageFormat } from '../block/graph.js';
+import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
+import type { LiveDescriptor, NodeDescriptor } from '../block/node.js';
+import type { DiskHandle } from '../engine/disk.js';
+import type { Engine } from '../engine/engine.js';
+import { connectErrorText, openErrorText, QmpError } from '../qmp/errors.js';
+import { isObject, type JsonObject } from '../qmp/types.js';
+import { blkdebugOptions } from './blkdebug-options.js';
+import { Breakpoints } from './breakpoints.js';
+import { filenameOf } from './filenames.js';
+import { type Child, type GraphNode, PASSING } from './graph-node.js';
+import type { Objects } from './objects.js';
+
+/** What a node passes on to those that are made for it. */
+export interface Inherited {
+  readonly readOnly: boolean;
+  readonly forceShare: boolean;
+  readonly discard: unknown;
+}
+
+/** What opening a node gives. */
+export type Opened = Pick<GraphNode, 'descriptor' | 'frozen' | 'held' | 'group' | 'breakpoints'> &
+  Partial<Pick<GraphNode, 'sequence'>>;
+
+/** The graph that nodes are opened in. */
+export interface Nodes {
+  get(name: string): GraphNode | undefined;
+  /** @throws QmpError where there is none */
+  lookUp(name: string): GraphNode;
+  disk(node: GraphNode): Promise<DiskHandle>;
+  /** A node as another one's child that passes requests on. */
+  live(node: GraphNode): Promise<LiveDescriptor>;
+  header(
+    node: GraphNode,
+    format: ImageFormat | undefined,
+    follow: HeaderOptions['follow'],
+  ): Promise<LayerHeader>;
+  /** A child by its name, or made for its parent. @param made takes it */
+  child(role: Child['role'], wanted: unknown, inherited: Inherited, made: Child[]): Promise<GraphNode>;
+  /** An image by its file name. */
+  image(
+    path: string,
+    name: string,
+    format: ImageFormat | undefined,
+    inherited: Inherited,
+  ): Promise<GraphNode>;
+  nextSequence(): number;
+}
+
+const SECTOR = 512;
+
+/** Opens nodes, each as the driver of its name does (QAPI `BlockdevOptions`). */
+export class Drivers {
+  readonly #engine: Engine;
+  readonly #objects: Objects;
+  readonly #nodes: Nodes;
+
+  constructor(engine: Engine, objects: Objects, nodes: Nodes) {
+    this.#engine = engine;
+    this.#objects = objects;
+    this.#nodes = nodes;
+  }
+
+  async #layer(layer: Layer): Promise<Pick<GraphNode, 'descriptor'>> {
+    return { descriptor: await this.#engine.run<NodeDescriptor>({ kind: 'open-layer', layer }) };
+  }
+
+  /** Opens what the options say on nodes that it makes or finds. @param made takes these */
+  async open(options: JsonObject, inherited: Inherited | undefined, made: Child[]): Promise<Opened> {
+    const driver = String(options['driver']);
+    const readOnly = (options['read-only'] ?? inherited?.readOnly ?? false) === true;
+    const forceShare = (options['force-share'] ?? inherited?.forceShare ?? false) === true;
+    const pass: Inherited = { readOnly, forceShare, discard: options['discard'] ?? inherited?.discard };
+    if (forceShare && !readOnly) {
+      throw new QmpError('force-share=on can only be used with read-only images');
+    }
+    const child = (role: Child['role'], key: string = role): Promise<GraphNode> =>
+      this.#nodes.child(role, options[key], pass, made);
+    switch (driver) {
+      case 'file':
+      case 'host_device':
+        return await this.#openFile(options, readOnly, forceShare);
+      case 'nbd':
+        return await this.#openNbd(options, readOnly);
+      case 'null-co':
+      case 'null-aio':
+        return await this.#layer({
+          driver: 'null-co',
+          readOnly,
+          length: Math.ceil(Number(options['size'] ?? 2 ** 30) / SECTOR) * SECTOR,
+          readsZero: options['read-zeroes'] === true,
+          latencyMs: Number(options['latency-ns'] ?? 0) / 1e6,
+        });
+      case 'raw': {
+        const { descriptor: file } = await child('file');
+        const { offset, size } = options;
+        return await this.#layer({
+          driver,
+          file,
+          readOnly,
+          offset: offset === undefined ? undefined : Number(offset),
+          size: size === undefined ? undefined : Number(size),
+        });
+      }
+      case 'qcow2':
+        return await this.#openQcow2(options, pass, made);
+      case 'throttle': {
+        const { object, ...membership } = this.#objects.takeGroup(String(options['throttle-group']));
+        try {
+          const below = await this.#nodes.live(await child('file'));
+          return { ...(await this.#layer({ driver, child: below, ...membership })), group: object };
+        } catch (error) {
+          object.users--;
+          throw error;
+        }
+      }
+      case 'compress':
+        return await this.#layer({ driver, child: await this.#nodes.live(await child('file')) });
+      case 'preallocate':
+        return { descriptor: await this.#nodes.live(await child('file')) };
+      case 'copy-on-read': {
+        const below = await child('file');
+        const depth = this.#depthOf(below, options['bottom']);
+        return await this.#layer({ driver, child: await this.#nodes.live(below), depth });
+      }
+      case 'blkdebug': {
+        const rules = blkdebugOptions(options);
+        const { descriptor: below } = await child('image');
+        const opened = await this.#layer({ driver, child: below, ...rules });
+        return { ...opened, breakpoints: this.#breakpoints(opened.descriptor) };
+      }
+      case 'copy-before-write':
+        return await this.#openCopyBeforeWrite(options, await child('file'), await child('target'));
+      case 'snapshot-access': {
+        const below = await child('file');
+        if (below.frozen === undefined) {
+          throw new QmpError(`Node '${below.name}' holds no instant: it is no copy-before-write node`);
+        }
+        const { disk, descriptor } = below.frozen;
+        return await this.#layer({ driver, disk: disk.descriptor, frame: descriptor.frame });
+      }
+      case 'vmdk':
+      case 'vhdx':
+      case 'vpc':
+      case 'vdi': {
+        if (!readOnly) throw new QmpError(`Block format '${driver}' is only read: set read-only=on`);
+        return await this.#layer({ driver, file: (await child('file')).descriptor });
+      }
+      default:
+        throw new QmpError(`Unknown driver '${driver}'`);
+    }
+  }
+
+  /** How many layers below an image there are down to the one of that name. */
+  #depthOf(top: GraphNode, bottom: unknown): number | undefined {
+    if (typeof bottom !== 'string') return undefined;
+    const wanted = this.#nodes.get(bottom);
+    if (wanted === undefined) throw new QmpError(`Bottom node '${bottom}' not found`);
+    let depth = 0;
+    for (let node: GraphNode | undefined = top; node !== undefined; ) {
+      if (node === wanted) return depth;
+      const backing: Child | undefined = node.children.find(({ role }) => role === 'backing');
+      const below: Child | undefined = PASSING.has(node.driver) ? node.children[0] : backing;
+      if (below === backing) depth++;
+      node = below?.node;
+    }
+    throw new QmpError(`Bottom node '${bottom}' is not in the backing chain of '${top.name}'`);
+  }
+
+  #breakpoints(descriptor: NodeDescriptor): Breakpoints | undefined {
+    if (descriptor.driver !== 'blkdebug') return undefined;
+    return new Breakpoints(new BlkdebugState(this.#engine.arena, descriptor.state, descriptor.rules));
+  }
+
+  async #openFile(
+    options: JsonObject,
+    readOnly: boolean,
+    forceShare: boolean,
+  ): Promise<Pick<GraphNode, 'descriptor'>> {
+    const filename = String(options['filename']);
+    const noLock = forceShare || options['locking'] === 'off';
+    const open = (asReadOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> =>
+      this.#layer({
+        driver: 'file',
+        path: filename.replace(/^file:/, ''),
+        readOnly: asReadOnly,
+        lock: noLock ? 'none' : asReadOnly ? 'read' : 'write',
+      });
+    try {
+      return await open(readOnly);
+    } catch (error) {
+      const mayFall = !readOnly && options['auto-read-only'] === true && isReadOnlyError(error);
+      if (mayFall) return await open(true);
+      throw new QmpError(openErrorText(error, filename));
+    }
+  }
+
+  async #openNbd(options: JsonObject, readOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> {
+    const name = nbdName(options, this.#objects);
+    const { server } = options;
+    try {
+      return await this.#layer({ driver: 'nbd', name, readOnly });
+    } catch (error) {
+      if (!isObject(server)) throw error;
+      const place = server['path'] ?? `${String(server['host'])}:${String(server['port'])}`;
+      throw new QmpError(connectErrorText(error, String(place)));
+    }
+  }
+
+  async #openQcow2(options: JsonObject, pass: Inherited, made: Child[]): Promise<Opened> {
+    const file = await this.#nodes.child('file', options['file'], pass, made);
+    // Before its backing files, as QEMU lists them.
+    const sequence = this.#nodes.nextSequence();
+    const { backing: wanted, 'data-file': wantedData } = options;
+    const header = await this.#nodes.header(file, 'qcow2', {
+      backing: wanted === undefined,
+      dataFile: wantedData === undefined,
+    });
+    const data = wantedData ?? (header.dataFile && { driver: 'file', filename: header.dataFile });
+    const dataFile = data === undefined ? undefined : await this.#nodes.child('data-file', data, pass, made);
+    const below = { ...pass, readOnly: true };
+    let backing: GraphNode | undefined;
+    if (wanted === undefined) {
+      const named = header.backing;
+      if (named !== undefined) {
+        const name = combineNames(filenameOf(file), named.name);
+        backing = await this.#nodes.image(named.path, name, named.format, below);
+        made.push({ role: 'backing', node: backing });
+      }
+    } else if (wanted !== null) backing = await this.#nodes.child('backing', wanted, below, made);
+    const opened = await this.#layer({
+      driver: 'qcow2',
+      file: file.descriptor,
+      readOnly: pass.readOnly,
+      backing:
+        backing && (backing.descriptor.readOnly ? backing.descriptor : await this.#nodes.live(backing)),
+      dataFile: dataFile?.descriptor,
+    });
+    return { ...opened, sequence };
+  }
+
+  async #openCopyBeforeWrite(
+    options: JsonObject,
+    file: GraphNode,
+    target: GraphNode,
+  ): Promise<Pick<GraphNode, 'descriptor' | 'frozen' | 'held'>> {
+    const { bitmap, 'min-cluster-size': cluster } = options;
+    checkMinClusterSize(cluster === undefined ? undefined : Number(cluster));
+    let name: string | undefined;
+    if (isObject(bitmap)) {
+      if (this.#nodes.lookUp(String(bitmap['node'])) !== file) {
+        throw new QmpError(`the bitmap must be one of the node '${file.name}'`);
+      }
+      name = String(bitmap['name']);
+    }
+    const disk = await this.#nodes.disk(file);
+    const frozen = await disk.hold({
+      targetNode: target.descriptor,
+      bitmap: name,
+      onCbwError: options['on-cbw-error'] === 'break-snapshot' ? 'break-snapshot' : 'break-guest-write',
+      cbwTimeoutMs: Number(options['cbw-timeout'] ?? 0) * 1000,
+      minClusterSize: cluster === undefined ? undefined : Number(cluster),
+    });
+    const held = { ...frozen.held, counts: () => frozen.heldCounts() };
+    return { descriptor: await this.#nodes.live(file), frozen, held };
+  }
+}
+
+/** @param bytes as commands have it, for copying at least so much at once @throws QmpError where it cannot be that */
+export function checkMinClusterSize(bytes: number | undefined): void {
+  if (bytes === undefined) return;
+  if (bytes === 0 || !Number.isInteger(Math.log2(bytes))) {
+    throw new QmpError('Cannot create block-copy-state: min-cluster-size needs to be a power of 2');
+  }
+  if (bytes <= COPY_BUFFER_BYTES) return;
+  throw new QmpError(
+    `Cannot create block-copy-state: min-cluster-size too large: ${bytes} > ${COPY_BUFFER_BYTES}`,
+  );
+}
+
+function isReadOnlyError(error: unknown): boolean {
+  if (!(error instanceof Error) || !('code' in error)) return false;
+  return error.code === 'ERR_STILLFRAME_PERMISSION' || error.code === 'ERR_STILLFRAME_READ_ONLY';
+}
+
+/** The URI of an export, from the options of its node. */
+function nbdName(options: JsonObject, objects: Objects): string {
+  const uri = options['x-uri'];
+  if (typeof uri === 'string') return uri;
+  const { server, export: name = '', 'tls-creds': creds } = options;
+  if (!isObject(server)) throw new TypeError('the schema was not looked at');
+  const parameters = typeof creds === 'string' ? objects.clientTlsOf(creds) : new URLSearchParams();
+  const set = (key: string, value: unknown): void => {
+    if (value !== undefined) parameters.set(key, String(value));
+  };
+  set('x-reconnect-delay', options['reconnect-delay']);
+  // Who waits for a server to come back takes it as it comes.
+  if (Number(options['reconnect-delay'] ?? 0) > 0) set('x-trusted', 1);
+  set('x-open-timeout', options['open-timeout']);
+  set('x-dirty-bitmap', options['x-dirty-bitmap']);
+  set('tls-hostname', options['tls-hostname']);
+  const scheme = typeof creds === 'string' ? 'nbds' : 'nbd';
+  const path = encodeURIComponent(String(name));
+  if (server['type'] === 'unix') {
+    set('socket', server['path']);
+    return `${scheme}+unix:///${path}?${parameters}`;
+  }
+  if (server['type'] !== 'inet') {
+    throw new QmpError(
+      `an NBD server of type '${String(server['type'])}' is not supported; use inet or unix`,
+    );
+  }
+  const host = String(server['host']);
+  const place = host.includes(':') ? `[${host}]` : host;
+  const query = parameters.size === 0 ? '' : `?${parameters}`;
+  return `${scheme}://${place}:${String(server['port'])}/${path}${query}`;
+}

@@ -1,0 +1,71 @@
+import { combineNames } from '../block/graph.js';
+import { isObject, type JsonObject } from '../qmp/types.js';
+import type { GraphNode } from './graph-node.js';
+
+/**
+ * The name by which people know a node and can open it again: that of the file at its bottom, as it was given; `json:` and
+ * options where that alone would open something else.
+ */
+export function filenameOf(node: GraphNode): string {
+  const { filename } = node.options;
+  if (typeof filename === 'string') return filename;
+  const [child] = node.children;
+  if (child === undefined) return node.descriptor.path;
+  const plain = filenameOf(child.node);
+  if (node.driver === 'copy-before-write' || node.driver === 'mirror_top') return plain;
+  return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
+}
+
+/** @param filename of the node below */
+function needsOptions(node: GraphNode, filename: string): boolean {
+  if (filename.startsWith('json:')) return true;
+  switch (node.driver) {
+    case 'raw':
+      return node.options['offset'] !== undefined || node.options['size'] !== undefined;
+    case 'throttle':
+    case 'copy-on-read':
+      return true;
+    default:
+      return hasOtherBacking(node, filename);
+  }
+}
+
+/** What QEMU calls an overridden backing file. @param filename of the node's own file */
+export function hasOtherBacking({ descriptor, children }: GraphNode, filename: string): boolean {
+  if (descriptor.driver !== 'qcow2') return false;
+  const { backingFile: named } = descriptor;
+  const backing = children.find(({ role }) => role === 'backing')?.node;
+  if (named === undefined || backing === undefined) return (named === undefined) !== (backing === undefined);
+  const name = filenameOf(backing);
+  return name !== named && name !== combineNames(filename, named);
+}
+
+/** Members in the order in which QEMU has them. */
+function optionsToOpen(node: GraphNode): JsonObject {
+  const { driver, children, options } = node;
+  const [child] = children;
+  if (child === undefined) return { driver, filename: options['filename'] ?? node.descriptor.path };
+  const file = optionsToOpen(child.node);
+  const backing = children.find(({ role }) => role === 'backing')?.node;
+  const { offset, size, 'throttle-group': group } = options;
+  const all = {
+    'throttle-group': driver === 'throttle' ? group : undefined,
+    offset: driver === 'raw' ? offset : undefined,
+    backing: hasOtherBacking(node, filenameOf(child.node))
+      ? backing === undefined
+        ? null
+        : optionsToOpen(backing)
+      : undefined,
+    driver,
+    size: driver === 'raw' ? size : undefined,
+    file,
+  };
+  return Object.fromEntries(Object.entries(all).filter(([, value]) => value !== undefined));
+}
+
+/** As QEMU writes it. */
+function spacedJson(value: unknown): string {
+  if (!isObject(value)) return JSON.stringify(value);
+  const members = Object.entries(value).map(([name, one]) => `${JSON.stringify(name)}: ${spacedJson(one)}`);
+  return `{${members.join(', ')}}`;
+}
