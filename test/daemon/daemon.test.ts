@@ -307,7 +307,7 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io') || !hasPeer('nbdcopy
       expect(
         said
           .replaceAll(/\(.*\)/g, '(…)')
-          .replaceAll(/00\.\d\d sec/g, '00')
+          .replaceAll(/\d+\.\d+ sec/g, '00')
           .split('\n'),
       ).toEqual([
         'wrote 65536/65536 bytes at offset 1048576',
