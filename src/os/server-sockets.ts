@@ -46,12 +46,14 @@ export interface ServerSockets {
    * @returns the bytes read, fewer only at the end or after the time-out; undefined after the time-out with nothing read
    */
   receiveAll(fd: number, address: number, length: number): number | undefined;
+  /** Reads what there is to memory. @param waits for the first byte @returns as {@link receiveAll} */
+  receiveTo(fd: number, address: number, length: number, waits: boolean): number | undefined;
   /** Reads to memory without waiting. @returns the bytes read, 0 at the end, -1 where there is nothing, or an error, yet */
   receiveNow(fd: number, address: number, length: number): number;
   /** Writes from memory, waiting until something was taken. @param more: what follows belongs to it. @returns the bytes taken */
   sendFrom(fd: number, address: number, length: number, more: boolean): number;
-  /** How much is taken of an answer before its client reads it: at most that, the system may allow less. Never throws. */
-  setSendBuffer(fd: number, bytes: number): void;
+  /** Writes from memory without waiting. @returns the bytes taken, perhaps 0 */
+  sendNow(fd: number, address: number, length: number): number;
   /**
    * A pipe, for data that goes from a file to a socket without being copied.
    *
@@ -79,7 +81,6 @@ const SOCK_CLOEXEC = 0o2000000;
 const SOL_SOCKET = 1;
 const SO_REUSEADDR = 2;
 const SO_TYPE = 3;
-const SO_SNDBUF = 7;
 const SO_KEEPALIVE = 9;
 const SO_RCVTIMEO = 20;
 const SO_ACCEPTCONN = 30;
@@ -265,12 +266,13 @@ function loadServerSockets(): ServerSockets {
     },
     addressOf: (memory) => Number(koffi.address(memory)),
     receiveAll: (fd, address, length) => attempt('recv', () => recvTo(fd, address, length, MSG_WAITALL)),
+    receiveTo: (fd, address, length, waits) =>
+      attempt('recv', () => recvTo(fd, address, length, waits ? 0 : MSG_DONTWAIT)),
     receiveNow: (fd, address, length) => Number(recvTo(fd, address, length, MSG_DONTWAIT)),
     sendFrom: (fd, address, length, more) =>
       interruptible('send', () => sendFrom(fd, address, length, MSG_NOSIGNAL | (more ? MSG_MORE : 0))),
-    setSendBuffer(fd, bytes) {
-      setsockopt(fd, SOL_SOCKET, SO_SNDBUF, Int32Array.of(bytes), 4);
-    },
+    sendNow: (fd, address, length) =>
+      attempt('send', () => sendFrom(fd, address, length, MSG_DONTWAIT | MSG_NOSIGNAL)) ?? 0,
     pipe(bytes) {
       const fds: [number, number] = [-1, -1];
       checked('pipe2', pipe2(fds, O_CLOEXEC));

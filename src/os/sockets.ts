@@ -61,6 +61,11 @@ export interface Koffi {
   address(memory: Uint8Array): bigint;
   decode(pointer: unknown, type: string, length?: number): unknown;
   decode(pointer: unknown, offset: number, type: string, length?: number): unknown;
+  proto(result: string, parameters: readonly string[]): unknown;
+  pointer(type: unknown): unknown;
+  /** Something that C can call, as long as this thread is within a call of its own. */
+  register(callback: (...args: never[]) => unknown, type: unknown): bigint;
+  unregister(callback: bigint): void;
 }
 
 export class SocketError extends Error {

@@ -1,14 +1,17 @@
 /** NBD clients whose sessions are damaged at random, beside one with good manners who must not notice. */
 import { readdirSync, readlinkSync, rmSync, statSync, writeFileSync } from 'node:fs';
-import { connect } from 'node:net';
+import { connect, type Socket } from 'node:net';
 import { join } from 'node:path';
+import type { Duplex } from 'node:stream';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Engine, NbdServer } from '#src/index.js';
 import { Random } from '../support/data.js';
 import { u16, u32, u64 } from '../support/fake-nbd.js';
 import { counted, RawClient } from '../support/nbd-client.js';
+import { beforeTls, byKey, speakTls, Tampering } from '../support/tls-client.js';
 
 const LENGTH = 8 << 20;
+const KEY = '0123456789abcdef'.repeat(2);
 /** Who has said everything and is not let go for this long waits for something that never comes. */
 const STUCK_MS = 20_000;
 const HANDSHAKE_MS = 400;
@@ -77,18 +80,29 @@ export function wholeSession(extended: boolean, written: Buffer, spoils = false,
 /** What one of them does. */
 export interface DamagedSession {
   readonly extended: boolean;
-  readonly tls: boolean;
+  /** `asked`: TLS is asked for, and not spoken; `inside`: what is said in it is damaged; `outside`: its records are. */
+  readonly tls: 'none' | 'asked' | 'inside' | 'outside';
   readonly damage: readonly string[];
   readonly bytes: Buffer;
   /** How it leaves: it says that it is done and waits, it goes at once, or it takes no answers for a while. */
   readonly leaves: 'done' | 'at once' | 'deaf';
+  readonly records?: readonly RecordDamage[];
+}
+
+/** What happens to the records of TLS on their way. */
+export interface RecordDamage {
+  /** Bytes of them before it. */
+  readonly at: number;
+  readonly kind: 'bit' | 'byte' | 'insert' | 'remove' | 'end';
+  readonly value: number;
 }
 
 export function damagedSession(seed: number): DamagedSession {
   const random = new Random(seed);
   const extended = random.chance(0.5);
-  const tls = random.chance(0.1);
-  const messages: Buffer[] = wholeSession(extended, Buffer.from(random.bytes(4096)), true, tls);
+  const asked = random.chance(0.1);
+  const messages: Buffer[] = wholeSession(extended, Buffer.from(random.bytes(4096)), true, asked);
+  const whole = Buffer.concat(messages);
   const damage: string[] = [];
   for (let left = random.chance(0.4) ? random.between(1, 4) : 0; left > 0; left--) {
     const [one, other] = [random.between(0, messages.length - 1), random.between(0, messages.length - 1)];
@@ -121,12 +135,66 @@ export function damagedSession(seed: number): DamagedSession {
     damage.push(`nothing behind ${bytes.length}`);
   }
   const leaves = random.pick(['done', 'done', 'done', 'done', 'done', 'done', 'at once', 'deaf'] as const);
-  return { extended, tls, damage, bytes, leaves };
+  if (asked || !random.chance(0.2)) return { extended, tls: asked ? 'asked' : 'none', damage, bytes, leaves };
+  // With the greeting, which comes before TLS, there is nothing to begin with.
+  if (random.chance(0.5)) return { extended, tls: 'inside', damage, bytes: bytes.subarray(4), leaves };
+  const records = Array.from({ length: random.between(1, 4) }, (): RecordDamage => {
+    const kind = random.pick(['bit', 'byte', 'insert', 'remove', 'end'] as const);
+    return { at: random.between(0, random.pick([600, 7000])), kind, value: random.between(0, 255) };
+  });
+  const said = records.map(({ at, kind }) => `${kind} at ${at} of the records`);
+  return { extended, tls: 'outside', damage: said, bytes: whole.subarray(4), leaves, records };
+}
+
+/** Hands on what a client sends, with its damage. */
+function damageRecords(records: readonly RecordDamage[]): (bytes: Buffer, socket: Socket) => Promise<void> {
+  let passed = 0;
+  return async (bytes, socket) => {
+    let out = Buffer.from(bytes);
+    let ends = false;
+    for (const { at, kind, value } of records) {
+      const place = at - passed;
+      if (place < 0 || place >= out.length) continue;
+      if (kind === 'bit') out[place] = (out[place] ?? 0) ^ (1 << (value % 8));
+      else if (kind === 'byte') out[place] = value;
+      else {
+        const inserted = Buffer.alloc(kind === 'insert' ? value : 0, value);
+        const rest = out.subarray(place + (kind === 'remove' ? 1 + (value % 40) : 0));
+        out = Buffer.concat([out.subarray(0, place), inserted, kind === 'end' ? Buffer.alloc(0) : rest]);
+        ends ||= kind === 'end';
+      }
+    }
+    passed += bytes.length;
+    if (out.length > 0 && socket.writable) socket.write(out);
+    if (ends) socket.end();
+  };
+}
+
+/** Connects, up to where the bytes of a session come; undefined where it is put out before. */
+async function begin(path: string, { tls, records = [] }: DamagedSession): Promise<Duplex | undefined> {
+  if (tls === 'none' || tls === 'asked') return connect({ path, allowHalfOpen: true });
+  try {
+    const plain = await beforeTls(path);
+    const wire = records.length === 0 ? plain : new Tampering(plain, damageRecords(records));
+    return await speakTls(wire, byKey('alice', KEY));
+  } catch {
+    return undefined;
+  }
+}
+
+/** Says it in one piece; within TLS in several, so that there are several records. */
+function say(socket: Duplex, { bytes, tls }: DamagedSession, done: () => void): void {
+  if (tls === 'inside' || tls === 'outside') {
+    for (let at = 0; at < bytes.length; at += 700) socket.write(bytes.subarray(at, at + 700));
+    socket.write(Buffer.alloc(0), () => done());
+  } else socket.write(bytes, () => done());
 }
 
 /** Plays one. Rejects when the server does not let go of somebody who is done. @returns bytes of the answers */
-async function play(path: string, { bytes, leaves }: DamagedSession): Promise<number> {
-  const socket = connect({ path, allowHalfOpen: true });
+async function play(path: string, session: DamagedSession): Promise<number> {
+  const { leaves } = session;
+  const socket = await begin(path, session);
+  if (socket === undefined) return 0;
   let taken = 0;
   let closed = false;
   const ended = new Promise<void>((resolve) => {
@@ -137,7 +205,7 @@ async function play(path: string, { bytes, leaves }: DamagedSession): Promise<nu
       });
   });
   if (leaves !== 'deaf') socket.on('data', (data) => (taken += data.length));
-  const sent = new Promise<void>((resolve) => socket.write(bytes, () => resolve()));
+  const sent = new Promise<void>((resolve) => say(socket, session, resolve));
   if (leaves === 'done') {
     socket.end();
     const timer = new AbortController();
@@ -229,7 +297,7 @@ export async function playDamagedSessions(
   const at = (name: string): string => join(folder, `sessions-${name}`);
   const names = ['drive', 'witness', 'keys', 'plain', 'tls'] as const;
   for (const name of ['drive', 'witness'] as const) writeFileSync(at(name), Buffer.alloc(LENGTH));
-  writeFileSync(at('keys'), `alice:${'0123456789abcdef'.repeat(2)}\n`);
+  writeFileSync(at('keys'), `alice:${KEY}\n`);
   const drive = await engine.openDisk(at('drive'), { format: 'raw' });
   const own = await engine.openDisk(at('witness'), { format: 'raw' });
   const servers: NbdServer[] = [];
@@ -257,7 +325,7 @@ export async function playDamagedSessions(
         const seed = next++;
         const session = damagedSession(seed);
         try {
-          const taken = await play(at(session.tls ? 'tls' : 'plain'), session);
+          const taken = await play(at(session.tls === 'none' ? 'plain' : 'tls'), session);
           answerBytes += taken;
           // No handshake is answered by as much.
           if (taken > 60_000) served++;

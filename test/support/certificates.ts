@@ -1,4 +1,4 @@
-import { mkdirSync, writeFileSync } from 'node:fs';
+import { appendFileSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { run } from './peers.js';
 
@@ -32,4 +32,30 @@ export function makeCertificates(folder: string): string {
     ]);
   }
   return folder;
+}
+
+/**
+ * Makes a folder with a certificate for `localhost` that another authority has signed, which that of `from` has.
+ *
+ * @param from a folder that {@link makeCertificates} has made
+ */
+export function makeIntermediate(from: string, folder: string): void {
+  mkdirSync(folder);
+  const at = (name: string): string => join(folder, name);
+  const sign = (name: string, subject: string, authority: string, extensions: string): void => {
+    const curve = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes'];
+    run('openssl', [
+      ...['req', ...curve, '-keyout', at(`${name}-key.pem`), '-subj', subject, '-out', at('request')],
+    ]);
+    writeFileSync(at('extensions'), extensions);
+    run('openssl', [
+      ...['x509', '-req', '-in', at('request'), '-days', '2', '-CA', `${authority}-cert.pem`],
+      ...['-CAkey', `${authority}-key.pem`, '-CAcreateserial', '-extfile', at('extensions')],
+      ...['-out', at(`${name}-cert.pem`)],
+    ]);
+  };
+  const server = 'subjectAltName=DNS:localhost\nextendedKeyUsage=serverAuth\nkeyUsage=digitalSignature\n';
+  sign('middle', '/CN=Middle', join(from, 'ca'), 'basicConstraints=critical,CA:TRUE\nkeyUsage=keyCertSign\n');
+  sign('server', '/CN=localhost', at('middle'), server);
+  appendFileSync(at('server-cert.pem'), readFileSync(at('middle-cert.pem')));
 }

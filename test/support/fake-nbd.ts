@@ -3,15 +3,16 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { createServer, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import type { Duplex } from 'node:stream';
 
 /** The other side of a connection, for a scripted server. */
 export class Peer {
-  readonly socket: Socket;
+  readonly socket: Duplex;
   #buffer = Buffer.alloc(0);
   #waiting: (() => void) | undefined;
   #ended = false;
 
-  constructor(socket: Socket) {
+  constructor(socket: Duplex) {
     this.socket = socket;
     socket.on('data', (data) => {
       this.#buffer = Buffer.concat([this.#buffer, data]);

@@ -1,5 +1,6 @@
 import { execFile } from 'node:child_process';
-import { connect, type Socket } from 'node:net';
+import { connect } from 'node:net';
+import type { Duplex } from 'node:stream';
 import { promisify } from 'node:util';
 import { Peer, u16, u32, u64 } from './fake-nbd.js';
 
@@ -35,10 +36,11 @@ export interface Answer {
 /** A client that does what it is told, right or wrong. */
 export class RawClient {
   readonly peer: Peer;
-  readonly #socket: Socket;
+  readonly #socket: Duplex;
 
-  constructor(path: string) {
-    this.#socket = connect({ path, allowHalfOpen: true });
+  /** @param to a socket's path, or what is connected already */
+  constructor(to: string | Duplex) {
+    this.#socket = typeof to === 'string' ? connect({ path: to, allowHalfOpen: true }) : to;
     this.peer = new Peer(this.#socket);
   }
 

@@ -1,5 +1,6 @@
-/** TLS 1.3 first; the fastest cipher of each version. */
-export const PSK_CIPHERS = 'TLS_AES_128_GCM_SHA256:DHE-PSK-AES128-GCM-SHA256:PSK-AES128-GCM-SHA256:PSK';
+/** The fastest cipher of TLS 1.3 (of those with the hash that keys are for), and of TLS 1.2. */
+export const PSK_SUITES = 'TLS_AES_128_GCM_SHA256';
+export const PSK_CIPHERS = 'DHE-PSK-AES128-GCM-SHA256:PSK-AES128-GCM-SHA256:PSK';
 
 /** A key that both sides know, and whose it is. */
 export interface Psk {

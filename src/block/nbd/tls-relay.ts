@@ -2,7 +2,7 @@ import { Socket } from 'node:net';
 import { type ConnectionOptions, checkServerIdentity, connect } from 'node:tls';
 import { workerData } from 'node:worker_threads';
 import { forward, PlainSide } from './forward.js';
-import { PSK_CIPHERS } from './psk.js';
+import { PSK_CIPHERS, PSK_SUITES } from './psk.js';
 import {
   FAILED,
   type RelayData,
@@ -19,7 +19,7 @@ function optionsOf({ hostname, verifyPeer, ca, cert, key, psk }: RelayTls): Conn
   if (psk !== undefined) {
     return {
       ...common,
-      ciphers: PSK_CIPHERS,
+      ciphers: `${PSK_SUITES}:${PSK_CIPHERS}`,
       // No certificate is any good: whoever does not know the key is not let in by one.
       ca: [],
       pskCallback: () => ({ identity: psk.identity, psk: psk.key }),

@@ -1,4 +1,3 @@
-import { readSync, writeSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import type { Arena } from '../../kernels/arena.js';
 import { lock, unlock } from '../../kernels/futex.js';
@@ -6,6 +5,9 @@ import type { ServerSockets } from '../../os/server-sockets.js';
 import type { Sockets } from '../../os/sockets.js';
 import type { FilePipe } from './file-pipe.js';
 import { type ConnectionState, RECEIVE_BYTES } from './state.js';
+import { requireOpenSsl } from './tls.js';
+import { TlsWire } from './tls-wire.js';
+import { PlainWire, type Wire } from './wire.js';
 
 /** The client is gone. */
 export class ClientLost extends Error {}
@@ -53,7 +55,7 @@ export class ClientSocket {
   readonly fd: number;
   readonly #arena: Arena;
   readonly #sockets: Sockets & ServerSockets;
-  readonly #memory: number;
+  readonly #wire: Wire;
   readonly #forRequest = new LookOut();
   readonly #forRest = new LookOut();
   /** Requests before which nothing was read ahead, one after the other. */
@@ -64,7 +66,7 @@ export class ClientSocket {
     this.fd = state.fd;
     this.#arena = arena;
     this.#sockets = sockets;
-    this.#memory = memory;
+    this.#wire = wireOf(arena, sockets, memory, state);
   }
 
   /** Ends the connection at once, for all threads. */
@@ -101,7 +103,7 @@ export class ClientSocket {
       const most = state.readsAhead ? RECEIVE_BYTES - end : bytes - end;
       const got =
         this.#lookOut(buffer + end, most, what === 'data' || end > 0) ??
-        this.#attempt(() => readSync(this.fd, this.#arena.u8, buffer + end, most, null));
+        this.#attempt(() => this.#wire.receive(buffer + end, most));
       if (got === undefined) {
         if (end === 0) return 'idle';
         continue;
@@ -138,11 +140,10 @@ export class ClientSocket {
       this.#arena.u8.copyWithin(pointer, from, from + ahead);
     }
     for (let done = ahead; done < length; ) {
-      const at = this.#memory + pointer + done;
       const left = length - done;
       const got =
         (left < BULK_BYTES ? this.#lookOut(pointer + done, left, true) : undefined) ??
-        this.#attempt(() => this.#sockets.receiveAll(this.fd, at, left));
+        this.#attempt(() => this.#wire.receiveAll(pointer + done, left));
       if (got === 0) throw new ClientLost('the client went away in the middle of its data');
       done += got ?? 0;
     }
@@ -167,11 +168,15 @@ export class ClientSocket {
     }
   }
 
+  /** Whether {@link writeWithFile} can be used. */
+  get takesFiles(): boolean {
+    return this.#wire.takesFiles;
+  }
+
   /** Within {@link sending}: sends the beginning of an answer, and what is in the pipe behind it. @throws ClientLost */
   writeWithFile(pointer: number, length: number, pipe: FilePipe, pipeBytes: number): void {
     for (let done = 0; done < length; ) {
-      const at = this.#memory + pointer + done;
-      done += this.#attempt(() => this.#sockets.sendFrom(this.fd, at, length - done, true)) ?? 0;
+      done += this.#attempt(() => this.#wire.send(pointer + done, length - done, true)) ?? 0;
     }
     for (let done = 0; done < pipeBytes; ) {
       done += this.#attempt(() => pipe.drain(this.fd, pipeBytes - done)) ?? 0;
@@ -181,8 +186,7 @@ export class ClientSocket {
   /** Within {@link sending}. @throws ClientLost */
   write(pointer: number, length: number): void {
     for (let done = 0; done < length; ) {
-      done +=
-        this.#attempt(() => writeSync(this.fd, this.#arena.u8, pointer + done, length - done, null)) ?? 0;
+      done += this.#attempt(() => this.#wire.send(pointer + done, length - done, false)) ?? 0;
     }
   }
 
@@ -197,11 +201,13 @@ export class ClientSocket {
     if (!rest && this.#singles <= SINGLE_REQUESTS) return undefined;
     if (!lookOut.worthwhile || !this.state.beginLookOut(MOST_LOOK_OUT)) return undefined;
     const until = performance.now() + LOOK_OUT_MS;
-    const at = this.#memory + pointer;
     let got = 0;
-    do got = this.#sockets.receiveNow(this.fd, at, most);
-    while (got < 0 && performance.now() < until);
-    this.state.endLookOut();
+    try {
+      do got = this.#attempt(() => this.#wire.receiveNow(pointer, most)) ?? 0;
+      while (got < 0 && performance.now() < until);
+    } finally {
+      this.state.endLookOut();
+    }
     lookOut.learn(got > 0);
     // The end, and what goes wrong, is for the call that waits to tell.
     return got > 0 ? got : undefined;
@@ -219,4 +225,15 @@ export class ClientSocket {
       }
     }
   }
+}
+
+function wireOf(
+  arena: Arena,
+  sockets: Sockets & ServerSockets,
+  memory: number,
+  state: ConnectionState,
+): Wire {
+  const { channel } = state;
+  if (channel === undefined) return new PlainWire(arena, sockets, memory, state.fd);
+  return new TlsWire(arena, sockets, memory, state, requireOpenSsl(), channel);
 }

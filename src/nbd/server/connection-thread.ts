@@ -12,6 +12,8 @@ import type { ExportDescriptor } from './exports.js';
 import { FilePipe } from './file-pipe.js';
 import { ANSWER_BYTES, DATA_BYTES, Session } from './session.js';
 import { type ConnectionState, PHASE_OF, RECEIVE_BYTES, type ServerState } from './state.js';
+import { requireOpenSsl } from './tls.js';
+import { closeChannel } from './tls-channel.js';
 
 /** Most threads that one connection keeps busy. */
 const THREADS_OF_ONE = 16;
@@ -97,8 +99,14 @@ export class ConnectionThread {
       // What is not the client's doing is a defect; it must not take the others along.
       if (!(error instanceof ClientLost)) process.emitWarning(error instanceof Error ? error : String(error));
     } finally {
-      if (state.exit(connection, sockets.close)) ended();
+      if (state.exit(connection, (one) => this.#close(one))) ended();
     }
+  }
+
+  #close({ fd, channel }: ConnectionState): void {
+    const { sockets } = this.#context;
+    if (channel !== undefined) closeChannel(requireOpenSsl(), channel, sockets, fd);
+    sockets.close(fd);
   }
 
   #answer(socket: ClientSocket): void {

@@ -2,7 +2,9 @@ import type { ServerSockets } from '../../os/server-sockets.js';
 import type { Sockets } from '../../os/sockets.js';
 import { ServerHandshake, type Step } from '../protocol/server-handshake.js';
 import { IDLE_MS } from './client-socket.js';
+import { type HandshakeStream, PlainHandshakeStream, TlsHandshakeStream } from './handshake-stream.js';
 import { PHASE_OF, type ServerState } from './state.js';
+import type { TlsHandshakes } from './tls.js';
 
 /** Most steps of one handshake before others get their turn. */
 const STEPS_AT_ONCE = 64;
@@ -28,21 +30,21 @@ export interface ListenerContext {
   readonly listeners: readonly number[];
   /** Connections that were made by others. */
   readonly connected: readonly number[];
-  readonly tls: 'none' | 'required';
+  /** Clients speak TLS; undefined: nobody does. */
+  readonly tls: TlsHandshakes | undefined;
   /** How long a client may take until it has chosen an export. */
   readonly handshakeMs: number;
   /** There is more work than there are threads. */
   readonly more: () => void;
   /** There are no clients, and nobody can come in any more. */
   readonly finished: () => void;
-  /** Makes a connection confidential, from plain text to the stream to go on with; owns `fd` then. */
-  readonly startTls: (fd: number) => number;
 }
 
 /** A client that has not chosen an export yet. */
 interface Newcomer {
   readonly id: number;
-  fd: number;
+  readonly fd: number;
+  stream: HandshakeStream;
   readonly handshake: ServerHandshake;
   readonly deadlineMs: number;
   /** What came of the bytes that are wanted. */
@@ -164,12 +166,13 @@ export class Listener {
     const id = this.#nextId++ % (CONNECTION_TAG - HANDSHAKE_TAG);
     const handshake = new ServerHandshake({
       offers: () => state.exports.flatMap((exported) => exported?.offer ?? []),
-      tls,
+      tls: tls === undefined ? 'none' : 'required',
       closing: () => state.phase !== PHASE_OF.serving,
     });
     const newcomer: Newcomer = {
       id,
       fd,
+      stream: new PlainHandshakeStream(sockets, fd),
       handshake,
       deadlineMs: performance.now() + handshakeMs,
       bytes: new Uint8Array(handshake.wanted),
@@ -193,10 +196,8 @@ export class Listener {
     }
   }
 
-  #drop({ id, fd }: Newcomer): void {
-    const { sockets } = this.#context;
-    if (!this.#newcomers.delete(id)) return;
-    sockets.close(fd);
+  #drop({ id, stream }: Newcomer): void {
+    if (this.#newcomers.delete(id)) stream.close();
   }
 
   /** Sends and reads as far as that goes without waiting. */
@@ -212,19 +213,25 @@ export class Listener {
       if (newcomer.have === 0 && newcomer.bytes.length !== newcomer.handshake.wanted) {
         newcomer.bytes = new Uint8Array(newcomer.handshake.wanted);
       }
-      const got = sockets.receive(newcomer.fd, newcomer.bytes.subarray(newcomer.have));
+      const got = newcomer.stream.receive(newcomer.bytes.subarray(newcomer.have));
       if (got === 0) {
         this.#drop(newcomer);
         return;
       }
-      if (got === undefined) break;
+      if (got === undefined) {
+        const { waitsFor } = newcomer.stream;
+        sockets.rewatch(poller, newcomer.fd, HANDSHAKE_TAG + newcomer.id, waitsFor);
+        return;
+      }
       newcomer.have += got;
       if (newcomer.have < newcomer.bytes.length) continue;
       newcomer.have = 0;
       newcomer.after = newcomer.handshake.take(newcomer.bytes);
       newcomer.unsent.push(...newcomer.after.send);
     }
-    sockets.rewatch(poller, newcomer.fd, HANDSHAKE_TAG + newcomer.id, 'readable');
+    // What has come already the socket does not tell of, but it can be written to as a rule.
+    const what = newcomer.stream.hasPending ? 'writable' : 'readable';
+    sockets.rewatch(poller, newcomer.fd, HANDSHAKE_TAG + newcomer.id, what);
   }
 
   /** @returns whether everything was taken */
@@ -235,14 +242,14 @@ export class Listener {
       newcomer.unsent = [];
       return true;
     }
-    const sent = this.#context.sockets.send(newcomer.fd, all);
+    const sent = newcomer.stream.send(all);
     newcomer.unsent = sent === all.length ? [] : [all.subarray(sent)];
     return newcomer.unsent.length === 0;
   }
 
   /** Does what comes after an answer. @returns false where the handshake is over */
   #follow(newcomer: Newcomer, step: Step): boolean {
-    const { sockets, poller, startTls } = this.#context;
+    const { sockets, tls } = this.#context;
     switch (step.next) {
       case 'continue':
         return true;
@@ -250,9 +257,8 @@ export class Listener {
         this.#drop(newcomer);
         return false;
       case 'start-tls':
-        sockets.unwatch(poller, newcomer.fd);
-        newcomer.fd = startTls(newcomer.fd);
-        sockets.watch(poller, newcomer.fd, HANDSHAKE_TAG + newcomer.id, true);
+        if (tls === undefined) throw new Error('invariant: TLS starts only where it can');
+        newcomer.stream = new TlsHandshakeStream(tls.openSsl, tls.context, sockets, newcomer.fd);
         newcomer.handshake.secured();
         return true;
       case 'transmission':
@@ -262,16 +268,18 @@ export class Listener {
   }
 
   #admit(newcomer: Newcomer, { agreement }: Extract<Step, { next: 'transmission' }>): void {
-    const { state, sockets, poller } = this.#context;
-    const { id, fd } = newcomer;
+    const { state, sockets, poller, more } = this.#context;
+    const { id, fd, stream } = newcomer;
     const index = state.exports.findIndex((exported) => exported?.offer.name === agreement.offer.name);
     sockets.setReceiveTimeout(fd, IDLE_MS);
-    const connection = index < 0 ? undefined : state.openConnection(fd, index, agreement);
+    const connection = index < 0 ? undefined : state.openConnection(fd, index, agreement, stream.channel);
     if (connection === undefined) {
       this.#drop(newcomer);
       return;
     }
     this.#newcomers.delete(id);
-    sockets.rewatch(poller, fd, tagOf(connection), 'readable');
+    // Its first request may have come with the rest of the handshake, and the socket does not tell of that any more.
+    if (!stream.hasPending) sockets.rewatch(poller, fd, tagOf(connection), 'readable');
+    else if (state.enqueue(connection, false)) more();
   }
 }

@@ -1,6 +1,5 @@
-import { availableParallelism } from 'node:os';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { MessageChannel, type MessagePort, Worker } from 'node:worker_threads';
+import { Worker } from 'node:worker_threads';
 import { StillframeError } from '../../errors.js';
 import type { Runtime, SharedRuntime } from '../../kernels/runtime.js';
 import { type ServerSockets, serverSockets } from '../../os/server-sockets.js';
@@ -10,8 +9,8 @@ import type { ThreadMessage } from './connection-thread.js';
 import type { ExportDescriptor } from './exports.js';
 import { type Listening, listenOn, stopListening } from './listen.js';
 import { MAX_HELPERS, PHASE_OF, ServerState } from './state.js';
-import type { ConnectionData, ListenerData, RelayData } from './threads.js';
-import { loadSecrets, type RelaySecrets, type TlsOptions } from './tls.js';
+import type { ConnectionData, ListenerData } from './threads.js';
+import { type ListenerTls, prepareTls, releaseTls, type TlsOptions } from './tls.js';
 
 /** How a server treats its clients. */
 export interface ServerOptions {
@@ -28,8 +27,6 @@ export interface ServerOptions {
 /** How long clients may take for what is under way when the server closes, in milliseconds. */
 const GRACE_MS = 5000;
 const POLL_MS = 5;
-/** Threads that speak TLS. */
-const MAX_RELAYS = 4;
 
 /** An NBD server, on the host thread: it starts threads and ends them. */
 export class Server {
@@ -37,7 +34,7 @@ export class Server {
   readonly #sockets: Sockets & ServerSockets;
   readonly #state: ServerState;
   readonly #workers = new Set<Worker>();
-  readonly #relays = new Set<Worker>();
+  #tls: ListenerTls | undefined;
   readonly #poller: number;
   readonly #waker: readonly [number, number];
   readonly #connectionData: Omit<ConnectionData, 'resident'>;
@@ -67,14 +64,14 @@ export class Server {
       );
     }
     this.#sockets = { ...plain, ...server };
-    const secrets = tls && loadSecrets(tls);
     const control = ServerState.allocate(runtime.arena, maxConnections);
     this.#state = new ServerState(runtime.arena, control, maxConnections);
     try {
+      this.#tls = tls && prepareTls(tls);
       this.#state.exports = exports;
       this.listening = listenOn(this.#sockets, addresses, socketMode);
     } catch (error) {
-      this.#state.free();
+      this.#free();
       throw error;
     }
     this.finished = new Promise((resolve) => {
@@ -87,19 +84,15 @@ export class Server {
     const common = { shared, control, maxConnections, poller: this.#poller };
     this.#connectionData = { ...common, role: 'connection', waker };
     const { listeners, connected } = this.listening;
-    const relays = secrets === undefined ? [] : this.#startRelays(secrets);
-    this.#start(
-      {
-        ...common,
-        role: 'listener',
-        wake,
-        listeners: [...listeners],
-        connected,
-        relays,
-        handshakeMs: handshakeTimeoutMs,
-      },
-      relays,
-    );
+    this.#start({
+      ...common,
+      role: 'listener',
+      wake,
+      listeners: [...listeners],
+      connected,
+      tls: this.#tls,
+      handshakeMs: handshakeTimeoutMs,
+    });
     this.#grow(true);
   }
 
@@ -110,7 +103,7 @@ export class Server {
 
   /** Whether clients speak TLS with it. */
   get secure(): boolean {
-    return this.#relays.size > 0;
+    return this.#tls !== undefined;
   }
 
   /** Threads that serve connections. */
@@ -118,19 +111,9 @@ export class Server {
     return this.#state.threads;
   }
 
-  /** Starts the threads that speak TLS. @returns the way to each */
-  #startRelays(secrets: RelaySecrets): MessagePort[] {
-    return Array.from({ length: Math.min(availableParallelism(), MAX_RELAYS) }, () => {
-      const { port1, port2 } = new MessageChannel();
-      const worker = new Worker(new URL('./tls-relay.js', import.meta.url), {
-        workerData: { secrets, port: port2 } satisfies RelayData,
-        transferList: [port2],
-      });
-      this.#relays.add(worker);
-      worker.on('error', (error) => this.#fail(error));
-      worker.on('exit', () => this.#relays.delete(worker));
-      return port1;
-    });
+  #free(): void {
+    if (this.#tls !== undefined) releaseTls(this.#tls);
+    this.#state.free();
   }
 
   #fail(error: unknown): void {
@@ -139,11 +122,8 @@ export class Server {
     this.close().catch(() => undefined);
   }
 
-  #start(data: ListenerData | ConnectionData, transfer: readonly MessagePort[] = []): void {
-    const worker = new Worker(new URL('./thread.js', import.meta.url), {
-      workerData: data,
-      transferList: [...transfer],
-    });
+  #start(data: ListenerData | ConnectionData): void {
+    const worker = new Worker(new URL('./thread.js', import.meta.url), { workerData: data });
     this.#workers.add(worker);
     worker.on('message', (message: ThreadMessage) => {
       if (message === 'started') this.#starting--;
@@ -215,10 +195,9 @@ export class Server {
     state.phase = PHASE_OF.gone;
     this.#wake();
     if (this.#failure !== undefined) state.forEachOpen(shutdown);
-    for (const relay of this.#relays) relay.postMessage('end');
-    while (this.#workers.size > 0 || this.#relays.size > 0) await sleep(POLL_MS);
+    while (this.#workers.size > 0) await sleep(POLL_MS);
     for (const fd of [this.#poller, ...this.#waker]) this.#sockets.close(fd);
-    state.free();
+    this.#free();
     this.#onFinished();
     if (this.#failure !== undefined) throw this.#failure;
   }

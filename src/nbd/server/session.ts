@@ -198,7 +198,8 @@ export class Session {
 
   /** Data of a read, or a part of it. */
   #readPart(request: Request, offset: number, length: number, last: boolean): void {
-    if (length >= SPLICE_BYTES && this.#splice(request, offset, length, last)) return;
+    if (length >= SPLICE_BYTES && this.socket.takesFiles && this.#splice(request, offset, length, last))
+      return;
     const { headers } = this.rules;
     const head = dataHeaderBytes(headers);
     const at = this.#room(head + length);

@@ -1,5 +1,6 @@
 import type { Arena } from '../../kernels/arena.js';
 import { advance, load, store, waitWhile, withLock } from '../../kernels/futex.js';
+import type { TlsChannel } from '../../os/openssl.js';
 import type { Agreement } from '../protocol/server-handshake.js';
 import type { ExportDescriptor } from './exports.js';
 
@@ -38,6 +39,8 @@ import type { ExportDescriptor } from './exports.js';
  *     +48  contexts      uint32  how many of them, then their numbers as uint16
  *     +84  summoned      int32   help was called and has not come yet
  *     +88  ahead         int32   read on ahead of a request: they are small
+ *     +92  tls           int32   lock: who uses the channel
+ *     +96  channel       2 × float64: addresses of what speaks TLS with the client; 0: nothing does
  */
 const PHASE = 0;
 const LOCK = 4;
@@ -72,6 +75,8 @@ const CONTEXTS = 48;
 const CONTEXT_NUMBERS = 52;
 const SUMMONED = 84;
 const AHEAD = 88;
+const TLS = 92;
+const CHANNEL = 96;
 const CONNECTION_BYTES = 128;
 
 const FREE = 0;
@@ -158,6 +163,7 @@ export class ServerState {
     fd: number,
     exportIndex: number,
     { headers, flags, contexts }: Agreement,
+    channel: TlsChannel | undefined,
   ): ConnectionState | undefined {
     const buffer = this.arena.alloc(RECEIVE_BYTES, 'requests of an NBD client');
     const found = this.#locked(() => {
@@ -166,7 +172,7 @@ export class ServerState {
       for (let index = 0; index < this.maxConnections; index++) {
         const connection = this.connection(index);
         if (connection.get(STATE) !== FREE) continue;
-        for (const field of [USERS, RECEIVING, SENDING, BEGIN, END, SLOWNESS, SUMMONED])
+        for (const field of [USERS, RECEIVING, SENDING, BEGIN, END, SLOWNESS, SUMMONED, TLS])
           connection.set(field, 0);
         connection.set(FD, fd);
         connection.set(EXPORT, exportIndex);
@@ -174,6 +180,7 @@ export class ServerState {
         connection.set(FLAGS, flags);
         connection.set(BUFFER, buffer);
         connection.set(AHEAD, 1);
+        connection.channel = channel;
         connection.set(CONTEXTS, contexts.length);
         this.arena.u16.set(contexts, (connection.pointer + CONTEXT_NUMBERS) >> 1);
         connection.set(STATE, SERVING);
@@ -304,13 +311,13 @@ export class ServerState {
    * @param close called where it was the last one and nothing more is read from the connection
    * @returns whether the connection has ended with that
    */
-  exit(connection: ConnectionState, close: (fd: number) => void): boolean {
+  exit(connection: ConnectionState, close: (connection: ConnectionState) => void): boolean {
     const last = this.#locked(() => {
       const users = Atomics.sub(this.arena.i32, (connection.pointer + USERS) >> 2, 1) - 1;
       if (users > 0) this.#countHelper(-1);
       if (users > 0 || !connection.leaving) return false;
       // Under the lock: whoever looks for open connections must not find a descriptor that is somebody else's by then.
-      close(connection.fd);
+      close(connection);
       this.arena.free(connection.buffer);
       connection.set(STATE, FREE);
       return true;
@@ -434,6 +441,23 @@ export class ConnectionState {
 
   get sending(): number {
     return this.pointer + SENDING;
+  }
+
+  /** Pointer of the lock under which the channel is used. */
+  get tls(): number {
+    return this.pointer + TLS;
+  }
+
+  /** What speaks TLS with the client, until the connection ends; undefined: the connection is plain. */
+  get channel(): TlsChannel | undefined {
+    const words = this.#server.arena.f64;
+    const first = (this.pointer + CHANNEL) >> 3;
+    const [ssl = 0, network = 0] = words.subarray(first, first + 2);
+    return ssl === 0 ? undefined : { ssl, network };
+  }
+
+  set channel(channel: TlsChannel | undefined) {
+    this.#server.arena.f64.set([channel?.ssl ?? 0, channel?.network ?? 0], (this.pointer + CHANNEL) >> 3);
   }
 
   /** As {@link ServerState.beginLookOut}. */

@@ -5,10 +5,8 @@ import { sockets } from '../../os/sockets.js';
 import { ConnectionThread, type ThreadMessage } from './connection-thread.js';
 import { Listener, tagOf } from './listener.js';
 import { ServerState } from './state.js';
-import type { RelayMessage, ThreadData } from './threads.js';
-
-/** Plain text between a thread that speaks TLS and one that serves, in each direction. */
-const RELAY_BUFFER_BYTES = 1024 * 1024;
+import type { ThreadData } from './threads.js';
+import { attachTls } from './tls.js';
 
 const data: ThreadData = workerData;
 const runtime = attachRuntime(data.shared);
@@ -19,8 +17,8 @@ const both = { ...plain, ...server };
 const post = (message: ThreadMessage): void => parentPort?.postMessage(message);
 
 if (data.role === 'listener') {
-  const { poller, wake, listeners, connected, relays, handshakeMs } = data;
-  let next = 0;
+  const { poller, wake, listeners, connected, tls, handshakeMs } = data;
+  const handshakes = tls && attachTls(tls);
   new Listener({
     state,
     sockets: both,
@@ -28,18 +26,12 @@ if (data.role === 'listener') {
     wake,
     listeners,
     connected,
-    tls: relays.length > 0 ? 'required' : 'none',
+    tls: handshakes,
     handshakeMs,
     more: () => post('more'),
     finished: () => post('finished'),
-    startTls: (remote) => {
-      const [ours, local] = both.pair();
-      // The relay does everything in turn: what it cannot hand on at once keeps it from all its other clients.
-      for (const fd of [ours, local]) both.setSendBuffer(fd, RELAY_BUFFER_BYTES);
-      relays[next++ % relays.length]?.postMessage({ remote, local } satisfies RelayMessage);
-      return ours;
-    },
   }).run();
+  handshakes?.end();
 } else {
   const { poller, waker, resident } = data;
   const byte = Uint8Array.of(1);

@@ -1,6 +1,5 @@
-import type { MessagePort } from 'node:worker_threads';
 import type { SharedRuntime } from '../../kernels/runtime.js';
-import type { RelaySecrets } from './tls.js';
+import type { ListenerTls } from './tls.js';
 
 /** What every thread of a server gets. */
 interface Common {
@@ -15,8 +14,8 @@ export interface ListenerData extends Common {
   readonly wake: number;
   readonly listeners: readonly number[];
   readonly connected: readonly number[];
-  /** To the threads that speak TLS; none: nobody does. */
-  readonly relays: readonly MessagePort[];
+  /** Undefined: nobody speaks TLS. */
+  readonly tls: ListenerTls | undefined;
   readonly handshakeMs: number;
 }
 
@@ -28,16 +27,3 @@ export interface ConnectionData extends Common {
 }
 
 export type ThreadData = ListenerData | ConnectionData;
-
-/** What a thread that speaks TLS gets. */
-export interface RelayData {
-  readonly secrets: RelaySecrets;
-  /** Where connections come from. */
-  readonly port: MessagePort;
-}
-
-/** A connection for it: descriptors of the client and of our side in plain text, both its own from then on. */
-export interface RelayMessage {
-  readonly remote: number;
-  readonly local: number;
-}

@@ -1,8 +1,8 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { createSecureContext } from 'node:tls';
-import { type Psk, parsePskFile } from '../../block/nbd/psk.js';
+import { PSK_CIPHERS, PSK_SUITES, type Psk, parsePskFile } from '../../block/nbd/psk.js';
 import { StillframeError, systemError } from '../../errors.js';
+import { type OpenSsl, openSsl } from '../../os/openssl.js';
 
 /** With what a server proves who it is; clients without TLS are not served then. */
 export type TlsOptions =
@@ -17,31 +17,80 @@ export type TlsOptions =
       readonly pskFile: string;
     };
 
-/** The same, as the relay threads get it. */
-export type RelaySecrets =
-  | { readonly cert: string; readonly key: string; readonly ca: string | undefined }
-  | { readonly keys: readonly Psk[] };
+/** What the listener thread needs for it. */
+export interface ListenerTls {
+  /** As {@link OpenSsl.createContext} makes it. */
+  readonly context: number;
+  /** Keys of those who are served; none: those with certificates are. */
+  readonly keys: readonly Psk[];
+}
 
-/** @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_INVALID_ARGUMENT (what is in the files) */
-export function loadSecrets(options: TlsOptions): RelaySecrets {
+const CIPHERS = {
+  suites: 'TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384',
+  ciphers: 'ECDHE+AESGCM:ECDHE+CHACHA20',
+};
+
+/** TLS in the thread that carries handshakes out. */
+export interface TlsHandshakes {
+  readonly openSsl: OpenSsl;
+  readonly context: number;
+  /** No handshake may follow. */
+  end(): void;
+}
+
+/** @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE */
+export function requireOpenSsl(): OpenSsl {
+  const found = openSsl();
+  if (found !== undefined) return found;
+  throw new StillframeError(
+    'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+    'there is no OpenSSL here that can be called: TLS is served by Node itself, on Linux, with the FFI package',
+  );
+}
+
+/**
+ * @returns what the server has to give back with {@link releaseTls} in the end
+ * @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE, ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_INVALID_ARGUMENT (what is in the files)
+ */
+export function prepareTls(options: TlsOptions): ListenerTls {
+  const { createContext } = requireOpenSsl();
   if ('pskFile' in options) {
     const keys = parsePskFile(readText(options.pskFile));
-    if (keys.length > 0) return { keys };
-    throw invalid(options.pskFile, 'has no key: no line like user:0123456789abcdef');
+    if (keys.length === 0) {
+      throw invalid(options.pskFile, 'has no key: no line like user:0123456789abcdef');
+    }
+    const settings = {
+      suites: PSK_SUITES,
+      ciphers: PSK_CIPHERS,
+      certificate: undefined,
+      authorities: undefined,
+    };
+    return { context: createContext(settings), keys };
   }
   const at = (name: string): string => join(options.certificates, name);
   const cert = readText(at('server-cert.pem'));
   const key = readText(at('server-key.pem'));
   const ca = options.verifyPeer === true ? readText(at('ca-cert.pem')) : undefined;
   try {
-    createSecureContext({ cert, key, ca });
+    const certificate = { chain: cert, key };
+    return { context: createContext({ ...CIPHERS, certificate, authorities: ca }), keys: [] };
   } catch (error) {
     throw invalid(
       options.certificates,
       `has no certificate and key that belong together: ${error instanceof Error ? error.message : String(error)}`,
     );
   }
-  return { cert, key, ca };
+}
+
+export function releaseTls({ context }: ListenerTls): void {
+  requireOpenSsl().freeContext(context);
+}
+
+export function attachTls({ context, keys }: ListenerTls): TlsHandshakes {
+  const tls = requireOpenSsl();
+  const known = new Map(keys.map(({ identity, key }) => [identity, key]));
+  const end = known.size === 0 ? undefined : tls.answerKeys(context, (identity) => known.get(identity));
+  return { openSsl: tls, context, end: () => end?.() };
 }
 
 function invalid(path: string, what: string): StillframeError {
