@@ -50,8 +50,6 @@ export interface DiskRoot {
   readonly readOnly: boolean;
   /** What a discard does: pass it down or drop it (QEMU's node option `discard`). */
   readonly discard: 'unmap' | 'ignore';
-  /** What a write of zeroes becomes: zeroes without data, with `unmap` without space (`detect-zeroes`). Default: data. */
-  readonly detectZeroes?: 'on' | 'unmap' | undefined;
 }
 
 /** Frames one disk can have at once. */
@@ -185,7 +183,7 @@ export class Disk {
         const { id, control, borrowed } = this.#descriptor;
         this.#descriptor = { id, control, borrowed, ...root };
       }
-      this.#node = this.#attach(this.#runtime, this.#descriptor.node);
+      this.#node = this.#attach(this.#runtime, this.#descriptor.node, true);
       this.#generation = generation;
       this.#frames.clear();
     }
@@ -225,8 +223,8 @@ export class Disk {
    */
   changeRoot(root: DiskRoot): DiskDescriptor {
     const { arena } = this.#runtime;
-    const { node, length, readOnly, discard, detectZeroes } = root;
-    const json = new TextEncoder().encode(JSON.stringify({ node, length, readOnly, discard, detectZeroes }));
+    const { node, length, readOnly, discard } = root;
+    const json = new TextEncoder().encode(JSON.stringify({ node, length, readOnly, discard }));
     const pointer = arena.alloc(json.length, 'description of a disk');
     arena.u8.set(json, pointer);
     freeRoot(this.#runtime, this.#control);
@@ -255,11 +253,6 @@ export class Disk {
   }
 
   write(offset: number, pointer: number, length: number): void {
-    const { detectZeroes, discard } = this.#latest();
-    if (detectZeroes !== undefined && length > 0 && this.#runtime.kernels.isZero(pointer, length)) {
-      this.writeZeroes(offset, length, detectZeroes === 'unmap' && discard === 'unmap');
-      return;
-    }
     this.mutate('write', offset, length, (node) => node.write(offset, pointer, length));
   }
 

@@ -53,6 +53,7 @@ import {
   statFile,
 } from './raw/file.js';
 import { attachRaw, openRaw } from './raw/raw.js';
+import { withTraits } from './traits.js';
 
 /** Formats that are written, as `-O` names them. */
 export type TargetFormat = 'raw' | 'qcow2';
@@ -420,13 +421,15 @@ export function pathFromHeader(
   return path;
 }
 
-/** This thread's facade of an open node, its children included. */
-export function attachNode(runtime: Runtime, descriptor: NodeDescriptor): BlockNode {
+/** This thread's facade of an open node, its children included. @param isRoot nobody comes to it through another node */
+export function attachNode(runtime: Runtime, descriptor: NodeDescriptor, isRoot = false): BlockNode {
+  return isStorage(descriptor)
+    ? attachFile(runtime, descriptor)
+    : withTraits(runtime, descriptor, attachDriver(runtime, descriptor), isRoot);
+}
+
+function attachDriver(runtime: Runtime, descriptor: Exclude<NodeDescriptor, StorageDescriptor>): BlockNode {
   switch (descriptor.driver) {
-    case 'file':
-    case 'nbd':
-    case 'nested':
-      return attachFile(runtime, descriptor);
     case 'live':
       return new LiveNode(descriptor, liveDisk(runtime, descriptor.disk));
     case 'copy-on-read':

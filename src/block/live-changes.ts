@@ -7,7 +7,17 @@ import { NO_LIMITS } from './filters/blkdebug.js';
 import { type BlkdebugRule, BlkdebugState, blkdebugBytes } from './filters/blkdebug-state.js';
 import { attachNode } from './graph.js';
 import type { NodeDescriptor, Qcow2Descriptor, RawDescriptor } from './node.js';
-import { closeQcow2, openQcow2, resizeQcow2 } from './qcow2/index.js';
+import {
+  closeQcow2,
+  createSnapshot,
+  deleteSnapshot,
+  type NewSnapshot,
+  openQcow2,
+  readHeader,
+  readSnapshots,
+  resizeQcow2,
+  type SnapshotInfo,
+} from './qcow2/index.js';
 import { attachFile } from './raw/file.js';
 import { openRaw } from './raw/raw.js';
 import { type Links, relinkNode } from './relink.js';
@@ -81,6 +91,28 @@ export function resizeNode(
     `'${node.path}': Image format driver does not support resize`,
   );
   return { node, failure: error.toPlain() };
+}
+
+/** A new internal snapshot, or the id of one that goes. */
+export type SnapshotChange = { readonly create: NewSnapshot } | { readonly delete: string };
+
+/** Changes the internal snapshots of an image, whose node stays what it is. @throws StillframeError …_UNSUPPORTED_FEATURE */
+export function changeSnapshots(runtime: Runtime, node: NodeDescriptor, change: SnapshotChange): void {
+  if (node.driver !== 'qcow2') {
+    throw new StillframeError(
+      'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+      `'${node.path}' has the format ${node.driver}, which has no internal snapshots`,
+    );
+  }
+  if ('create' in change) createSnapshot(runtime, node, change.create);
+  else deleteSnapshot(runtime, node, change.delete);
+}
+
+/** The internal snapshots of a node; it has none where its format has none. */
+export function listSnapshots(runtime: Runtime, node: NodeDescriptor): SnapshotInfo[] {
+  if (node.driver !== 'qcow2') return [];
+  const file = attachFile(runtime, node.file);
+  return readSnapshots(runtime, file, readHeader(runtime, file)).map(({ info }) => info);
 }
 
 function resizeRawNode(runtime: Runtime, disk: DiskDescriptor, node: RawDescriptor, length: number): Changed {

@@ -8,6 +8,7 @@ import type { VhdxLayout } from './foreign/vhdx.js';
 import type { VmdkLayout } from './foreign/vmdk.js';
 import type { VpcLayout } from './foreign/vpc.js';
 import type { NbdTarget } from './nbd/uri.js';
+import type { NodeTraits } from './traits.js';
 
 /**
  * The contract of a node of the block graph.
@@ -139,6 +140,8 @@ interface DescriptorBase {
   /** Absolute path of the file, or the name of an NBD export as it was given. */
   readonly path: string;
   readonly readOnly: boolean;
+  /** Of a node that somebody has put together with options: what it does besides what its driver does. */
+  readonly traits?: NodeTraits | undefined;
 }
 
 /** A file or block device of the host: the bottom of every graph. Its length may change. */

@@ -100,10 +100,17 @@ async function startMonitor(monitors: Monitors, chardev: JsonObject): Promise<vo
   if (chardev['wait'] !== false) await monitors.client();
 }
 
+/** QEMU's `-drive` has two words for each. */
+function discardOption(word: unknown): string {
+  if (word === 'on' || word === 'unmap') return 'unmap';
+  if (word === 'off' || word === 'ignore') return 'ignore';
+  throw new QmpError('Invalid discard option');
+}
+
 /** Options of a node, from those of QEMU's `-drive`. */
 function driveOptions(text: string): JsonObject {
   const given = parseKeyval(text, 'file');
-  const { if: _, id, file, format, cache, media: __, readonly, ...rest } = given;
+  const { if: _, id, file, format, cache, media: __, readonly, discard, ...rest } = given;
   if (id !== undefined && typeof id !== 'string') throw new QmpError(`Parameter 'id' expects a name`);
   const below =
     typeof file === 'string'
@@ -117,12 +124,17 @@ function driveOptions(text: string): JsonObject {
   };
   const options = {
     ...rest,
+    ...(discard === undefined ? {} : { discard: discardOption(discard) }),
     ...(readonly === undefined ? {} : { 'read-only': readonly }),
     ...(format === undefined ? {} : { driver: format }),
     ...(id === undefined ? {} : { 'x-device': id }),
     ...(below === undefined ? {} : { file: below }),
   };
   const typed = coerce({ struct: { ...BLOCKDEV.members, file: { kind: BLOCKDEV, ...optional } } }, options);
+  const detect = isObject(typed) ? typed['detect-zeroes'] : undefined;
+  if (detect !== undefined && !['off', 'on', 'unmap'].includes(String(detect))) {
+    throw new QmpError(`invalid parameter value: ${String(detect)}`);
+  }
   return { ...(isObject(typed) ? typed : {}), ...(Object.keys(flags).length === 0 ? {} : { cache: flags }) };
 }
 
@@ -286,7 +298,13 @@ export const daemon: Command = {
         start();
         if (pidfile !== undefined) writeFileSync(pidfile, `${process.pid}\n`);
         leaveTerminal();
-        return await ended;
+        // Without a monitor and a server nothing else would keep the program.
+        const alive = setInterval(() => undefined, 2 ** 30);
+        try {
+          return await ended;
+        } finally {
+          clearInterval(alive);
+        }
       } finally {
         try {
           await running.close();

@@ -11,6 +11,7 @@ import { checkMinClusterSize } from './drivers.js';
 import type { Exports } from './exports.js';
 import type { Graph } from './graph.js';
 import type { GraphNode } from './graph-node.js';
+import type { InternalSnapshot } from './internal-snapshots.js';
 import { checkSpeed, jobIdOf, listOptions, runOptions } from './job-arguments.js';
 import type { JobOptions, Jobs } from './jobs.js';
 import { busyError, jobOf } from './permissions.js';
@@ -20,6 +21,7 @@ import type { PreparedSnapshot } from './snapshots.js';
 export interface Prepared {
   readonly item?: TransactionItem | undefined;
   readonly snapshot?: PreparedSnapshot | undefined;
+  readonly internal?: InternalSnapshot | undefined;
   readonly job?: PreparedJob | undefined;
 }
 
@@ -95,7 +97,7 @@ export class Backups {
     const id = jobIdOf(given, node);
     const nodes = told(() => this.#checkNodes(given, node, target));
     const job = told(() => this.#checkJob(id, speed));
-    const key = { job: 'backup' } as const;
+    const key = { job: 'backup', id } as const;
     if (nodes === undefined && target !== undefined) target.users.set(key, 'target');
     const maxWorkers = perf?.['max-workers'] ?? 0;
     const options: BackupOptions = {

@@ -17,6 +17,7 @@ import { Exports } from './exports.js';
 import { Graph } from './graph.js';
 import { GraphChanges } from './graph-changes.js';
 import { humanMonitorCommand } from './human-monitor.js';
+import { InternalSnapshots } from './internal-snapshots.js';
 import { Jobs } from './jobs.js';
 import { Mirrors } from './mirrors.js';
 import { Objects } from './objects.js';
@@ -26,6 +27,7 @@ import { listProperties, listTypes, Qom } from './qom.js';
 import { Queries } from './query.js';
 import { reopenNodes } from './reopen.js';
 import { Snapshots } from './snapshots.js';
+import { WriteThresholds } from './write-thresholds.js';
 
 /** How a daemon is set up. */
 export interface DaemonOptions {
@@ -52,6 +54,7 @@ export class Daemon {
   readonly #backups: Backups;
   readonly #changes: GraphChanges;
   readonly #snapshots: Snapshots;
+  readonly #internal: InternalSnapshots;
   readonly #mirrors: Mirrors;
   readonly #chains: ChainJobs;
   readonly #commits: Commits;
@@ -66,14 +69,16 @@ export class Daemon {
     this.graph = new Graph(engine, this.objects, allowBacking);
     this.jobs = new Jobs(tell);
     this.exports = new Exports(engine, this.graph, this.objects, tell);
-    this.#queries = new Queries(engine, this.graph);
+    this.#queries = new Queries(engine, this.graph, this.exports);
     this.#backups = new Backups(engine, this.graph, this.jobs, this.exports, qemuCompat);
     this.#changes = new GraphChanges(engine, this.graph, (from, to) => this.exports.moved(from, to));
     this.#snapshots = new Snapshots(engine, this.graph, this.#changes);
+    this.#internal = new InternalSnapshots(engine, this.graph, this.#changes);
     this.#mirrors = new Mirrors(engine, this.graph, this.#changes, this.exports, this.jobs);
     this.#chains = new ChainJobs(engine, this.graph, this.#changes, this.jobs);
     this.#commits = new Commits(this.graph, this.exports, this.#chains);
     const { graph, jobs, exports, objects, chardevs } = this;
+    const thresholds = new WriteThresholds(graph, tell);
     const qom = new Qom(objects, () => chardevs.types());
     const io = new QemuIo(
       engine,
@@ -115,8 +120,13 @@ export class Daemon {
         this.#start([{ snapshot: await this.#snapshots.prepare(given) }], false),
       'blockdev-snapshot-sync': async (given) =>
         this.#start([{ snapshot: await this.#snapshots.prepareFile(given) }], false),
+      'blockdev-snapshot-internal-sync': async (given) =>
+        this.#start([{ internal: await this.#internal.prepare(given) }], false),
+      'blockdev-snapshot-delete-internal-sync': (given) => this.#internal.delete(given),
       'blockdev-create': (given) => this.#create(given),
       block_resize: (given) => this.#resize(given),
+      'block-set-write-threshold': (given) => thresholds.set(given),
+      'x-debug-query-block-graph': () => this.#queries.blockGraph(),
       'chardev-add': ({ id, backend }) => {
         chardevs.add(id, backend);
         return {};
@@ -301,16 +311,20 @@ export class Daemon {
   ): Promise<void> {
     const items = distinct(prepared).flatMap(({ item }) => item ?? []);
     const snapshots = prepared.flatMap(({ snapshot }) => snapshot ?? []);
-    if (snapshots.length === 0) {
+    const internal = prepared.flatMap((one) => one.internal ?? []);
+    if (snapshots.length === 0 && internal.length === 0) {
       follow(await this.#engine.transaction(items, { grouped }));
       return;
     }
-    await this.#changes.change(Snapshots.nodesOf(snapshots), async (section) => {
+    const nodes = new Set([...internal.map(({ node }) => node), ...Snapshots.nodesOf(snapshots)]);
+    await this.#changes.change([...nodes], async (section) => {
       const rest = async (): Promise<void> => {
         for (const snapshot of snapshots) await this.#snapshots.commit(section, snapshot);
       };
       const within = { run: section.run.bind(section), rest };
-      follow(await this.#engine.transaction(items, { grouped, section: within }));
+      await this.#internal.during(section, internal, async () => {
+        follow(await this.#engine.transaction(items, { grouped, section: within }));
+      });
     });
     // An overlay that was made for what nobody uses is of no use to anybody.
     for (const snapshot of snapshots) await this.#snapshots.abandon(snapshot);
@@ -375,6 +389,10 @@ export class Daemon {
       case 'blockdev-snapshot-sync': {
         const given = data as ArgumentsOfAction<'blockdev-snapshot-sync'>;
         return { snapshot: await this.#snapshots.prepareFile(given) };
+      }
+      case 'blockdev-snapshot-internal-sync': {
+        const given = data as ArgumentsOfAction<'blockdev-snapshot-internal-sync'>;
+        return { internal: await this.#internal.prepare(given) };
       }
       case 'drive-backup':
         return await this.#backups.drive(data as ArgumentsOfAction<'drive-backup'>);

@@ -12,12 +12,14 @@ import { Breakpoints } from './breakpoints.js';
 import { filenameOf } from './filenames.js';
 import { type Child, type GraphNode, PASSING } from './graph-node.js';
 import type { Objects } from './objects.js';
+import { checkTraits } from './traits.js';
 
 /** What a node passes on to those that are made for it. */
 export interface Inherited {
   readonly readOnly: boolean;
   readonly forceShare: boolean;
-  readonly discard: unknown;
+  /** What drivers discard goes down as far as it can, unless somebody says otherwise. */
+  readonly discard: 'unmap' | undefined;
 }
 
 /** What opening a node gives. */
@@ -50,6 +52,8 @@ export interface Nodes {
 }
 
 const SECTOR = 512;
+/** Drivers whose nodes lie on nothing. */
+const BOTTOM: ReadonlySet<string> = new Set(['file', 'host_device', 'nbd', 'null-co', 'null-aio']);
 
 /** Opens nodes, each as the driver of its name does (QAPI `BlockdevOptions`). */
 export class Drivers {
@@ -72,12 +76,16 @@ export class Drivers {
     const driver = String(options['driver']);
     const readOnly = (options['read-only'] ?? inherited?.readOnly ?? false) === true;
     const forceShare = (options['force-share'] ?? inherited?.forceShare ?? false) === true;
-    const pass: Inherited = { readOnly, forceShare, discard: options['discard'] ?? inherited?.discard };
+    const pass: Inherited = { readOnly, forceShare, discard: 'unmap' };
     if (forceShare && !readOnly) {
       throw new QmpError('force-share=on can only be used with read-only images');
     }
-    const child = (role: Child['role'], key: string = role): Promise<GraphNode> =>
-      this.#nodes.child(role, options[key], pass, made);
+    const child = async (role: Child['role'], key: string = role): Promise<GraphNode> => {
+      const node = await this.#nodes.child(role, options[key], pass, made);
+      checkTraits(options);
+      return node;
+    };
+    if (BOTTOM.has(driver)) checkTraits(options);
     switch (driver) {
       case 'file':
       case 'host_device':
@@ -127,9 +135,11 @@ export class Drivers {
       }
       case 'blkdebug': {
         const rules = blkdebugOptions(options);
+        // Before what is below it, as QEMU lists them.
+        const sequence = this.#nodes.nextSequence();
         const { descriptor: below } = await child('image');
         const opened = await this.#layer({ driver, child: below, ...rules });
-        return { ...opened, breakpoints: this.#breakpoints(opened.descriptor) };
+        return { ...opened, breakpoints: this.#breakpoints(opened.descriptor), sequence };
       }
       case 'copy-before-write':
         return await this.#openCopyBeforeWrite(options, await child('file'), await child('target'));
@@ -211,6 +221,7 @@ export class Drivers {
 
   async #openQcow2(options: JsonObject, pass: Inherited, made: Child[]): Promise<Opened> {
     const file = await this.#nodes.child('file', options['file'], pass, made);
+    checkTraits(options);
     // Before its backing files, as QEMU lists them.
     const sequence = this.#nodes.nextSequence();
     const { backing: wanted, 'data-file': wantedData } = options;

@@ -180,6 +180,11 @@ export class Exports {
     for (const exported of this.#exports.values()) if (exported.node === from) exported.node = to;
   }
 
+  /** What is exported, in the order in which it came to be. */
+  all(): readonly { readonly node: GraphNode; readonly writable: boolean }[] {
+    return [...this.#exports.values()];
+  }
+
   /** How a node is exported. */
   useOf(node: GraphNode): 'writable' | 'readable' | undefined {
     const found = [...this.#exports.values()].find((exported) => exported.node === node);

@@ -9,6 +9,7 @@ import type { LockMode } from '../os/image-lock.js';
 import { QmpError } from '../qmp/errors.js';
 import type { Graph } from './graph.js';
 import type { GraphNode } from './graph-node.js';
+import { traitsOf } from './traits.js';
 
 /** Changes of a graph whose nodes are in use: guests wait while one is made, and see nothing else of it. */
 export class GraphChanges {
@@ -67,14 +68,14 @@ export class GraphChanges {
     const disk = await node.disk;
     if (disk === undefined) return;
     const root = await section.run<NodeDescriptor>({ kind: 'as-drive', node: node.descriptor });
-    const { discard, detectZeroes } = this.#graph.diskOptions(node);
+    const { discard } = traitsOf(node.options);
     const { readOnly } = root;
     const length = await section.run<number>({ kind: 'length', node: root });
     disk.changed(
       await section.run<DiskDescriptor>({
         kind: 'change-root',
         disk: disk.descriptor,
-        root: { node: root, length, readOnly, discard, detectZeroes },
+        root: { node: root, length, readOnly, discard },
       }),
     );
   }

@@ -1,5 +1,6 @@
 import type { HeldCounts } from '../block/filters/copy-before-write.js';
 import type { NodeDescriptor } from '../block/node.js';
+import type { WriteMarks } from '../block/write-marks.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { FrozenDisk } from '../engine/frozen-disk.js';
 import type { JobType } from '../engine/job.js';
@@ -13,7 +14,10 @@ export interface GraphNode {
   readonly name: string;
   readonly driver: string;
   options: JsonObject;
+  /** With the traits that its options say, whatever it is set to. */
   descriptor: NodeDescriptor;
+  /** What it keeps of the writes that came to it; undefined where it does not see them. */
+  readonly marks?: WriteMarks | undefined;
   children: readonly Child[];
   /** Nodes that lie on it. */
   readonly parents: Set<GraphNode>;

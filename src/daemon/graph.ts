@@ -1,10 +1,10 @@
 import { resolve } from 'node:path';
-import type { DiskDescriptor } from '../block/disk.js';
 import { combineNames, IMAGE_FORMATS, type ImageFormat, imagePath } from '../block/graph.js';
 import type { HeaderOptions, LayerHeader } from '../block/layers.js';
 import { leaveNbd } from '../block/nbd/control.js';
 import type { LiveDescriptor } from '../block/node.js';
 import type { Links } from '../block/relink.js';
+import { WRITE_MARKS_BYTES, WriteMarks } from '../block/write-marks.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
 import { QmpError } from '../qmp/errors.js';
@@ -14,6 +14,7 @@ import { filenameOf } from './filenames.js';
 import { type Child, type GraphNode, type Held, type JobFilter, PASSING, type User } from './graph-node.js';
 import type { Objects } from './objects.js';
 import { checkRemovable, isHeld } from './permissions.js';
+import { traitsOf } from './traits.js';
 
 /** What a child of each role is to a node's own descriptor. */
 const LINKS = { file: 'file', image: 'file', backing: 'backing', 'data-file': 'dataFile' } as const;
@@ -78,18 +79,9 @@ export class Graph {
     throw new QmpError(`Cannot find device='${device}' nor node-name='${nodeName}'`);
   }
 
-  /** How requests are carried out on a node. */
-  diskOptions(node: GraphNode): Pick<DiskDescriptor, 'discard' | 'detectZeroes'> {
-    const { discard = 'ignore', 'detect-zeroes': detect = 'off' } = node.options;
-    return {
-      discard: discard === 'unmap' ? 'unmap' : 'ignore',
-      detectZeroes: detect === 'on' || detect === 'unmap' ? detect : undefined,
-    };
-  }
-
   /** The live disk on a node; made when it is first wanted. */
   disk(node: GraphNode): Promise<DiskHandle> {
-    node.disk ??= this.#engine.diskOn(node.descriptor, this.diskOptions(node));
+    node.disk ??= this.#engine.diskOn(node.descriptor, { discard: traitsOf(node.options).discard });
     return node.disk;
   }
 
@@ -187,7 +179,7 @@ export class Graph {
     if (backing === undefined) return undefined;
     const name = combineNames(filenameOf(file.node), backing.name);
     const options = await this.#imageOptions(backing.path, name, backing.format);
-    const inherited = { readOnly: true, forceShare: false, discard: undefined };
+    const inherited = { readOnly: true, forceShare: false, discard: 'unmap' } as const;
     return { node: await this.#make(options, inherited) };
   }
 
@@ -320,6 +312,7 @@ export class Graph {
       // A server that is gone does not keep its node: whoever wrote there was told.
       if (node.driver !== 'nbd') throw error;
     } finally {
+      node.marks?.close();
       if (node.group !== undefined) node.group.users--;
       await this.#release(node, node.children);
     }
@@ -385,12 +378,16 @@ export class Graph {
       throw new QmpError(`Device with id '${device}' already exists`);
     }
     const children: Child[] = [];
+    const all = { discard: inherited?.discard, ...options };
     try {
-      const opened = await this.#drivers.open(options, inherited, children);
+      const opened = await this.#drivers.open(all, inherited, children);
+      const { arena } = this.#engine;
+      const marks = arena.alloc(WRITE_MARKS_BYTES, `marks of node '${name}'`);
+      let { descriptor } = opened;
       const node: GraphNode = {
         name,
         driver: String(options['driver']),
-        options: { discard: inherited?.discard, ...options },
+        options: all,
         children,
         parents: new Set(),
         owned: options['node-name'] !== undefined && inherited === undefined,
@@ -398,6 +395,13 @@ export class Graph {
         users: new Map(),
         sequence: this.#nextSequence++,
         ...opened,
+        marks: new WriteMarks(arena, marks),
+        get descriptor() {
+          return { ...descriptor, traits: { marks, ...traitsOf(node.options) } };
+        },
+        set descriptor(changed) {
+          descriptor = changed;
+        },
       };
       for (const child of children) child.node.parents.add(node);
       this.#nodes.set(name, node);

@@ -163,7 +163,7 @@ export class Mirrors {
       this.#jobs.refused(id);
       throw error;
     }
-    const key = { job: 'mirror' } as const;
+    const key = { job: 'mirror', id } as const;
     node.users.set(key, 'source');
     target.users.set(key, 'target');
     let filter: GraphNode | undefined;

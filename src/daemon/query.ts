@@ -2,6 +2,8 @@ import type { NodeInfo } from '../block/info.js';
 import type { Engine } from '../index.js';
 import type { JsonObject } from '../qmp/types.js';
 import { isObject } from '../qmp/types.js';
+import { describeGraph, deviceUser, exportUser, jobUsers } from './block-graph.js';
+import type { Exports } from './exports.js';
 import { filenameOf } from './filenames.js';
 import type { Graph } from './graph.js';
 import type { GraphNode, Held } from './graph-node.js';
@@ -44,7 +46,7 @@ const FILTERS = [
 ];
 
 /** Drivers that say nothing of how an image is kept. */
-const UNTOLD = ['snapshot-access', 'nbd'];
+const UNTOLD = ['snapshot-access', 'nbd', 'null-co', 'null-aio'];
 
 /** What a node shows where it has nothing of its own. */
 function backingOf(node: GraphNode): GraphNode | undefined {
@@ -63,10 +65,12 @@ function ofFilter({ granularity }: Held, count: number): object {
 export class Queries {
   readonly #engine: Engine;
   readonly #graph: Graph;
+  readonly #exports: Exports;
 
-  constructor(engine: Engine, graph: Graph) {
+  constructor(engine: Engine, graph: Graph, exports: Exports) {
     this.#engine = engine;
     this.#graph = graph;
+    this.#exports = exports;
   }
 
   /** `query-named-block-nodes`. @param flat without the images of backing files in those on top */
@@ -90,7 +94,7 @@ export class Queries {
       'node-name': node.name,
       backing_file_depth: depth,
       drv: node.driver,
-      write_threshold: 0,
+      write_threshold: node.marks?.threshold ?? 0,
       ...(backing === undefined || FILTERS.includes(node.driver)
         ? {}
         : { backing_file: filenameOf(backing) }),
@@ -158,24 +162,72 @@ export class Queries {
   async devices(): Promise<object[]> {
     const devices = this.#graph.all().filter(({ device }) => device !== undefined);
     return await Promise.all(
-      devices.map(async (node) => ({
+      devices.reverse().map(async (node) => ({
         device: node.device,
-        qdev: '',
         type: 'unknown',
-        removable: false,
+        // As of a drive that no guest has.
+        removable: true,
         locked: false,
         inserted: await this.#node(node, false),
       })),
     );
   }
 
-  /** `query-blockstats` */
-  statistics(nodes: boolean): object[] {
-    const wanted = this.#graph.all().filter(({ device }) => nodes || device !== undefined);
-    return wanted.map((node) => ({
-      ...(nodes || node.device === undefined ? {} : { device: node.device }),
-      'node-name': node.name,
-      stats: NO_STATISTICS,
-    }));
+  /** `x-debug-query-block-graph` */
+  blockGraph(): object {
+    const nodes = this.#graph.all().reverse();
+    const devices = nodes.flatMap((node) => (node.device === undefined ? [] : deviceUser(node.device, node)));
+    const exported = this.#exports.all().map(({ node, writable }) => exportUser(node, writable));
+    return describeGraph([...devices, ...exported, ...jobUsers(nodes)], nodes);
   }
+
+  /** `query-blockstats`. @param nodes of every node, and not of devices with all that is below them */
+  statistics(nodes: boolean): object[] {
+    if (nodes) {
+      return this.#graph
+        .all()
+        .reverse()
+        .map((node) => statisticsOf(node, false));
+    }
+    const devices = this.#graph.all().filter(({ device }) => device !== undefined);
+    return devices.reverse().map((node) => {
+      const { stats, ...rest } = statisticsOf(node, true);
+      return {
+        device: node.device,
+        ...rest,
+        stats: { ...stats, account_failed: true, account_invalid: true },
+      };
+    });
+  }
+}
+
+/** @param chain with what a filter passes requests on to, or the backing file */
+function statisticsOf(
+  node: GraphNode,
+  chain: boolean,
+): { readonly stats: object; readonly [member: string]: unknown } {
+  const parent = node.children.find(
+    ({ role }) => role === 'file' || role === 'image' || role === 'data-file',
+  )?.node;
+  const backing = chain ? backingOf(node) : undefined;
+  return {
+    'node-name': node.name,
+    stats: { ...NO_STATISTICS, wr_highest_offset: node.marks?.highest ?? 0 },
+    ...driverStatistics(node),
+    ...(parent === undefined ? {} : { parent: statisticsOf(parent, chain) }),
+    ...(backing === undefined ? {} : { backing: statisticsOf(backing, chain) }),
+  };
+}
+
+function driverStatistics({ driver, marks }: GraphNode): object {
+  if (marks === undefined || (driver !== 'file' && driver !== 'host_device')) return {};
+  const { done, failed, bytes } = marks.discards;
+  return {
+    'driver-specific': {
+      driver,
+      'discard-bytes-ok': bytes,
+      'discard-nb-ok': done,
+      'discard-nb-failed': failed,
+    },
+  };
 }

@@ -5,6 +5,7 @@ import type { GraphChanges } from './graph-changes.js';
 import type { Child, GraphNode } from './graph-node.js';
 import type { Objects } from './objects.js';
 import { checkReopenable } from './permissions.js';
+import { checkTraits } from './traits.js';
 
 /** Options of every node that can change, and go back to what they are by default. */
 const COMMON: ReadonlySet<string> = new Set([
@@ -80,7 +81,7 @@ export async function reopenNodes(
         if (old !== undefined) left.push(old);
         setChild(node, role, child);
       }
-      node.options = options;
+      node.options = node.owned ? options : { discard: 'unmap', ...options };
       await changes.reopen(section, node, readOnly);
     }
   });
@@ -132,12 +133,7 @@ function prepare(graph: Graph, objects: Objects, node: GraphNode, options: JsonO
   if (childOf(node, 'backing') !== undefined && options['backing'] === undefined) {
     throw new QmpError(`backing is missing for '${node.name}'`);
   }
-  const { discard = 'ignore' } = options;
-  if (options['detect-zeroes'] === 'unmap' && discard !== 'unmap') {
-    throw new QmpError(
-      'setting detect-zeroes to unmap is not allowed without setting discard operation to unmap',
-    );
-  }
+  checkTraits(options);
   const own = OWN[driver] ?? [];
   const isOwn = (name: string): boolean => COMMON.has(name) || own.includes(name);
   const isChild = (name: string): boolean => CHILDREN.some((role) => role === name);

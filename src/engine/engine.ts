@@ -249,10 +249,7 @@ export class Engine {
    *
    * @throws StillframeError ERR_STILLFRAME_ARENA_EXHAUSTED
    */
-  async diskOn(
-    node: NodeDescriptor,
-    options: Pick<DiskDescriptor, 'discard' | 'detectZeroes'>,
-  ): Promise<DiskHandle> {
+  async diskOn(node: NodeDescriptor, options: Pick<DiskDescriptor, 'discard'>): Promise<DiskHandle> {
     const descriptor = await this.run<DiskDescriptor>({ kind: 'open-on', node, id: this.nextId(), options });
     const disk = new DiskHandle(this, descriptor, () => this.#disks.delete(disk));
     this.#disks.add(disk);

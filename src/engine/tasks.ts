@@ -45,7 +45,14 @@ import {
 } from '../block/graph.js';
 import { chainInfo, type ImageInfo, imageInfo, nodeInfo } from '../block/info.js';
 import { type HeaderOptions, type Layer, openNodeLayer, readLayerHeader } from '../block/layers.js';
-import { reopenImage, resizeNode, swapBitmaps } from '../block/live-changes.js';
+import {
+  changeSnapshots,
+  listSnapshots,
+  reopenImage,
+  resizeNode,
+  type SnapshotChange,
+  swapBitmaps,
+} from '../block/live-changes.js';
 import { mapFiles, mapNode } from '../block/map.js';
 import type { MapRange } from '../block/map-batch.js';
 import { type Measured, type MeasureOptions, measureImage } from '../block/measure.js';
@@ -87,7 +94,7 @@ export type Task =
       readonly kind: 'open-on';
       readonly node: NodeDescriptor;
       readonly id: number;
-      readonly options: Pick<DiskDescriptor, 'discard' | 'detectZeroes'>;
+      readonly options: Pick<DiskDescriptor, 'discard'>;
     }
   | {
       readonly kind: 'export';
@@ -147,6 +154,9 @@ export type Task =
       readonly length: number;
     }
   | { readonly kind: 'swap-bitmaps'; readonly one: DiskDescriptor; readonly other: DiskDescriptor }
+  | { readonly kind: 'snapshots'; readonly node: NodeDescriptor }
+  /** While nobody uses the image. */
+  | { readonly kind: 'change-snapshots'; readonly node: NodeDescriptor; readonly change: SnapshotChange }
   /** Makes the header of a writable image name another backing file, or none. */
   | {
       readonly kind: 'change-backing';
@@ -420,6 +430,10 @@ export class TaskRunner {
         return resizeNode(this.#runtime, task.disk, task.node, task.length);
       case 'swap-bitmaps':
         return swapBitmaps(this.#runtime, task.one, task.other);
+      case 'snapshots':
+        return listSnapshots(this.#runtime, task.node);
+      case 'change-snapshots':
+        return changeSnapshots(this.#runtime, task.node, task.change);
       case 'change-backing':
         return changeBacking(this.#runtime, task.node, task.backing);
       case 'bitmaps':
@@ -541,7 +555,7 @@ export class TaskRunner {
 
   #diskOn(
     node: NodeDescriptor,
-    options: Pick<DiskDescriptor, 'discard' | 'detectZeroes' | 'borrowed'>,
+    options: Pick<DiskDescriptor, 'discard' | 'borrowed'>,
     id: number,
   ): DiskDescriptor {
     const { arena } = this.#runtime;

@@ -115,6 +115,8 @@ const SNAPSHOT_SYNC = {
   mode: optional(['existing', 'absolute-paths']),
 } as const;
 
+const SNAPSHOT_INTERNAL = { device: required('str'), name: required('str') } as const;
+
 /** What a transaction can do, with the arguments of each. */
 export const ACTIONS = {
   abort: {},
@@ -126,6 +128,7 @@ export const ACTIONS = {
   'block-dirty-bitmap-merge': BITMAP_MERGE,
   'blockdev-backup': BLOCKDEV_BACKUP,
   'blockdev-snapshot': SNAPSHOT,
+  'blockdev-snapshot-internal-sync': SNAPSHOT_INTERNAL,
   'blockdev-snapshot-sync': SNAPSHOT_SYNC,
   'drive-backup': DRIVE_BACKUP,
 } as const satisfies Readonly<Record<string, Members>>;
@@ -173,7 +176,15 @@ export const COMMANDS = {
   'blockdev-reopen': { options: required({ list: BLOCKDEV }) },
   'blockdev-snapshot': SNAPSHOT,
   'blockdev-snapshot-sync': SNAPSHOT_SYNC,
+  'blockdev-snapshot-internal-sync': SNAPSHOT_INTERNAL,
+  'blockdev-snapshot-delete-internal-sync': {
+    device: required('str'),
+    id: optional('str'),
+    name: optional('str'),
+  },
   'blockdev-create': { 'job-id': required('str'), options: required(CREATE) },
+  'block-set-write-threshold': { 'node-name': required('str'), 'write-threshold': required('uint') },
+  'x-debug-query-block-graph': {},
   block_resize: { device: optional('str'), 'node-name': optional('str'), size: required('int') },
   'chardev-add': { id: required('str'), backend: required(CHARDEV_BACKEND) },
   'chardev-change': { id: required('str'), backend: required(CHARDEV_BACKEND) },

@@ -253,7 +253,7 @@ describe.skipIf(!hasQemu())('an instant that is held', () => {
       const { answers } = await play('stillframe', join(folder, 'x'), {
         prepare,
         steps: [
-          ...[qcow2('d'), raw('s'), raw('r')],
+          ...[qcow2('d'), raw('s', { discard: 'unmap' }), raw('r')],
           ...serve(),
           ...fleecing(),
           share('cbw', { writable: true }),

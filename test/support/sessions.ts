@@ -314,6 +314,7 @@ function happened(
 function normalise(answer: unknown): unknown {
   const text = JSON.stringify(answer, (key, value) => {
     if (key === 'actual-size') return undefined;
+    if (TIMES.has(key)) return 0;
     if (key === 'image' && value?.format === 'file') return { ...value, 'virtual-size': 0 };
     if (key === 'flags' && Array.isArray(value)) return value.filter((flag) => flag !== 'in-use');
     if (value?.drv === 'blkdebug') {
@@ -324,6 +325,9 @@ function normalise(answer: unknown): unknown {
   return JSON.parse(text.replaceAll(/#block\d+/g, '#block'));
 }
 
+/** When a snapshot was made. */
+const TIMES: ReadonlySet<string> = new Set(['date-sec', 'date-nsec', 'vm-clock-sec', 'vm-clock-nsec']);
+
 /** Whether a job goes on now that had stood still. */
 function isResumed(told: unknown, status: unknown): boolean {
   const still = { running: 'paused', ready: 'standby' }[String(status)];
@@ -333,6 +337,8 @@ function isResumed(told: unknown, status: unknown): boolean {
 function byJob(events: readonly Message[], drains: boolean): Record<string, unknown[]> {
   const found: Record<string, unknown[]> = {};
   for (const { event: name, data } of events) {
+    // The emulator tells of its own end.
+    if (name === 'SHUTDOWN') continue;
     const { id, device } = (data ?? {}) as Message;
     const key = String(id ?? device ?? '');
     const before = found[key] ?? [];

@@ -35,11 +35,15 @@ export class LiveNode extends FilterNode {
   }
 
   override writeZeroes(offset: number, length: number, mayUnmap: boolean): void {
-    this.#disk.writeZeroes(offset, length, mayUnmap);
+    this.#disk.writeZeroes(offset, length, mayUnmap && this.#unmaps);
   }
 
   override writeZeroesFast(offset: number, length: number, mayUnmap: boolean): boolean {
-    return this.#disk.writeZeroesFast(offset, length, mayUnmap);
+    return this.#disk.writeZeroesFast(offset, length, mayUnmap && this.#unmaps);
+  }
+
+  get #unmaps(): boolean {
+    return this.#disk.descriptor.discard === 'unmap';
   }
 
   override discard(offset: number, length: number): void {

@@ -92,6 +92,8 @@ class TableReader {
 /** A snapshot table: its entries in their order, and where it is in the file. */
 export interface SnapshotTable {
   readonly snapshots: readonly Snapshot[];
+  /** Where the entries are, without what fills them up to a multiple of 8 bytes. */
+  readonly places: readonly { readonly offset: number; readonly length: number }[];
   /** Bytes. */
   readonly offset: number;
   readonly length: number;
@@ -111,7 +113,9 @@ export function readSnapshotTable(runtime: Runtime, file: FileNode, header: Qcow
   const offset = header.snapshotsOffset;
   const table = new TableReader(runtime, file, 'snapshot table', offset, MAX_TABLE_BYTES);
   const snapshots: Snapshot[] = [];
+  const places: { offset: number; length: number }[] = [];
   for (let index = 0; index < header.snapshotCount; index++) {
+    const start = table.offset;
     const fixed = table.take(SNAPSHOT_BYTES);
     const extraBytes = fixed.getUint32(36);
     if (extraBytes > MAX_SNAPSHOT_EXTRA_BYTES) {
@@ -120,6 +124,7 @@ export function readSnapshotTable(runtime: Runtime, file: FileNode, header: Qcow
     const extra = table.take(extraBytes);
     const id = table.text(fixed.getUint16(12));
     const name = table.text(fixed.getUint16(14));
+    places.push({ offset: start, length: table.offset - start });
     table.align();
     const clock = fixed.getBigUint64(24);
     const icount = extraBytes >= 24 ? extra.getBigUint64(16) : NO_ICOUNT;
@@ -140,7 +145,7 @@ export function readSnapshotTable(runtime: Runtime, file: FileNode, header: Qcow
       length: extraBytes >= 16 ? Number(extra.getBigUint64(8)) : header.length,
     });
   }
-  return { snapshots, offset, length: table.offset - offset };
+  return { snapshots, places, offset, length: table.offset - offset };
 }
 
 /**

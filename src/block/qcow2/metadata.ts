@@ -614,6 +614,30 @@ export class Metadata {
     return true;
   }
 
+  /** Counts every cluster of a run that is in use once more. Where it throws none of them. */
+  raise(run: HostRun): void {
+    const first = run.offset / this.clusterSize;
+    for (let index = first; index < first + run.clusters; index++) {
+      const offset = index * this.clusterSize;
+      if (this.#countOnce(offset)) continue;
+      const isFree = this.refcountAt(offset) === 0;
+      if (index > first) this.lower({ offset: run.offset, clusters: index - first });
+      if (isFree) throw this.corrupt(`the cluster at offset ${offset} was in use although its refcount is 0`);
+      throw new StillframeError(
+        'ERR_STILLFRAME_INVALID_ARGUMENT',
+        `'${this.#path}': the cluster at offset ${offset} cannot be counted once more`,
+        { errno: 'EINVAL' },
+      );
+    }
+  }
+
+  /** How often a cluster is counted. */
+  refcountAt(offset: number): number {
+    const index = Math.floor(offset / this.clusterSize);
+    const block = this.#refcounts.pointer(this.#refcountSlice(index));
+    return loadRefcount(this.#runtime.arena, block, index % this.#perSlice, this.#order);
+  }
+
   /** Bits of a compressed entry that say where its data is. */
   get #compressedBits(): number {
     return 62 - (Math.log2(this.clusterSize) - 8);

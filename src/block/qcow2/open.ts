@@ -18,7 +18,7 @@ import { headerOfSnapshot, readSnapshotTable, type SnapshotSelector } from './li
 import { Metadata } from './metadata.js';
 import { Qcow2Node } from './node.js';
 import { placesOfSnapshots } from './places.js';
-import { allocateState } from './state.js';
+import { allocateState, freeState } from './state.js';
 
 /**
  * Opens the image in an open file.
@@ -98,7 +98,7 @@ export function openQcow2(
     return descriptor;
   } catch (error) {
     bitmapsOf(runtime, descriptor).free();
-    runtime.arena.free(control);
+    freeState(runtime, control);
     throw error;
   }
 }
@@ -145,7 +145,7 @@ export function closeQcow2(runtime: Runtime, descriptor: Qcow2Descriptor, file: 
     }
   } finally {
     bitmapsOf(runtime, descriptor).free();
-    runtime.arena.free(descriptor.control);
+    freeState(runtime, descriptor.control);
   }
 }
 

@@ -63,14 +63,15 @@ const NUMBERS = [
   'zeroBytes',
   /** Length of the file when it was opened: what lies behind was allocated by us. */
   'openLength',
-  /** Places of snapshots' metadata, see places.ts: pointer, and how many numbers. */
-  'places',
-  'placesCount',
   'refcountTable',
   'refcountTableCapacity',
   /** The header names a backing file, opened or not: unallocated is not zero. */
   'hasBacking',
   // Variables.
+  /** Places of snapshots' metadata, see places.ts: pointer, how many numbers, and memory of their own, 0: none. */
+  'places',
+  'placesCount',
+  'placesOwned',
   'refcountTableOffset',
   'refcountTableEntries',
   /** 1 while the header has autoclear bits that a writer of ours has to clear; those that it keeps. */
@@ -207,6 +208,23 @@ export function allocateState(
   for (const name of NUMBERS) state.set(name, constants[name] ?? 0);
   arena.f64.set(places, (control + placesAt) / 8);
   return control;
+}
+
+/** Snapshots have other tables from now on. Under the lock; facades that know the old ones are to be made anew. */
+export function replacePlaces({ arena }: Runtime, state: State, places: Places): void {
+  const owned = places.length === 0 ? 0 : arena.alloc(places.byteLength, 'places of snapshots');
+  arena.f64.set(places, owned / 8);
+  if (state.get('placesOwned') !== 0) arena.free(state.get('placesOwned'));
+  state.set('places', owned);
+  state.set('placesCount', places.length);
+  state.set('placesOwned', owned);
+}
+
+/** Gives the state of an image back. */
+export function freeState({ arena }: Runtime, control: number): void {
+  const owned = new State(arena, control, '').get('placesOwned');
+  if (owned !== 0) arena.free(owned);
+  arena.free(control);
 }
 
 /** A power of two. */

@@ -32,6 +32,7 @@ import {
   STATUS_ZERO,
   type StorageDescriptor,
 } from '../node.js';
+import { withTraits } from '../traits.js';
 
 export type { FileNode } from '../node.js';
 
@@ -205,6 +206,10 @@ export function attachBelowWith(attach: typeof attachBelow): void {
 
 /** This thread's facade of what an image lies on. */
 export function attachFile(runtime: Runtime, descriptor: StorageDescriptor): FileNode {
+  return withTraits(runtime, descriptor, attachStorage(runtime, descriptor), false);
+}
+
+function attachStorage(runtime: Runtime, descriptor: StorageDescriptor): FileNode {
   if (descriptor.driver === 'nbd') return attachNbd(runtime, descriptor);
   if (descriptor.driver === 'nested') {
     const { node, file } = descriptor;

@@ -1,0 +1,228 @@
+import type { Child, GraphNode, Use, User } from './graph-node.js';
+import { FORMATS } from './permissions.js';
+
+/*
+ * QMP `x-debug-query-block-graph`: who uses which node, what each needs to be allowed to do with it, and what it allows
+ * others. Permissions are those that QEMU's drivers ask for.
+ */
+
+const READ = 1;
+const WRITE = 2;
+const UNCHANGED = 4;
+const RESIZE = 8;
+const ALL = READ | WRITE | UNCHANGED | RESIZE;
+/** Of who works by a filter, or by a backend of its own. */
+const NONE = { needed: 0, shared: ALL } as const;
+const NAMES = ['consistent-read', 'write', 'write-unchanged', 'resize'] as const;
+
+export type PermissionName = (typeof NAMES)[number];
+
+/** Bits of {@link NAMES}. */
+interface Permissions {
+  readonly needed: number;
+  readonly shared: number;
+}
+
+/** Something outside of the graph that uses nodes of it. */
+export interface GraphUser {
+  readonly type: 'block-backend' | 'block-job';
+  /** Empty where it has none. */
+  readonly name: string;
+  readonly uses: readonly (Permissions & { readonly node: GraphNode; readonly role: string })[];
+}
+
+interface Edge extends Permissions {
+  readonly parent: GraphUser | GraphNode;
+  readonly node: GraphNode;
+  readonly role: string;
+}
+
+/** A drive of a device: as long as no guest has it, nobody writes there. */
+export function deviceUser(name: string, node: GraphNode): GraphUser {
+  return { type: 'block-backend', name, uses: [{ node, role: 'root', needed: READ, shared: ALL }] };
+}
+
+export function exportUser(node: GraphNode, writable: boolean): GraphUser {
+  const needed = READ | (writable ? WRITE : 0);
+  return {
+    type: 'block-backend',
+    name: '',
+    uses: [{ node, role: 'root', needed, shared: ALL & ~RESIZE }],
+  };
+}
+
+/** The jobs that work on nodes. */
+export function jobUsers(nodes: readonly GraphNode[]): GraphUser[] {
+  const jobs = new Map<User, [GraphNode, Use][]>();
+  for (const node of nodes) {
+    for (const [user, use] of node.users) {
+      if (user.job === undefined) continue;
+      jobs.set(user, [...(jobs.get(user) ?? []), [node, use]]);
+    }
+  }
+  return [...jobs].reverse().flatMap(([{ id = '', job }, uses]) => {
+    const user = (list: GraphUser['uses']): GraphUser => ({ type: 'block-job', name: id, uses: list });
+    const of = (use: Use): GraphNode[] => uses.flatMap(([node, as]) => (as === use ? node : []));
+    const filter = of('source').find((node) => node.job !== undefined);
+    const targets = of('target').map((node) => ({ node, role: 'target', ...NONE }));
+    if (filter === undefined) return user(targets);
+    if (job !== 'mirror') return user([...targets, { node: filter, role: 'main node', ...NONE }]);
+    const shared = ALL & ~RESIZE;
+    const sources = of('source').flatMap((node) =>
+      node === filter ? [] : { node, role: 'source', needed: 0, shared },
+    );
+    const main = { node: filter, role: 'main node', needed: READ, shared };
+    const roots = targets.map(({ node }) => ({ node, role: 'root', needed: WRITE, shared: UNCHANGED }));
+    return [{ type: 'block-backend', name: '', uses: roots }, user([...targets, ...sources, main])];
+  });
+}
+
+/** @param nodes all of them, in the order in which they were made */
+export function describeGraph(users: readonly GraphUser[], nodes: readonly GraphNode[]): object {
+  return new Description(users).of(nodes);
+}
+
+class Description {
+  readonly #users: readonly GraphUser[];
+  readonly #numbers = new Map<GraphUser | GraphNode, number>();
+  readonly #needs = new Map<GraphNode, Permissions>();
+
+  constructor(users: readonly GraphUser[]) {
+    this.#users = users;
+  }
+
+  of(nodes: readonly GraphNode[]): object {
+    const found: object[] = [];
+    const edges: object[] = [];
+    const add = (one: GraphUser | GraphNode, type: string, name: string, below: readonly Edge[]): void => {
+      found.push({ name, type, id: this.#number(one) });
+      for (const edge of below) {
+        const parent = this.#number(edge.parent);
+        edges.push({
+          name: edge.role,
+          parent,
+          'shared-perm': namesOf(edge.shared),
+          child: this.#number(edge.node),
+          perm: namesOf(edge.needed),
+        });
+      }
+    };
+    for (const user of this.#users) {
+      const below = user.uses.map((use) => ({ ...use, parent: user }));
+      add(user, user.type, user.name, below);
+    }
+    for (const node of nodes) add(node, 'block-driver', node.name, this.#below(node));
+    return { nodes: found.reverse(), edges: edges.reverse() };
+  }
+
+  /** Numbers are given in the order in which somebody is first spoken of. */
+  #number(one: GraphUser | GraphNode): number {
+    const known = this.#numbers.get(one);
+    if (known !== undefined) return known;
+    const next = this.#numbers.size + 1;
+    this.#numbers.set(one, next);
+    return next;
+  }
+
+  #below(node: GraphNode): Edge[] {
+    const above = this.#of(node);
+    return childrenOf(node).map((child) => ({
+      parent: node,
+      node: coverOf(child.node, node),
+      role: child.role,
+      ...permissionsOn(node, child, above),
+    }));
+  }
+
+  /** What all that use a node need of it and share. */
+  #of(node: GraphNode): Permissions {
+    const known = this.#needs.get(node);
+    if (known !== undefined) return known;
+    let all: Permissions = { needed: 0, shared: ALL };
+    const take = ({ needed, shared }: Permissions): void => {
+      all = { needed: all.needed | needed, shared: all.shared & shared };
+    };
+    for (const { uses } of this.#users) for (const use of uses) if (use.node === node) take(use);
+    for (const parent of parentsOf(node)) {
+      for (const edge of this.#below(parent)) if (edge.node === node) take(edge);
+    }
+    this.#needs.set(node, all);
+    return all;
+  }
+}
+
+/** The last one first. What a mirror has below it is a backing file to QEMU. */
+function childrenOf({ driver, children }: GraphNode): { readonly node: GraphNode; readonly role: string }[] {
+  if (driver !== 'mirror_top') return [...children].reverse();
+  return children.flatMap(({ node, role }) => (role === 'file' ? { node, role: 'backing' } : []));
+}
+
+/** Whoever lies on a node lies on the filter that a job has put over it. */
+function coverOf(node: GraphNode, parent: GraphNode): GraphNode {
+  const filter = [...node.parents].find(({ job }) => job !== undefined);
+  return filter === undefined || filter === parent ? node : coverOf(filter, parent);
+}
+
+function parentsOf(node: GraphNode): GraphNode[] {
+  const covered = node.job === undefined ? undefined : node.children[0]?.node;
+  return [
+    ...node.parents,
+    ...(covered === undefined ? [] : parentsOf(covered).filter((one) => one !== node)),
+  ];
+}
+
+function namesOf(bits: number): PermissionName[] {
+  return NAMES.filter((_, index) => (bits & (1 << index)) !== 0).reverse();
+}
+
+/** @param above what is needed of the node itself, and shared */
+function permissionsOn(
+  node: GraphNode,
+  child: Pick<Child, 'node'> & { readonly role: string },
+  above: Permissions,
+): Permissions {
+  const passed = { needed: above.needed, shared: above.shared | UNCHANGED };
+  if (node.driver === 'mirror_top') return passed;
+  if (child.role === 'backing') {
+    const others = (above.shared & WRITE) !== 0 ? WRITE | RESIZE : 0;
+    return { needed: above.needed & READ, shared: others | READ | UNCHANGED };
+  }
+  if (child.role === 'target') return { needed: WRITE, shared: ALL & ~RESIZE };
+  switch (node.driver) {
+    case 'raw': {
+      const isPart = node.options['offset'] !== undefined || node.options['size'] !== undefined;
+      if (!isPart) return passed;
+      const { needed, shared } = ofData(passed);
+      const changes = WRITE | RESIZE;
+      return { needed: (needed & ~changes) | (above.needed & changes), shared };
+    }
+    case 'copy-before-write':
+      return {
+        needed: passed.needed | ((passed.needed & WRITE) === 0 ? 0 : READ),
+        shared: node.parents.size + node.users.size === 0 ? passed.shared : passed.shared & ~(WRITE | RESIZE),
+      };
+    case 'snapshot-access':
+      return { needed: 0, shared: ALL };
+    case 'copy-on-read':
+      return { ...passed, needed: passed.needed | UNCHANGED };
+    case 'preallocate':
+      return (above.needed & (WRITE | RESIZE)) === 0
+        ? passed
+        : { needed: passed.needed | WRITE | RESIZE, shared: passed.shared & ~(WRITE | RESIZE) };
+    default:
+      return FORMATS.has(node.driver) ? ofImage(node, child, passed) : passed;
+  }
+}
+
+/** Of what has the tables of an image, or its data. */
+function ofImage(node: GraphNode, { role }: { readonly role: string }, passed: Permissions): Permissions {
+  if (role === 'data-file') return ofData(passed);
+  const changes = node.descriptor.readOnly ? 0 : WRITE | RESIZE;
+  const tables = { needed: passed.needed | changes | READ, shared: passed.shared & ~(WRITE | RESIZE) };
+  return node.children.some((child) => child.role === 'data-file') ? tables : ofData(tables);
+}
+
+function ofData({ needed, shared }: Permissions): Permissions {
+  const written = (needed & UNCHANGED) === 0 ? needed : needed | WRITE;
+  return { needed: (written & WRITE) === 0 ? written : written | RESIZE, shared: shared & ~RESIZE };
+}
