@@ -11,10 +11,10 @@ import {
   attachNode,
   formatOfBacking,
   type ImageFormat,
-  openStorage,
   pathFromHeader,
   probe,
 } from './graph.js';
+import { openNbd } from './nbd/index.js';
 import type {
   FileDescriptor,
   ForeignName,
@@ -32,7 +32,13 @@ import { openRaw } from './raw/raw.js';
  */
 export type Layer =
   | { readonly driver: 'file'; readonly path: string; readonly readOnly: boolean; readonly lock: LockMode }
-  | { readonly driver: 'nbd'; readonly name: string; readonly readOnly: boolean }
+  | {
+      readonly driver: 'nbd';
+      readonly name: string;
+      readonly readOnly: boolean;
+      /** What the key of the client's certificate is encrypted with. */
+      readonly passphrase?: string | undefined;
+    }
   | {
       readonly driver: 'null-co';
       readonly length: number;
@@ -93,7 +99,7 @@ export function openNodeLayer(runtime: Runtime, layer: Layer): NodeDescriptor {
     case 'file':
       return openFile(runtime, layer.path, { readOnly: layer.readOnly, lock: layer.lock });
     case 'nbd':
-      return openStorage(runtime, layer.name, { readOnly: layer.readOnly, lock: 'none' });
+      return openNbd(runtime, layer.name, layer);
     case 'null-co':
       return { ...layer, path: 'null-co://' };
     case 'raw':

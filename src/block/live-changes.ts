@@ -13,6 +13,7 @@ import {
   deleteSnapshot,
   type NewSnapshot,
   openQcow2,
+  type Preallocation,
   readHeader,
   readSnapshots,
   resizeQcow2,
@@ -60,14 +61,16 @@ export function reopenImage(
  *
  * @param disk the one on the node
  * @param length bytes, a multiple of 512
+ * @param preallocation of what is new
  */
 export function resizeNode(
   runtime: Runtime,
   disk: DiskDescriptor,
   node: NodeDescriptor,
   length: number,
+  preallocation: Preallocation,
 ): Changed {
-  if (node.driver === 'raw') return resizeRawNode(runtime, disk, node, length);
+  if (node.driver === 'raw') return resizeRawNode(runtime, disk, node, length, preallocation);
   if (node.driver === 'qcow2') {
     const kept = bitmapsOfDisk(runtime, disk)
       .all()
@@ -83,7 +86,7 @@ export function resizeNode(
     }
     return anew(runtime, disk, node, node, () => {
       const backing = node.backing && attachNode(runtime, node.backing);
-      resizeQcow2(runtime, node, backing, { length, preallocation: 'off' });
+      resizeQcow2(runtime, node, backing, { length, preallocation });
     });
   }
   const error = new StillframeError(
@@ -115,8 +118,14 @@ export function listSnapshots(runtime: Runtime, node: NodeDescriptor): SnapshotI
   return readSnapshots(runtime, file, readHeader(runtime, file)).map(({ info }) => info);
 }
 
-function resizeRawNode(runtime: Runtime, disk: DiskDescriptor, node: RawDescriptor, length: number): Changed {
-  const failure = failureOf(() => resizeRaw(runtime, node, length, 'off'));
+function resizeRawNode(
+  runtime: Runtime,
+  disk: DiskDescriptor,
+  node: RawDescriptor,
+  length: number,
+  preallocation: Preallocation,
+): Changed {
+  const failure = failureOf(() => resizeRaw(runtime, node, length, preallocation));
   const resized = openRaw(runtime, node.file, { ...node, size: undefined });
   for (const bitmap of bitmapsOfDisk(runtime, disk).all()) {
     if (bitmap.length !== resized.length) bitmap.resize(resized.length);

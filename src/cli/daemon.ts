@@ -1,13 +1,21 @@
 import { spawn } from 'node:child_process';
-import { closeSync, openSync, rmSync, writeFileSync } from 'node:fs';
+import { closeSync, constants, existsSync, openSync, rmSync, writeFileSync } from 'node:fs';
 import { Daemon } from '../daemon/commands.js';
-import { toStillframeError } from '../errors.js';
+import { listProperties } from '../daemon/qom.js';
+import { systemError, toStillframeError } from '../errors.js';
 import { createEngine } from '../index.js';
 import { BLOCKDEV, EXPORT, OBJECT, SOCKET_ADDRESS } from '../qmp/blockdev-schema.js';
-import { QmpError } from '../qmp/errors.js';
+import { openErrorText, QmpError } from '../qmp/errors.js';
 import { parseKeyval, parseOption } from '../qmp/keyval.js';
 import { type MonitorPlace, Monitors } from '../qmp/listener.js';
-import { coerce, isObject, type JsonObject, type StructKind, wrongValue } from '../qmp/types.js';
+import {
+  coerce,
+  isObject,
+  type JsonObject,
+  type Members,
+  type StructKind,
+  wrongValue,
+} from '../qmp/types.js';
 import { ALLOW_BACKING, type Arguments, type Command, usageError } from './command.js';
 import { version } from './version.js';
 
@@ -15,8 +23,9 @@ const optional = { optional: true } as const;
 
 const CHARDEV: StructKind = {
   struct: {
-    backend: { kind: ['socket', 'stdio', 'null'] },
-    id: { kind: 'str' },
+    backend: { kind: 'str' },
+    append: { kind: 'bool', ...optional },
+    id: { kind: 'str', ...optional },
     path: { kind: 'str', ...optional },
     host: { kind: 'str', ...optional },
     port: { kind: 'str', ...optional },
@@ -37,7 +46,7 @@ const MONITOR: StructKind = {
   struct: {
     chardev: { kind: 'str' },
     id: { kind: 'str', ...optional },
-    mode: { kind: ['control'], ...optional },
+    mode: { kind: ['control', 'readline'], ...optional },
     pretty: { kind: 'bool', ...optional },
   },
 };
@@ -80,8 +89,62 @@ function filenameOf({ backend, path, host, port, fd, server }: JsonObject): stri
   return server === true ? `${place},server=on` : place;
 }
 
+/** Types of character devices that a monitor can be on, as `--chardev help` lists them. */
+const BACKENDS: readonly string[] = ['file', 'socket', 'stdio', 'null', 'pipe'];
+
+/** @throws QmpError where there can be no such character device */
+function checkChardev({ backend, id, path }: JsonObject): void {
+  const type = String(backend);
+  if (typeof id !== 'string') throw new QmpError('chardev: no id specified');
+  if (!BACKENDS.includes(type)) throw new QmpError(`'${type}' is not a valid char driver name`);
+  if (type === 'file' && path === undefined) throw new QmpError('chardev: file: no filename given');
+  if (type === 'pipe' && path === undefined) throw new QmpError('chardev: pipe: no device path given');
+}
+
+/** @throws QmpError in QEMU's words */
+function openAt(path: string, flags: number): number {
+  try {
+    return openSync(path, flags, 0o666);
+  } catch (error) {
+    throw new QmpError(openErrorText(systemError(`cannot open '${path}'`, error), path));
+  }
+}
+
+/** A character device of the command line, and the files that it has open. */
+interface OpenChardev {
+  readonly chardev: JsonObject;
+  readonly input?: number;
+  readonly output?: number;
+}
+
+/** @throws QmpError in QEMU's words */
+function openChardev(chardev: JsonObject): OpenChardev {
+  checkChardev(chardev);
+  const path = String(chardev['path']);
+  switch (chardev['backend']) {
+    case 'file': {
+      const how = chardev['append'] === true ? constants.O_APPEND : constants.O_TRUNC;
+      return { chardev, output: openAt(path, constants.O_WRONLY | constants.O_CREAT | how) };
+    }
+    case 'pipe': {
+      // A pair of pipes, or one for both ways.
+      const pair = ['in', 'out'].map((end) => `${path}.${end}`);
+      const [input = path, output = path] = pair.every((end) => existsSync(end)) ? pair : [];
+      const flags = constants.O_RDWR | constants.O_NONBLOCK;
+      return { chardev, input: openAt(input, flags), output: openAt(output, flags) };
+    }
+    default:
+      return { chardev };
+  }
+}
+
 /** Starts a monitor on what a character device says. */
-async function startMonitor(monitors: Monitors, chardev: JsonObject): Promise<void> {
+async function startMonitor(monitors: Monitors, { chardev, input, output }: OpenChardev): Promise<void> {
+  if (output !== undefined) {
+    if (input === undefined) monitors.write(output);
+    else monitors.pipe({ input, output });
+    return;
+  }
   switch (chardev['backend']) {
     case 'stdio':
       monitors.stdio();
@@ -138,11 +201,47 @@ function driveOptions(text: string): JsonObject {
   return { ...(isObject(typed) ? typed : {}), ...(Object.keys(flags).length === 0 ? {} : { cache: flags }) };
 }
 
-/** Does what the options say, in their order. */
-async function setUp(args: Arguments, daemon: Daemon, monitors: Monitors): Promise<void> {
-  const chardevs = new Map<string, JsonObject>();
+/** What an option's word `help` prints; undefined where it is not that. @throws QmpError where there is no help */
+function helpFor(name: string, value: string): string | undefined {
+  const words = value.split(',');
+  if (!words.includes('help') && !words.includes('?')) return undefined;
+  const [type = ''] = words;
+  const isList = type === 'help' || type === '?';
+  const lines = (list: readonly string[]): string => list.map((line) => `  ${line}\n`).join('');
+  if (name === 'chardev') {
+    return isList
+      ? `Available chardev backend types: \n${lines(BACKENDS)}`
+      : `chardev options:\n${lines(optionsOf(CHARDEV.struct))}`;
+  }
+  if (name === 'object') {
+    if (isList) return `List of user creatable objects:\n${lines(Object.keys(OBJECT.variants).sort())}`;
+    const members = OBJECT.variants[type];
+    if (members === undefined) return undefined;
+    const properties = listProperties(type).filter((one) => Object.hasOwn(members, one.name));
+    const named = properties.map((one) => `${one.name}=<${one.type}>`);
+    return `${type} options:\n${lines(named.sort())}`;
+  }
+  if (HELPLESS.includes(name) && isList) throw new QmpError('Help is not available for this option');
+  return undefined;
+}
+
+const HELPLESS: readonly string[] = ['blockdev', 'drive', 'export', 'monitor', 'nbd-server'];
+const TYPE_NAMES: Readonly<Record<string, string>> = { bool: 'bool (on/off)', uint32: 'num' };
+
+/** Options with their types, as QEMU lists them. */
+function optionsOf(members: Members): string[] {
+  return Object.entries(members)
+    .map(([name, { kind }]) => `${name}=<${typeof kind === 'string' ? (TYPE_NAMES[kind] ?? kind) : 'str'}>`)
+    .sort();
+}
+
+/** Does what the options say, in their order. @returns what to print instead of going on, where one of them asks for help */
+async function setUp(args: Arguments, daemon: Daemon, monitors: Monitors): Promise<string | undefined> {
+  const chardevs = new Map<string, OpenChardev>();
   for (const { name, value = '' } of args.given) {
     try {
+      const help = helpFor(name, value);
+      if (help !== undefined) return help;
       switch (name) {
         case 'blockdev':
           await daemon.graph.add(parseOption(value, BLOCKDEV, 'driver'));
@@ -155,12 +254,13 @@ async function setUp(args: Arguments, daemon: Daemon, monitors: Monitors): Promi
           break;
         case 'chardev': {
           const chardev = parseOption(modernise(value), CHARDEV, 'backend');
-          chardevs.set(String(chardev['id']), chardev);
+          chardevs.set(String(chardev['id']), openChardev(chardev));
           daemon.chardevs.register(String(chardev['id']), String(chardev['backend']), filenameOf(chardev));
           break;
         }
         case 'monitor': {
-          const { chardev } = parseOption(value, MONITOR, 'chardev');
+          const { chardev, mode } = parseOption(value, MONITOR, 'chardev');
+          if (mode === 'readline') throw new QmpError('Only QMP is supported');
           const found = chardevs.get(String(chardev));
           if (found === undefined) throw new QmpError(`chardev "${String(chardev)}" not found`);
           daemon.chardevs.use(String(chardev));
@@ -188,6 +288,7 @@ async function setUp(args: Arguments, daemon: Daemon, monitors: Monitors): Promi
       throw usageError(`--${name} ${value}: ${text}`);
     }
   }
+  return undefined;
 }
 
 /** Starts the same program once more, without a terminal. Resolves with the exit status when it is set up, or failed. */
@@ -249,7 +350,7 @@ export const daemon: Command = {
       long: 'chardev',
       value: 'OPTIONS',
       multiple: true,
-      help: 'socket,id=…,path=…,server=on,wait=off (or host=…,port=… or fd=N; without server=on it connects) or stdio,id=…',
+      help: 'socket,id=…,path=…,server=on,wait=off (or host=…,port=… or fd=N; without server=on it connects), stdio, file or pipe,id=…,path=…',
     },
     { long: 'monitor', value: 'OPTIONS', multiple: true, help: 'a QMP monitor on a chardev: chardev=ID' },
     {
@@ -265,6 +366,7 @@ export const daemon: Command = {
       help: 'an export: type=nbd,id=…,node-name=…,name=…,writable=on,bitmaps.0=…',
     },
     { long: 'pidfile', value: 'PATH', help: 'file for the number of the process, once everything is set up' },
+    { long: 'version', short: 'V', help: 'print the version' },
     { long: 'daemonize', help: 'go on in the background once everything is set up' },
     {
       long: 'x-qemu-compat',
@@ -274,6 +376,10 @@ export const daemon: Command = {
     ALLOW_BACKING,
   ],
   async run(args) {
+    if (args.flag('version')) {
+      console.log(`stillframe daemon version ${version()}`);
+      return 0;
+    }
     if (args.flag('daemonize')) return await startInBackground();
     const pidfile = args.text('pidfile');
     const engine = await createEngine();
@@ -294,7 +400,11 @@ export const daemon: Command = {
       for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => end(0));
       try {
         const start = monitors.hold();
-        await setUp(args, running, monitors);
+        const help = await setUp(args, running, monitors);
+        if (help !== undefined) {
+          process.stdout.write(help);
+          return 0;
+        }
         start();
         if (pidfile !== undefined) writeFileSync(pidfile, `${process.pid}\n`);
         leaveTerminal();

@@ -1,4 +1,5 @@
 import type { CreateImageOptions } from '../block/create.js';
+import type { Preallocation } from '../block/qcow2/index.js';
 import type { BackupHandle } from '../engine/backup.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine, TransactionItem } from '../engine/engine.js';
@@ -16,6 +17,7 @@ import { Commits } from './commits.js';
 import { Exports } from './exports.js';
 import { Graph } from './graph.js';
 import { GraphChanges } from './graph-changes.js';
+import type { GraphNode } from './graph-node.js';
 import { humanMonitorCommand } from './human-monitor.js';
 import { InternalSnapshots } from './internal-snapshots.js';
 import { Jobs } from './jobs.js';
@@ -84,7 +86,10 @@ export class Daemon {
       engine,
       graph,
       { out: (text) => process.stdout.write(text), errors: (text) => process.stderr.write(text) },
-      { resize: (node, size) => this.#resize({ 'node-name': node.name, size }) },
+      {
+        resize: (node, size, mode) => this.#resize({ 'node-name': node.name, size }, mode),
+        reopen: (options) => reopenNodes(graph, objects, this.#changes, [options]),
+      },
     );
     const edit = (node: string, action: Parameters<DiskHandle['editBitmap']>[0]): Promise<void> =>
       this.#editBitmap(node, action);
@@ -480,7 +485,7 @@ export class Daemon {
   }
 
   /** QMP `block_resize` */
-  async #resize(given: ArgumentsOf<'block_resize'>): Promise<void> {
+  async #resize(given: ArgumentsOf<'block_resize'>, preallocation: Preallocation = 'off'): Promise<void> {
     const { size, device, 'node-name': nodeName } = given;
     const node = this.graph.findEither(device, nodeName);
     if (size < 0) throw new QmpError("Parameter 'size' expects a >0 size");
@@ -488,9 +493,25 @@ export class Daemon {
     if (node.driver === 'qcow2' && size % 512 !== 0) {
       throw new QmpError('The new size must be a multiple of 512');
     }
+    await this.#checkPreallocation(node, size, preallocation);
     // Whoever looks at the file itself sees it as well.
     const nodes = [node, ...node.children.flatMap(({ role, node: child }) => (role === 'file' ? child : []))];
-    await this.#changes.change(nodes, (section) => this.#changes.resize(section, node, size));
+    await this.#changes.change(nodes, (section) => this.#changes.resize(section, node, size, preallocation));
+  }
+
+  /** @throws QmpError where a node cannot have space ahead like that */
+  async #checkPreallocation(node: GraphNode, size: number, preallocation: Preallocation): Promise<void> {
+    if (preallocation === 'off') return;
+    const isImage = node.driver === 'qcow2';
+    if (!isImage && preallocation === 'metadata') {
+      throw new QmpError('Unsupported preallocation mode: metadata');
+    }
+    if (size >= (await this.graph.disk(node)).length) return;
+    throw new QmpError(
+      isImage
+        ? "Preallocation can't be used for shrinking an image"
+        : 'Cannot use preallocation for shrinking files',
+    );
   }
 
   async #freeze(given: ArgumentsOf<'x-freeze'>): Promise<void> {

@@ -211,7 +211,8 @@ export class Drivers {
     const name = nbdName(options, this.#objects);
     const { server } = options;
     try {
-      return await this.#layer({ driver: 'nbd', name, readOnly });
+      const passphrase = this.#objects.passphraseOf(options['tls-creds']);
+      return await this.#layer({ driver: 'nbd', name, readOnly, passphrase });
     } catch (error) {
       if (!isObject(server)) throw error;
       const place = server['path'] ?? `${String(server['host'])}:${String(server['port'])}`;

@@ -1,6 +1,7 @@
 import type { DiskDescriptor } from '../block/disk.js';
 import type { Changed } from '../block/live-changes.js';
 import type { NodeDescriptor, Qcow2Descriptor } from '../block/node.js';
+import type { Preallocation } from '../block/qcow2/index.js';
 import type { Links } from '../block/relink.js';
 import { DrainedSection } from '../engine/drained-section.js';
 import type { Engine } from '../engine/engine.js';
@@ -208,11 +209,18 @@ export class GraphChanges {
    * Makes a node larger or smaller. Within {@link change} of the node.
    *
    * @param length bytes
+   * @param preallocation of what is new
    */
-  async resize(section: DrainedSection, node: GraphNode, length: number): Promise<void> {
+  async resize(
+    section: DrainedSection,
+    node: GraphNode,
+    length: number,
+    preallocation: Preallocation = 'off',
+  ): Promise<void> {
     const { descriptor: disk } = await this.#graph.disk(node);
     const from = await section.run<NodeDescriptor>({ kind: 'as-drive', node: node.descriptor });
-    const changed = await section.run<Changed>({ kind: 'resize-node', disk, node: from, length });
+    const resize = { kind: 'resize-node', disk, node: from, length, preallocation } as const;
+    const changed = await section.run<Changed>(resize);
     // What lies on a file itself is not a node of its own.
     if (from.driver === node.descriptor.driver) GraphChanges.settle(node, changed);
     else if (changed.failure !== undefined) throw StillframeError.fromPlain(changed.failure);

@@ -1,10 +1,12 @@
-import { readFileSync } from 'node:fs';
+import { createPrivateKey } from 'node:crypto';
+import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { setLimits, THROTTLE_GROUP_BYTES } from '../block/filters/throttle.js';
 import { changeLimits, type ThrottleLimits, UNLIMITED } from '../block/filters/throttle-limits.js';
 import type { Engine, TlsOptions } from '../index.js';
 import { QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
+import { contentOf } from './secrets.js';
 
 /** An object that nodes and servers refer to (QMP `object-add`). */
 export interface DaemonObject {
@@ -14,6 +16,8 @@ export interface DaemonObject {
   /** What a `throttle-group` has: pointer to its buckets, and what they hold. */
   readonly group?: number;
   limits?: ThrottleLimits;
+  /** What a `secret` holds; of credentials: what their key is encrypted with. */
+  readonly secret?: Buffer;
   /** What an `iothread` was told by `qom-set`. */
   readonly settings?: Map<string, number>;
   /** How many nodes and servers use it. */
@@ -41,8 +45,7 @@ export class Objects {
     }
     const common = { id, type, options: rest, users: 0 };
     if (type !== 'throttle-group') {
-      if (type === 'secret') secretOf(rest);
-      this.#objects.set(id, type === 'iothread' ? { ...common, settings: new Map() } : common);
+      this.#objects.set(id, { ...common, ...this.#contentOf(type, rest) });
       return;
     }
     const { limits: nested, ...flat } = rest;
@@ -53,6 +56,34 @@ export class Objects {
     const group = this.#engine.arena.alloc(THROTTLE_GROUP_BYTES, `throttle group '${id}'`);
     setLimits(this.#engine, group, limits);
     this.#objects.set(id, { ...common, group, limits });
+  }
+
+  #contentOf(type: string, options: JsonObject): Partial<DaemonObject> {
+    switch (type) {
+      case 'iothread':
+        return { settings: new Map() };
+      case 'secret':
+        return { secret: contentOf(options, (id) => this.#secret(id)) };
+      case 'tls-creds-x509': {
+        const { passwordid } = options;
+        if (typeof passwordid !== 'string') return {};
+        const secret = this.#secret(passwordid);
+        checkKey(options, secret.toString());
+        return { secret };
+      }
+      default:
+        return {};
+    }
+  }
+
+  /** What a secret holds. */
+  #secret(id: string): Buffer {
+    const object = this.#objects.get(id);
+    if (object === undefined) throw new QmpError(`No secret with id '${id}'`);
+    if (object.type !== 'secret' || object.secret === undefined) {
+      throw new QmpError(`Object with id '${id}' is not a secret`);
+    }
+    return object.secret;
   }
 
   remove(id: string): void {
@@ -104,7 +135,12 @@ export class Objects {
     if (typeof dir !== 'string') throw new QmpError("Property 'dir' is needed");
     return object.type === 'tls-creds-psk'
       ? { pskFile: join(dir, 'keys.psk') }
-      : { certificates: dir, verifyPeer: verifyPeer === true };
+      : { certificates: dir, verifyPeer: verifyPeer === true, passphrase: object.secret?.toString() };
+  }
+
+  /** What the key of a client's credentials is encrypted with. */
+  passphraseOf(id: unknown): string | undefined {
+    return typeof id === 'string' ? this.#objects.get(id)?.secret?.toString() : undefined;
   }
 
   /** Parameters of an NBD URI for a client's credentials. */
@@ -142,12 +178,14 @@ function limitsOf(limits: ThrottleLimits, given: (name: string) => unknown): Thr
   }
 }
 
-/** @throws QmpError where there is none */
-function secretOf({ data, file }: JsonObject): string {
-  if ((data === undefined) === (file === undefined)) {
-    throw new QmpError(
-      data === undefined ? "Must provide 'file' or 'data'" : "'file' and 'data' are mutually exclusive",
-    );
+/** @throws QmpError where the key of credentials is encrypted with something else */
+function checkKey({ dir, endpoint = 'client' }: JsonObject, passphrase: string): void {
+  if (typeof dir !== 'string') throw new QmpError("Missing 'dir' property value");
+  const [cert, key] = ['cert', 'key'].map((what) => join(dir, `${String(endpoint)}-${what}.pem`));
+  if (key === undefined || !existsSync(key)) return;
+  try {
+    createPrivateKey({ key: readFileSync(key), passphrase });
+  } catch {
+    throw new QmpError(`Cannot load certificate '${cert}' & key '${key}': Decryption has failed.`);
   }
-  return typeof file === 'string' ? readFileSync(file, 'utf8') : String(data);
 }

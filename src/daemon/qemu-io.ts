@@ -1,10 +1,14 @@
 import { readFileSync } from 'node:fs';
 import { isBlkdebugEvent } from '../block/filters/blkdebug-events.js';
 import { type Extent, STATUS_ALLOCATED } from '../block/node.js';
+import type { Preallocation } from '../block/qcow2/index.js';
 import type { Engine } from '../engine/engine.js';
 import type { GuestRequest } from '../engine/tasks.js';
 import { toStillframeError } from '../errors.js';
+import { BLOCKDEV } from '../qmp/blockdev-schema.js';
 import { jobErrorText, QmpError } from '../qmp/errors.js';
+import { parseKeyval } from '../qmp/keyval.js';
+import { coerce, isObject, type JsonObject, type Members } from '../qmp/types.js';
 import type { Breakpoints } from './breakpoints.js';
 import { getopt } from './getopt.js';
 import type { Graph } from './graph.js';
@@ -16,9 +20,20 @@ const MAX_BYTES = 2 ** 31 - 512;
 /** Bytes of a request that are in memory at once. */
 const PIECE_BYTES = 16 * 1024 * 1024;
 const PATTERN_BYTES = 65536;
+/** Options of nodes of every driver. */
+const ALL_OPTIONS: Members = Object.assign({}, ...Object.values(BLOCKDEV.variants));
 const DEFAULT_PATTERN = 0xcd;
 const SECTOR = 512;
-const PREALLOCATION: readonly string[] = ['off', 'metadata', 'falloc', 'full'];
+const PREALLOCATION: readonly Preallocation[] = ['off', 'metadata', 'falloc', 'full'];
+/** What `-c` says of how the host caches. */
+const CACHES: Readonly<Record<string, JsonObject>> = {
+  none: { direct: true },
+  off: { direct: true },
+  directsync: { direct: true },
+  writeback: {},
+  writethrough: {},
+  unsafe: { 'no-flush': true },
+};
 
 const NO_BREAKPOINTS = 'Operation not supported';
 const NO_SUCH = 'No such file or directory';
@@ -62,7 +77,9 @@ export interface QemuIoOutput {
 
 /** What carries out what is not a request. */
 export interface QemuIoActions {
-  readonly resize: (node: GraphNode, size: number, preallocation: string) => Promise<void>;
+  readonly resize: (node: GraphNode, size: number, preallocation: Preallocation) => Promise<void>;
+  /** @param options as QMP `blockdev-reopen` has them */
+  readonly reopen: (options: JsonObject) => Promise<void>;
 }
 
 interface Transfer {
@@ -222,6 +239,12 @@ export class QemuIo {
           const why = points === undefined ? NO_BREAKPOINTS : NO_SUCH;
           throw new Wrong(`Could not remove breakpoint ${tag}: ${why}`);
         },
+      },
+      reopen: {
+        arguments: '[(-r|-w)] [-c cache] [-o options]',
+        summary: 'reopens an image with new options',
+        count: [0, undefined],
+        run: (call) => this.#reopen(call),
       },
       resume: {
         arguments: 'tag',
@@ -608,13 +631,44 @@ export class QemuIo {
 
   async #truncate(call: Call): Promise<void> {
     const { rest, value } = this.#words(call, 'm:');
-    const mode = value('m') ?? 'off';
-    if (!PREALLOCATION.includes(mode)) throw new Answer(`Invalid preallocation mode '${mode}'`);
+    const word = value('m') ?? 'off';
+    const mode = PREALLOCATION.find((one) => one === word);
+    if (mode === undefined) throw new Answer(`Invalid preallocation mode '${word}'`);
     const [text = ''] = rest;
     const size = sizeOf(text);
     try {
       await this.#actions.resize(call.node, size, mode);
     } catch (error) {
+      throw new Answer(error instanceof QmpError ? error.message : errorText(error));
+    }
+  }
+
+  async #reopen(call: Call): Promise<void> {
+    const { options, rest, has, value } = this.#words(call, 'c:o:rw');
+    for (const [letter, text] of options) {
+      if (letter === 'c' && CACHES[text] === undefined) throw new Answer(`Invalid cache option: ${text}`);
+    }
+    if (options.filter(([letter]) => letter === 'r' || letter === 'w').length > 1) {
+      throw new Answer('Only one -r/-w option may be given');
+    }
+    if (rest.length > 0) this.#usage(call.name);
+    const { node } = call;
+    try {
+      const given = options.flatMap(([letter, text]) => (letter === 'o' ? [parseKeyval(text)] : []));
+      const wanted = nested(Object.assign({}, ...given));
+      const readOnly = has('r') ? true : has('w') ? false : undefined;
+      if (readOnly !== undefined && wanted['read-only'] !== undefined) {
+        throw new Answer("Cannot set both -r/-w and 'read-only'");
+      }
+      const cache = CACHES[value('c') ?? ''];
+      const changed = {
+        ...wanted,
+        ...(readOnly === undefined ? {} : { 'read-only': readOnly }),
+        ...(cache === undefined ? {} : { cache }),
+      };
+      await this.#actions.reopen({ ...asTheyAre(node), ...changed });
+    } catch (error) {
+      if (error instanceof Answer) throw error;
       throw new Answer(error instanceof QmpError ? error.message : errorText(error));
     }
   }
@@ -631,6 +685,18 @@ export class QemuIo {
             : 'Cannot allocate memory';
     if (why !== undefined) throw new Wrong(`Could not set breakpoint: ${why}`);
   }
+}
+
+/** The options of a node by which it would stay what it is. */
+function asTheyAre({ options, name, children }: GraphNode): JsonObject {
+  const below = children.map(({ role, node }) => [role, node.name]);
+  return { ...options, 'node-name': name, ...Object.fromEntries(below) };
+}
+
+/** Words made into what the options of nodes are. */
+function nested(given: JsonObject): JsonObject {
+  const typed = coerce({ struct: { ...BLOCKDEV.members, ...ALL_OPTIONS } }, given);
+  return isObject(typed) ? typed : {};
 }
 
 /** Those of the node itself, or of the first below it that has some. */

@@ -58,7 +58,7 @@ import type { MapRange } from '../block/map-batch.js';
 import { type Measured, type MeasureOptions, measureImage } from '../block/measure.js';
 import { workingFor } from '../block/nbd/index.js';
 import type { FileDescriptor, NodeDescriptor, Qcow2Descriptor, StorageDescriptor } from '../block/node.js';
-import { changeBacking, type RepairMode } from '../block/qcow2/index.js';
+import { changeBacking, type Preallocation, type RepairMode } from '../block/qcow2/index.js';
 import { type ReopenFileOptions, reopenFile } from '../block/raw/file.js';
 import { openRaw } from '../block/raw/raw.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
@@ -152,6 +152,7 @@ export type Task =
       readonly disk: DiskDescriptor;
       readonly node: NodeDescriptor;
       readonly length: number;
+      readonly preallocation: Preallocation;
     }
   | { readonly kind: 'swap-bitmaps'; readonly one: DiskDescriptor; readonly other: DiskDescriptor }
   | { readonly kind: 'snapshots'; readonly node: NodeDescriptor }
@@ -427,7 +428,7 @@ export class TaskRunner {
       case 'reopen-image':
         return reopenImage(this.#runtime, task.disk, task.node, task.options);
       case 'resize-node':
-        return resizeNode(this.#runtime, task.disk, task.node, task.length);
+        return resizeNode(this.#runtime, task.disk, task.node, task.length, task.preallocation);
       case 'swap-bitmaps':
         return swapBitmaps(this.#runtime, task.one, task.other);
       case 'snapshots':

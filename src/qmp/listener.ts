@@ -1,5 +1,6 @@
-import { chmodSync, lstatSync, rmSync } from 'node:fs';
+import { chmodSync, createWriteStream, lstatSync, rmSync } from 'node:fs';
 import { createServer, type NetConnectOpts, type Server, Socket } from 'node:net';
+import { PassThrough } from 'node:stream';
 import { StringDecoder } from 'node:string_decoder';
 import { StillframeError, systemError } from '../errors.js';
 import { type Handlers, MAX_QUEUED, Monitor, type QmpEvent } from './monitor.js';
@@ -121,6 +122,24 @@ export class Monitors {
   stdio(): void {
     const stream = { input: process.stdin, output: process.stdout, end: () => process.stdin.destroy() };
     this.#add(stream);
+  }
+
+  /** A monitor that only tells, into an open file. */
+  write(fd: number): void {
+    const output = createWriteStream('', { fd });
+    this.#add({ input: new PassThrough(), output, end: () => output.end() });
+  }
+
+  /** A monitor on the open ends of a pipe, or of two. */
+  pipe({ input, output }: { readonly input: number; readonly output: number }): void {
+    const reads = new Socket({ fd: input, writable: false });
+    const writes = new Socket({ fd: output, readable: false });
+    for (const end of [reads, writes]) end.on('error', () => end.destroy());
+    const end = (): void => {
+      reads.destroy();
+      writes.end();
+    };
+    this.#add({ input: reads, output: writes, end });
   }
 
   async close(): Promise<void> {

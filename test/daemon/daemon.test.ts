@@ -414,7 +414,7 @@ describe('the command line', () => {
     [['--monitor', 'nope'], 'chardev "nope" not found'],
     [['--export', 'nbd,id=x,node-name=y'], "node-name='y'"],
     [['--nbd-server', 'addr.type=unix'], "Parameter 'addr.path' is missing"],
-    [['--chardev', 'socket'], "Parameter 'id' is missing"],
+    [['--chardev', 'socket'], 'chardev: no id specified'],
   ])('refuses %j', (options, text) => {
     const { status, stderr } = daemonOf(...options);
     expect(status).toBe(1);

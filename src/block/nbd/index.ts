@@ -21,10 +21,11 @@ export { type Owner, workingFor } from './owner.js';
 export function openNbd(
   runtime: Runtime,
   name: string,
-  options: { readonly readOnly: boolean },
+  options: { readonly readOnly: boolean; readonly passphrase?: string | undefined },
 ): NbdDescriptor {
-  const { readOnly } = options;
-  const target = parseNbdName(name);
+  const { readOnly, passphrase } = options;
+  const parsed = parseNbdName(name);
+  const target = { ...parsed, tls: parsed.tls && { ...parsed.tls, passphrase } };
   const contexts = contextNames(target.contexts);
   if (contexts.length > MAX_CONTEXTS) throw new RangeError(`more than ${MAX_CONTEXTS} metadata contexts`);
   const control = allocateConnections(runtime.arena, name);

@@ -1,3 +1,4 @@
+import { createPrivateKey } from 'node:crypto';
 import { existsSync, readFileSync } from 'node:fs';
 import { isIP } from 'node:net';
 import { join } from 'node:path';
@@ -86,8 +87,26 @@ function relayTls(path: string, { address }: NbdTarget, tls: NbdTls): RelayTls {
     ...common,
     ca: readText(join(folder, 'ca-cert.pem')),
     cert: own ? readText(join(folder, 'client-cert.pem')) : undefined,
-    key: own ? readText(join(folder, 'client-key.pem')) : undefined,
+    key: own ? clientKey(path, join(folder, 'client-key.pem'), tls.passphrase) : undefined,
   };
+}
+
+function clientKey(path: string, file: string, passphrase: string | undefined): string {
+  const key = readText(file);
+  try {
+    return decryptKey(key, passphrase);
+  } catch (error) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_INVALID_ARGUMENT',
+      `'${path}': '${file}' is encrypted, and not with what was given: ${error instanceof Error ? error.message : String(error)}`,
+    );
+  }
+}
+
+/** A private key without a passphrase. @param key PEM @throws Error where it has another one */
+export function decryptKey(key: string, passphrase: string | undefined): string {
+  if (!key.includes('ENCRYPTED')) return key;
+  return createPrivateKey({ key, passphrase }).export({ type: 'pkcs8', format: 'pem' }).toString();
 }
 
 function readText(path: string): string {

@@ -37,6 +37,8 @@ export interface NbdTls {
   readonly hostname: string | undefined;
   /** False: anybody may be the server. */
   readonly verifyPeer: boolean;
+  /** What `client-key.pem` is encrypted with: no part of a name. */
+  readonly passphrase?: string | undefined;
 }
 
 /** The port of NBD. */

@@ -1,6 +1,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { PSK_CIPHERS, PSK_SUITES, type Psk, parsePskFile } from '../../block/nbd/psk.js';
+import { decryptKey } from '../../block/nbd/tls.js';
 import { StillframeError, systemError } from '../../errors.js';
 import { type OpenSsl, openSsl } from '../../os/openssl.js';
 
@@ -11,6 +12,8 @@ export type TlsOptions =
       readonly certificates: string;
       /** Only clients with a certificate of that authority are served. Default false. */
       readonly verifyPeer?: boolean | undefined;
+      /** What `server-key.pem` is encrypted with. */
+      readonly passphrase?: string | undefined;
     }
   | {
       /** File with lines `user:hexadecimal key`: whoever knows one of the keys is served. */
@@ -69,10 +72,10 @@ export function prepareTls(options: TlsOptions): ListenerTls {
   }
   const at = (name: string): string => join(options.certificates, name);
   const cert = readText(at('server-cert.pem'));
-  const key = readText(at('server-key.pem'));
+  const encrypted = readText(at('server-key.pem'));
   const ca = options.verifyPeer === true ? readText(at('ca-cert.pem')) : undefined;
   try {
-    const certificate = { chain: cert, key };
+    const certificate = { chain: cert, key: decryptKey(encrypted, options.passphrase) };
     return { context: createContext({ ...CIPHERS, certificate, authorities: ca }), keys: [] };
   } catch (error) {
     throw invalid(
