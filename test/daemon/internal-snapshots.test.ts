@@ -91,6 +91,47 @@ describe.skipIf(!hasQemu())('internal snapshots, beside QEMU', () => {
         for i in d e; do qemu-img snapshot -l $i.qcow2 | awk '{ print $1, $2 }'; qemu-img check $i.qcow2; done`,
     }));
 
+  it('leave images of every kind sound', () => {
+    const kinds = {
+      extended: 'extended_l2=on,cluster_size=16k',
+      small: 'cluster_size=512',
+      wide: 'refcount_bits=64',
+      narrow: 'refcount_bits=4',
+      old: 'compat=0.10',
+      lazy: 'lazy_refcounts=on',
+    };
+    const names = [...Object.keys(kinds), 'packed'];
+    const made = Object.entries(kinds).map(
+      ([name, options]) => `qemu-img create -q -f qcow2 -o ${options} ${name}.qcow2 4M
+        qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 2M 100k' -c 'write -z 3M 64k' ${name}.qcow2 >/dev/null`,
+    );
+    return same({
+      prepare: `${made.join('\n')}
+        qemu-img convert -c -O qcow2 -o cluster_size=4k wide.qcow2 packed.qcow2`,
+      steps: [
+        ...names.map((name) => qcow2(name, { discard: 'unmap' })),
+        ...serve(...names),
+        ...names.flatMap((name) => [
+          snapshot(name, 'one'),
+          guest(name, 'write -P 3 500k 70k', 'discard 0 128k', 'write -P 4 3000k 10k', 'write -z 2M 50k'),
+          snapshot(name, 'two'),
+          snapshot(name, 'three'),
+          guest(name, 'write -P 5 510k 20k', 'write -P 6 64k 64k', 'write -P 7 3100k 300k', 'flush'),
+          remove(name, { name: 'one' }),
+          guest(name, 'write -P 8 520k 4k', 'write -P 9 900k 200k'),
+          remove(name, { name: 'three' }),
+        ]),
+        ...names.map((name): Step => ['block-export-del', { id: `e-${name}` }]),
+        ...names.map(del),
+        ...names.map((name) =>
+          sh(`qemu-img check -q ${name}.qcow2 && echo sound
+            qemu-img convert -O raw ${name}.qcow2 now.raw; qemu-img convert -l two -O raw ${name}.qcow2 two.raw
+            md5sum now.raw two.raw; qemu-img snapshot -d two ${name}.qcow2; qemu-img check -q ${name}.qcow2; echo $?`),
+        ),
+      ],
+    });
+  });
+
   it('are refused where they cannot be', () =>
     same({
       drains: true,

@@ -36,8 +36,13 @@ const MAX_TABLE_BYTES = 1024 * MAX_SNAPSHOTS;
  * @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE (an external data file), …_INVALID_ARGUMENT (too many
  *   snapshots, a cluster that cannot be counted once more), …_NO_SPACE, …_CORRUPT_IMAGE, …_IO
  */
-export function createSnapshot(runtime: Runtime, image: Qcow2Descriptor, wanted: NewSnapshot): void {
-  edit(runtime, image, (editor) => editor.create(wanted));
+export function createSnapshot(
+  runtime: Runtime,
+  image: Qcow2Descriptor,
+  wanted: NewSnapshot,
+  file = attachFile(runtime, image.file),
+): void {
+  edit(runtime, image, file, (editor) => editor.create(wanted));
 }
 
 /**
@@ -45,12 +50,21 @@ export function createSnapshot(runtime: Runtime, image: Qcow2Descriptor, wanted:
  *
  * @param id which one
  */
-export function deleteSnapshot(runtime: Runtime, image: Qcow2Descriptor, id: string): void {
-  edit(runtime, image, (editor) => editor.delete(id));
+export function deleteSnapshot(
+  runtime: Runtime,
+  image: Qcow2Descriptor,
+  id: string,
+  file = attachFile(runtime, image.file),
+): void {
+  edit(runtime, image, file, (editor) => editor.delete(id));
 }
 
-function edit(runtime: Runtime, image: Qcow2Descriptor, body: (editor: Editor) => void): void {
-  const file = attachFile(runtime, image.file);
+function edit(
+  runtime: Runtime,
+  image: Qcow2Descriptor,
+  file: FileNode,
+  body: (editor: Editor) => void,
+): void {
   const editor = new Editor(runtime, image, file);
   try {
     body(editor);
