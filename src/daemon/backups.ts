@@ -128,7 +128,7 @@ export class Backups {
       filter = this.#graph.insertFilter(source, target, {
         name: given['filter-node-name'],
         key,
-        job: { type: 'backup', isTop },
+        job: { type: 'backup', driver: 'copy-before-write', isTop },
         held: { ...handle.held, counts: () => handle.heldCounts(kernels) },
       });
       this.#exports.moved(source, filter);

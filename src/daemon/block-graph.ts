@@ -151,9 +151,9 @@ class Description {
   }
 }
 
-/** The last one first. What a mirror has below it is a backing file to QEMU. */
+/** The last one first. What a mirror or a commit has below its filter is a backing file to QEMU. */
 function childrenOf({ driver, children }: GraphNode): { readonly node: GraphNode; readonly role: string }[] {
-  if (driver !== 'mirror_top') return [...children].reverse();
+  if (driver !== 'mirror_top' && driver !== 'commit_top') return [...children].reverse();
   return children.flatMap(({ node, role }) => (role === 'file' ? { node, role: 'backing' } : []));
 }
 

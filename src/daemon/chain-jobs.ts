@@ -10,10 +10,11 @@ import { type PlainError, StillframeError, toStillframeError } from '../errors.j
 import { jobErrorText, QmpError } from '../qmp/errors.js';
 import type { ArgumentsOf } from '../qmp/schema.js';
 import { backingOf, below, chainOf, findBackingImage, isFilter, overlayIn, unfiltered } from './chain.js';
+import type { Exports } from './exports.js';
 import { filenameOf } from './filenames.js';
 import type { Graph } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
-import type { GraphNode, Use, User } from './graph-node.js';
+import type { GraphNode, JobFilter, Use, User } from './graph-node.js';
 import { checkSpeed, jobIdOf, listOptions, type RunOptions, runOptions } from './job-arguments.js';
 import type { Jobs } from './jobs.js';
 import { busyError, jobOf } from './permissions.js';
@@ -29,6 +30,9 @@ interface Wanted {
   readonly uses: ReadonlyMap<GraphNode, Use>;
   /** It is written to while the job runs. */
   readonly written: GraphNode;
+  /** The node that the job's filter lies on, and its driver. */
+  readonly covered: GraphNode;
+  readonly driver: JobFilter['driver'];
   /** Once it can be. */
   readonly launch: () => Promise<JobHandle>;
   /** What is not as it was before once the job is over. */
@@ -37,6 +41,8 @@ interface Wanted {
     left?: GraphNode | undefined;
     /** What is written to stays so. */
     isKept?: boolean;
+    /** Before all that is on the covered node moves. */
+    uncover?: () => void;
   };
 }
 
@@ -45,12 +51,14 @@ export class ChainJobs {
   readonly #engine: Engine;
   readonly #graph: Graph;
   readonly #changes: GraphChanges;
+  readonly #exports: Exports;
   readonly #jobs: Jobs;
 
-  constructor(engine: Engine, graph: Graph, changes: GraphChanges, jobs: Jobs) {
+  constructor(engine: Engine, graph: Graph, changes: GraphChanges, exports: Exports, jobs: Jobs) {
     this.#engine = engine;
     this.#graph = graph;
     this.#changes = changes;
+    this.#exports = exports;
     this.#jobs = jobs;
   }
 
@@ -117,7 +125,9 @@ export class ChainJobs {
     await this.#start({
       id,
       given,
-      user: { job: 'stream', id, covered: node },
+      user: { job: 'stream', id },
+      covered: node,
+      driver: 'copy-on-read',
       uses: new Map(blocked.map((one) => [one, 'chain'] as const)),
       written: top,
       launch: async () => {
@@ -158,6 +168,7 @@ export class ChainJobs {
     const layers = between.filter((one) => !isFilter(one)).length;
     const became: Wanted['became'] = {};
     const commit = async (): Promise<void> => {
+      became.uncover?.();
       const above = [...top.parents].filter((one) => backingOf(one) === top);
       await this.#changes.change([...above, top, base], async (section) => {
         for (const one of above) await this.#nameBacking(section, one, image, given['backing-file']);
@@ -169,6 +180,8 @@ export class ChainJobs {
       id,
       given,
       user: { job: 'commit', id, resizes, top },
+      covered: top,
+      driver: 'commit_top',
       uses: usesOf(node, between, base),
       written: image,
       launch: async () => {
@@ -203,6 +216,7 @@ export class ChainJobs {
     // As with QEMU, also where the job comes to nothing.
     const became: Wanted['became'] = { isKept: true };
     const pivot = async (mirror: MirrorDescriptor): Promise<void> => {
+      became.uncover?.();
       const wasReadOnly = top.descriptor.readOnly;
       await this.#changes.change([top, base], async (section) => {
         const { descriptor: disk } = await this.#graph.disk(topmostLive(top));
@@ -215,7 +229,9 @@ export class ChainJobs {
     await this.#start({
       id,
       given,
-      user: { job: 'commit', id, resizes, covered: top },
+      user: { job: 'commit', id, resizes },
+      covered: top,
+      driver: 'mirror_top',
       uses: usesOf(node, between, base),
       written: image,
       launch: async () => {
@@ -293,10 +309,16 @@ export class ChainJobs {
     }
   }
 
-  async #start({ given, user, uses, written, launch, became }: Wanted): Promise<void> {
+  async #start({ id, given, user, uses, covered, driver, written, launch, became }: Wanted): Promise<void> {
     for (const [node, use] of uses) node.users.set(user, use);
     let isReopened = false;
+    let filter: GraphNode | undefined;
+    became.uncover = () => {
+      if (filter !== undefined) this.#exports.moved(filter, this.#graph.removeFilter(filter));
+      filter = undefined;
+    };
     const release = async (): Promise<void> => {
+      became.uncover?.();
       for (const node of uses.keys()) node.users.delete(user);
       if (isReopened && became.isKept !== true) await this.#reopen(written, true);
     };
@@ -306,10 +328,26 @@ export class ChainJobs {
     };
     try {
       if (written.descriptor.readOnly) {
-        await this.#reopen(written, false);
+        try {
+          await this.#reopen(written, false);
+        } catch (error) {
+          // A commit in the middle of a chain is there before its base can be written to.
+          if (driver === 'commit_top') this.#jobs.refused(id);
+          throw error;
+        }
         isReopened = true;
       }
       const handle = await launch();
+      const type = user.job ?? 'commit';
+      const name = given['filter-node-name'];
+      try {
+        filter = this.#graph.insertFilter(covered, undefined, { name, key: user, job: { type, driver } });
+      } catch (error) {
+        // Somebody else has taken its name meanwhile.
+        await handle.stop();
+        throw error;
+      }
+      this.#exports.moved(covered, filter);
       await this.#jobs.add([{ handle, options: listOptions(given, onEnd) }]);
     } catch (error) {
       await release();

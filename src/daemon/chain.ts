@@ -12,6 +12,7 @@ const FILTERS: ReadonlySet<string> = new Set([
   'copy-before-write',
   'blkdebug',
   'mirror_top',
+  'commit_top',
 ]);
 
 export function isFilter({ driver }: GraphNode): boolean {

@@ -77,7 +77,7 @@ export class Daemon {
     this.#snapshots = new Snapshots(engine, this.graph, this.#changes);
     this.#internal = new InternalSnapshots(engine, this.graph, this.#changes);
     this.#mirrors = new Mirrors(engine, this.graph, this.#changes, this.exports, this.jobs);
-    this.#chains = new ChainJobs(engine, this.graph, this.#changes, this.jobs);
+    this.#chains = new ChainJobs(engine, this.graph, this.#changes, this.exports, this.jobs);
     this.#commits = new Commits(this.graph, this.exports, this.#chains);
     const { graph, jobs, exports, objects, chardevs } = this;
     const thresholds = new WriteThresholds(graph, tell);

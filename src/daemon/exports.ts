@@ -213,7 +213,8 @@ export class Exports {
     for (const parent of node.parents) {
       const role = parent.children.find((child) => child.node === node)?.role ?? 'file';
       // An overlay sees what is below it change, unless a job copies from it.
-      if (role === 'backing' && this.#graph.filterOver(parent) === undefined) continue;
+      const copies = this.#graph.filterOver(parent)?.job?.type;
+      if (role === 'backing' && copies !== 'backup' && copies !== 'mirror') continue;
       // Only images want what they lie on for themselves.
       if (!FORMATS.has(parent.driver)) continue;
       throw new QmpError(

@@ -12,9 +12,12 @@ export function filenameOf(node: GraphNode): string {
   const [child] = node.children;
   if (child === undefined) return node.descriptor.path;
   const plain = filenameOf(child.node);
-  if (node.driver === 'copy-before-write' || node.driver === 'mirror_top') return plain;
+  if (NAMED_AS_BELOW.has(node.driver) || node.job?.isUnnamed === true) return plain;
   return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
 }
+
+/** Filters that go by the name of what is below them. */
+const NAMED_AS_BELOW: ReadonlySet<string> = new Set(['copy-before-write', 'mirror_top', 'commit_top']);
 
 /** @param filename of the node below */
 function needsOptions(node: GraphNode, filename: string): boolean {
@@ -31,8 +34,8 @@ function needsOptions(node: GraphNode, filename: string): boolean {
 }
 
 /** What QEMU calls an overridden backing file. @param filename of the node's own file */
-export function hasOtherBacking({ descriptor, children }: GraphNode, filename: string): boolean {
-  if (descriptor.driver !== 'qcow2') return false;
+export function hasOtherBacking({ driver, descriptor, children }: GraphNode, filename: string): boolean {
+  if (driver !== 'qcow2' || descriptor.driver !== 'qcow2') return false;
   const { backingFile: named } = descriptor;
   const backing = children.find(({ role }) => role === 'backing')?.node;
   if (named === undefined || backing === undefined) return (named === undefined) !== (backing === undefined);

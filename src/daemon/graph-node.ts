@@ -48,9 +48,12 @@ export interface GraphNode {
 /** What a node is to somebody else; `chain`: one of those that a job within a backing chain rests on. */
 export type Use = 'export' | 'source' | 'target' | 'chain' | 'intermediate';
 
-/** The filter node of a job (QEMU's `copy-before-write` and `mirror_top` nodes of jobs). */
+/** The filter node of a job, as QEMU has it. */
 export interface JobFilter {
-  readonly type: 'backup' | 'mirror';
+  readonly type: JobType;
+  readonly driver: 'copy-before-write' | 'mirror_top' | 'copy-on-read' | 'commit_top';
+  /** Nobody has given it a name: it goes by that of the file below it. */
+  readonly isUnnamed?: boolean | undefined;
   /** It goes by what the node below it has itself, and not by what that shows (a backup with sync mode `top`). */
   readonly isTop?: boolean | undefined;
 }
@@ -72,8 +75,6 @@ export interface User {
   readonly resizes?: boolean | undefined;
   /** The image that it commits. */
   readonly top?: GraphNode | undefined;
-  /** Exports of this node are above the job. */
-  readonly covered?: GraphNode | undefined;
 }
 
 export interface Child {

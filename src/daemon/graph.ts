@@ -217,7 +217,7 @@ export class Graph {
   ): GraphNode {
     const filter: GraphNode = {
       name: this.#nameOf(name === undefined ? {} : { 'node-name': name }),
-      driver: job.type === 'mirror' ? 'mirror_top' : 'copy-before-write',
+      driver: job.driver,
       options: {},
       descriptor: node.descriptor,
       children: [
@@ -231,7 +231,7 @@ export class Graph {
       disk: this.disk(node),
       sequence: this.#nextSequence++,
       adopted: true,
-      job,
+      job: { ...job, isUnnamed: name === undefined },
       held,
       origin: node,
     };
@@ -268,9 +268,8 @@ export class Graph {
     const node = this.#nodes.get(name);
     if (node === undefined) throw new QmpError(`Failed to find node with node-name='${name}'`);
     const uses = [...node.users.values()];
-    const isCovered = [...node.users.keys()].some(({ covered }) => covered === node);
-    if (uses.includes('export') && !isCovered) throw new QmpError(`Node ${name} is in use`);
-    if (isHeld(node)) throw new QmpError(`Node ${name} is in use`);
+    if (uses.includes('export')) throw new QmpError(`Node ${name} is in use`);
+    if (isHeld(node) || node.job?.type === 'stream') throw new QmpError(`Node ${name} is in use`);
     checkRemovable(node);
     if (!node.owned) throw new QmpError(`Node ${name} is not owned by the monitor`);
     if (node.parents.size > 0) throw new QmpError(`Block device ${name} is in use`);

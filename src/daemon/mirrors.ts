@@ -192,7 +192,11 @@ export class Mirrors {
         },
       });
       const name = 'filter-node-name' in given ? given['filter-node-name'] : undefined;
-      filter = this.#graph.insertFilter(node, target, { name, key, job: { type: 'mirror' } });
+      filter = this.#graph.insertFilter(node, target, {
+        name,
+        key,
+        job: { type: 'mirror', driver: 'mirror_top' },
+      });
       this.#exports.moved(node, filter);
       await this.#jobs.add([{ handle, options: listOptions(given, release) }]);
     } catch (error) {

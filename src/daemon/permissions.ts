@@ -77,13 +77,16 @@ export function isHeld(node: GraphNode): boolean {
 
 /** @throws QmpError where a job works on the node, or an image lies on it */
 export function checkUnblocked(node: GraphNode): void {
+  const [below] = node.children;
+  if (node.job?.driver === 'commit_top' && below !== undefined) checkNoOverlay(node, below.node);
   const job = jobOf(node);
   if (job !== undefined) throw busyError(node.name, job);
   checkNoOverlay(node);
 }
 
-function checkNoOverlay(node: GraphNode): void {
-  const overlay = overlayOf(node);
+/** @param covered what overlays of the node have as their backing file */
+function checkNoOverlay(node: GraphNode, covered = node): void {
+  const overlay = overlayOf(covered);
   if (overlay === undefined) return;
   throw new QmpError(`Node '${node.name}' is busy: node is used as backing hd of '${overlay.name}'`);
 }

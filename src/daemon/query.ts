@@ -42,7 +42,7 @@ const NO_STATISTICS = {
 /** Drivers whose nodes show what lies below them, and nothing of their own. */
 const FILTERS = [
   ...['throttle', 'compress', 'copy-before-write', 'copy-on-read', 'preallocate', 'blkdebug'],
-  'mirror_top',
+  ...['mirror_top', 'commit_top'],
 ];
 
 /** Drivers that say nothing of how an image is kept. */
@@ -51,9 +51,18 @@ const UNTOLD = ['snapshot-access', 'nbd', 'null-co', 'null-aio'];
 /** What a node shows where it has nothing of its own. */
 function backingOf(node: GraphNode): GraphNode | undefined {
   const filtered = FILTERS.includes(node.driver);
-  return node.children.find(({ role }) =>
+  const child = node.children.find(({ role }) =>
     filtered ? role === 'file' || role === 'image' : role === 'backing',
   )?.node;
+  return child === undefined || node.job !== undefined ? child : covered(child);
+}
+
+/** What those above a node find in its place: the filters that jobs have put there. */
+function covered(node: GraphNode): GraphNode {
+  const filter = [...node.parents].find(
+    (parent) => parent.job !== undefined && parent.children[0]?.node === node,
+  );
+  return filter === undefined ? node : covered(filter);
 }
 
 /** A bitmap that a filter has for itself. */
@@ -112,7 +121,7 @@ export class Queries {
   /** `dirty-bitmaps` of a node, those that were added last first. */
   async #bitmaps(node: GraphNode): Promise<object[]> {
     const { held, job } = node;
-    if (job?.type === 'mirror') return [];
+    if (job !== undefined && held === undefined) return [];
     if (held !== undefined) {
       const { access, done } = held.counts();
       return [access, done].map((count) => ofFilter(held, count));

@@ -55,6 +55,7 @@ export function jobErrorText(error: unknown): string {
 
 /** Texts of ours that say more than QEMU's, which clients may know by heart. */
 const SHORTER: readonly RegExp[] = [
+  /^Failed to get (?:shared )?"[a-z ]+" lock(?= on )/,
   /^Granularity must be power of 2 and at least 512(?=, )/,
   /^Source and target image have different sizes(?=: )/,
   /^Source and target cannot be the same(?=[:;])/,
