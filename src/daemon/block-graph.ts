@@ -1,3 +1,4 @@
+import { QmpError } from '../qmp/errors.js';
 import type { Child, GraphNode, Use, User } from './graph-node.js';
 import { FORMATS } from './permissions.js';
 
@@ -139,16 +140,82 @@ class Description {
     const known = this.#needs.get(node);
     if (known !== undefined) return known;
     let all: Permissions = { needed: 0, shared: ALL };
-    const take = ({ needed, shared }: Permissions): void => {
+    for (const { needed, shared } of this.edgesTo(node)) {
       all = { needed: all.needed | needed, shared: all.shared & shared };
-    };
-    for (const { uses } of this.#users) for (const use of uses) if (use.node === node) take(use);
-    for (const parent of parentsOf(node)) {
-      for (const edge of this.#below(parent)) if (edge.node === node) take(edge);
     }
     this.#needs.set(node, all);
     return all;
   }
+
+  /** Who uses a node. */
+  edgesTo(node: GraphNode): Edge[] {
+    const roots = this.#users.flatMap((parent) => parent.uses.map((use) => ({ ...use, parent })));
+    const parents = parentsOf(node).flatMap((parent) => this.#below(parent));
+    return [...roots, ...parents].filter((edge) => edge.node === node);
+  }
+}
+
+function bitsOf(names: unknown): number {
+  const list: readonly unknown[] = Array.isArray(names) ? names : [];
+  return NAMES.reduce((bits, name, index) => (list.includes(name) ? bits | (1 << index) : bits), 0);
+}
+
+/**
+ * What blkdebug nodes below and in a new one, and who uses their nodes already, do not let each other do.
+ *
+ * @throws QmpError in QEMU's words
+ */
+export function checkTaken(added: GraphNode, users: readonly GraphUser[]): void {
+  for (const { node } of added.children) checkTaken(node, users);
+  if (added.driver !== 'blkdebug') return;
+  const description = new Description(users);
+  for (const { node } of added.children) {
+    const all = description.edgesTo(node);
+    const own = all.find(({ parent }) => parent === added);
+    if (own === undefined) continue;
+    for (const other of all) {
+      if (other === own) continue;
+      for (const [one, two] of [
+        [other, own],
+        [own, other],
+      ] as const) {
+        checkPair(node, one, two);
+      }
+    }
+  }
+}
+
+/** @throws QmpError where blkdebug nodes on a node keep whoever is there to use it from something */
+export function checkUnshared(node: GraphNode, wanted: readonly PermissionName[]): void {
+  const user = { parent: exportUser(node, false), node, role: 'root', needed: bitsOf(wanted), shared: ALL };
+  for (const parent of node.parents) {
+    if (parent.driver !== 'blkdebug') continue;
+    const shared = ALL & ~bitsOf(parent.options['unshare-child-perms']);
+    checkPair(node, user, { parent, node, role: 'image', needed: 0, shared });
+  }
+}
+
+function checkPair(node: GraphNode, one: Edge, two: Edge): void {
+  const conflict = one.needed & ~two.shared;
+  if (conflict === 0) return;
+  const names = NAMES.filter((_, index) => (conflict & (1 << index)) !== 0).map((name) =>
+    name.replace('-', ' '),
+  );
+  throw new QmpError(
+    `Permission conflict on node '${node.name}': permissions '${names.join(', ')}' are both required by ${saidOf(one)} and unshared by ${saidOf(two)}.`,
+  );
+}
+
+function saidOf({ parent, node, role }: Edge): string {
+  const who =
+    'driver' in parent
+      ? `node '${parent.name}'`
+      : parent.name === ''
+        ? 'an unnamed block device'
+        : parent.type === 'block-job'
+          ? `job '${parent.name}'`
+          : `block device '${parent.name}'`;
+  return `${who} (uses node '${node.name}' as '${role}' child)`;
 }
 
 /** The last one first. What a mirror or a commit has below its filter is a backing file to QEMU. */
@@ -196,6 +263,11 @@ function permissionsOn(
       const changes = WRITE | RESIZE;
       return { needed: (needed & ~changes) | (above.needed & changes), shared };
     }
+    case 'blkdebug':
+      return {
+        needed: passed.needed | bitsOf(node.options['take-child-perms']),
+        shared: passed.shared & ~bitsOf(node.options['unshare-child-perms']),
+      };
     case 'copy-before-write':
       return {
         needed: passed.needed | ((passed.needed & WRITE) === 0 ? 0 : READ),

@@ -11,6 +11,7 @@ import type { Handlers, QmpEvent } from '../qmp/monitor.js';
 import type { ArgumentsOf, ArgumentsOfAction } from '../qmp/schema.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { Backups, checkTops, distinct, type Prepared, targetError } from './backups.js';
+import { checkTaken, checkUnshared } from './block-graph.js';
 import { ChainJobs } from './chain-jobs.js';
 import { Chardevs } from './chardevs.js';
 import { Commits } from './commits.js';
@@ -117,7 +118,13 @@ export class Daemon {
         quit();
       },
       'blockdev-add': async (given) => {
-        await graph.add(given);
+        const added = await graph.add(given);
+        try {
+          checkTaken(added, this.#queries.users());
+        } catch (error) {
+          await graph.remove(added.name);
+          throw error;
+        }
       },
       'blockdev-del': (given) => graph.remove(given['node-name']),
       'blockdev-reopen': ({ options }) => reopenNodes(graph, objects, this.#changes, options),
@@ -490,6 +497,7 @@ export class Daemon {
     const node = this.graph.findEither(device, nodeName);
     if (size < 0) throw new QmpError("Parameter 'size' expects a >0 size");
     checkResizable(node, device, this.graph.filterOver(node)?.name);
+    checkUnshared(node, ['resize']);
     if (node.driver === 'qcow2' && size % 512 !== 0) {
       throw new QmpError('The new size must be a multiple of 512');
     }

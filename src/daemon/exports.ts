@@ -5,6 +5,7 @@ import type { ListenAddress } from '../nbd/server/address.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
 import type { QmpEvent } from '../qmp/monitor.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
+import { checkUnshared } from './block-graph.js';
 import type { Graph } from './graph.js';
 import type { GraphNode, User } from './graph-node.js';
 import type { DaemonObject, Objects } from './objects.js';
@@ -126,6 +127,7 @@ export class Exports {
   async #add(id: string, node: GraphNode, options: JsonObject): Promise<void> {
     const writable = options['writable'] === true;
     checkExportable(node, writable);
+    checkUnshared(node, ['consistent-read', ...(writable ? (['write'] as const) : [])]);
     const server = this.#server?.server;
     if (server === undefined) throw new QmpError('NBD server not running');
     const { 'allocation-depth': depth, description } = options;

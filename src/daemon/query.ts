@@ -2,7 +2,7 @@ import type { NodeInfo } from '../block/info.js';
 import type { Engine } from '../index.js';
 import type { JsonObject } from '../qmp/types.js';
 import { isObject } from '../qmp/types.js';
-import { describeGraph, deviceUser, exportUser, jobUsers } from './block-graph.js';
+import { describeGraph, deviceUser, exportUser, type GraphUser, jobUsers } from './block-graph.js';
 import type { Exports } from './exports.js';
 import { filenameOf } from './filenames.js';
 import type { Graph } from './graph.js';
@@ -185,9 +185,15 @@ export class Queries {
   /** `x-debug-query-block-graph` */
   blockGraph(): object {
     const nodes = this.#graph.all().reverse();
+    return describeGraph(this.users(), nodes);
+  }
+
+  /** Devices, exports and jobs, that use nodes. */
+  users(): GraphUser[] {
+    const nodes = this.#graph.all().reverse();
     const devices = nodes.flatMap((node) => (node.device === undefined ? [] : deviceUser(node.device, node)));
     const exported = this.#exports.all().map(({ node, writable }) => exportUser(node, writable));
-    return describeGraph([...devices, ...exported, ...jobUsers(nodes)], nodes);
+    return [...devices, ...exported, ...jobUsers(nodes)];
   }
 
   /** `query-blockstats`. @param nodes of every node, and not of devices with all that is below them */

@@ -3,6 +3,7 @@ import { describe, it } from 'vitest';
 import {
   blkdebug,
   type Command,
+  del,
   event,
   exported,
   guest,
@@ -136,6 +137,54 @@ describe.skipIf(!hasQemu())('what nodes tell of their use, beside QEMU', () => {
         graph,
       ],
     }));
+
+  it('keeps others from what blkdebug takes or does not share', () => {
+    const debug = (
+      name: string,
+      image: string,
+      take: readonly string[],
+      unshare: readonly string[],
+    ): Step => [
+      'blockdev-add',
+      {
+        ...{ driver: 'blkdebug', 'node-name': name, image },
+        ...(take.length === 0 ? {} : { 'take-child-perms': take }),
+        ...(unshare.length === 0 ? {} : { 'unshare-child-perms': unshare }),
+      },
+    ];
+    const share = (node: string, writable: boolean): Step => [
+      'block-export-add',
+      { ...exported(node), writable },
+    ];
+    return same({
+      prepare,
+      steps: [
+        raw('a'),
+        add('qcow2', 'd', { file: { driver: 'file', 'node-name': 'f', filename: 'd.qcow2' } }),
+        ...serve(),
+        debug('x', 'a', ['write'], []),
+        debug('y', 'a', [], ['write']),
+        debug('y', 'a', [], ['consistent-read']),
+        graph,
+        share('a', false),
+        share('a', true),
+        del('y'),
+        share('a', true),
+        debug('y', 'a', [], ['write']),
+        ['block-export-del', { id: 'e-a' }],
+        del('x'),
+        debug('y', 'a', [], ['write', 'resize']),
+        share('a', true),
+        share('y', true),
+        ['block_resize', { 'node-name': 'a', size: 2 * 1024 * 1024 }],
+        debug('z', 'f', ['write'], []),
+        debug('z', 'f', ['consistent-read'], []),
+        debug('w', 'd', ['resize', 'write-unchanged'], ['resize']),
+        debug('v', 'd', ['nonsense'], []),
+        graph,
+      ],
+    });
+  });
 
   it('says what jobs use', () =>
     same({
