@@ -391,7 +391,7 @@ describe.skipIf(!hasPeer('openssl'))('with certificates', () => {
     const uri = `nbds+unix:///?socket=${socket}&tls-hostname=localhost&tls-certificates=${at('pki')}`;
     const used = engine.arena.usedBytes;
     const random = new Random(9);
-    for (let round = 0; round < 20; round++) {
+    for (let round = 0; round < 12; round++) {
       const ends = round % 2 === 0 ? [uri, 'null:'] : [at('disk'), uri];
       const child = spawn('nbdcopy', ['-C', '4', ...ends], { stdio: 'ignore' });
       await sleep(random.between(5, 80));
