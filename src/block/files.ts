@@ -30,6 +30,7 @@ export function isOverlaid(descriptor: NodeDescriptor): descriptor is OverlaidDe
     case 'throttle':
     case 'blkdebug':
     case 'compress':
+    case 'preallocate':
       return true;
     default:
       return false;
@@ -85,6 +86,7 @@ export function livesOf(descriptor: NodeDescriptor): DiskDescriptor[] {
     case 'throttle':
     case 'blkdebug':
     case 'compress':
+    case 'preallocate':
       return livesOf(descriptor.child);
     case 'file':
     case 'nbd':
@@ -110,6 +112,7 @@ export function filesOf(descriptor: NodeDescriptor): StorageDescriptor[] {
     case 'throttle':
     case 'blkdebug':
     case 'compress':
+    case 'preallocate':
       return filesOf(descriptor.child);
     case 'null-co':
       return [];

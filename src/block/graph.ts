@@ -4,12 +4,14 @@ import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import { Disk, type DiskDescriptor } from './disk.js';
+import { fileBelow } from './file-below.js';
 import { backingOf, isOverlaid, isStorage, ownFilesOf } from './files.js';
 import { BlkdebugNode } from './filters/blkdebug.js';
 import { CompressNode } from './filters/compress.js';
 import { CopyBuffer } from './filters/copy-before-write.js';
 import { CopyOnReadNode } from './filters/copy-on-read.js';
 import { LiveNode, OverLiveNode } from './filters/live.js';
+import { PreallocateNode } from './filters/preallocate.js';
 import { SnapshotAccess } from './filters/snapshot-access.js';
 import { ThrottleNode } from './filters/throttle.js';
 import {
@@ -30,6 +32,7 @@ import type {
   ForeignName,
   ImageDescriptor,
   NodeDescriptor,
+  PreallocateDescriptor,
   Qcow2Descriptor,
   StorageDescriptor,
 } from './node.js';
@@ -431,7 +434,7 @@ export function attachNode(runtime: Runtime, descriptor: NodeDescriptor, isRoot 
 function attachDriver(runtime: Runtime, descriptor: Exclude<NodeDescriptor, StorageDescriptor>): BlockNode {
   switch (descriptor.driver) {
     case 'live':
-      return new LiveNode(descriptor, liveDisk(runtime, descriptor.disk));
+      return new LiveNode(runtime, descriptor, liveDisk(runtime, descriptor.disk));
     case 'copy-on-read':
       return new CopyOnReadNode(runtime, descriptor, liveDisk(runtime, descriptor.disk));
     case 'null-co':
@@ -446,6 +449,8 @@ function attachDriver(runtime: Runtime, descriptor: Exclude<NodeDescriptor, Stor
       return new BlkdebugNode(runtime, descriptor, attachNode(runtime, descriptor.child));
     case 'compress':
       return new CompressNode(runtime, descriptor, attachNode(runtime, descriptor.child));
+    case 'preallocate':
+      return attachPreallocate(runtime, descriptor);
     case 'raw':
       return attachRaw(runtime, descriptor, attachFile(runtime, descriptor.file));
     case 'qcow2': {
@@ -465,6 +470,17 @@ function attachDriver(runtime: Runtime, descriptor: Exclude<NodeDescriptor, Stor
 }
 
 attachBelowWith(attachNode);
+
+export function attachPreallocate(runtime: Runtime, descriptor: PreallocateDescriptor): PreallocateNode {
+  const { child } = descriptor;
+  const file = fileBelow(child);
+  return new PreallocateNode(
+    runtime,
+    descriptor,
+    attachNode(runtime, child),
+    file && attachFile(runtime, file),
+  );
+}
 
 /** Copy buffers of this thread, made when a guest's write first has to save something. */
 const buffers = new WeakMap<Runtime, CopyBuffer>();
@@ -526,10 +542,36 @@ export function closeNode(runtime: Runtime, descriptor: NodeDescriptor): void {
 
 /** Closes a node itself, and nothing that it lies on. */
 export function closeLayer(runtime: Runtime, descriptor: NodeDescriptor): void {
-  if (isStorage(descriptor)) closeFile(runtime, descriptor);
-  else if (descriptor.driver === 'qcow2') {
-    closeQcow2(runtime, descriptor, attachFile(runtime, descriptor.file));
-  } else if (descriptor.driver === 'blkdebug') runtime.arena.free(descriptor.state);
+  switch (descriptor.driver) {
+    case 'file':
+    case 'nbd':
+    case 'nested':
+      closeFile(runtime, descriptor);
+      return;
+    case 'qcow2': {
+      const file = attachFile(runtime, descriptor.file);
+      try {
+        closeQcow2(runtime, descriptor, file);
+      } finally {
+        file.giveBack?.();
+      }
+      return;
+    }
+    case 'raw':
+      attachFile(runtime, descriptor.file).giveBack?.();
+      return;
+    case 'blkdebug':
+      runtime.arena.free(descriptor.state);
+      return;
+    case 'preallocate':
+      try {
+        attachPreallocate(runtime, descriptor).giveBack();
+      } finally {
+        runtime.arena.free(descriptor.state);
+      }
+      return;
+    default:
+  }
 }
 
 /** Closes the files of a node and its chain, where its state is gone already. */

@@ -1,10 +1,12 @@
 import type { Runtime } from '../kernels/runtime.js';
 import type { LockMode } from '../os/image-lock.js';
 import type { DiskDescriptor } from './disk.js';
+import { fileBelow, nestedOver } from './file-below.js';
 import { isStorage } from './files.js';
 import type { BlkdebugLimits } from './filters/blkdebug.js';
 import { type BlkdebugRule, BlkdebugState, blkdebugBytes } from './filters/blkdebug-state.js';
 import type { FrameDescriptor } from './filters/copy-before-write.js';
+import { openPreallocate } from './filters/preallocate.js';
 import { checkParent, foreignDescriptor, openForeign } from './foreign/index.js';
 import {
   allowedFolders,
@@ -75,6 +77,13 @@ export type Layer =
     }
   | { readonly driver: 'copy-on-read'; readonly child: LiveDescriptor; readonly depth: number | undefined }
   | { readonly driver: 'compress'; readonly child: NodeDescriptor }
+  | {
+      readonly driver: 'preallocate';
+      readonly child: NodeDescriptor;
+      /** Default: as QEMU's. */
+      readonly size: number | undefined;
+      readonly align: number | undefined;
+    }
   | { readonly driver: 'snapshot-access'; readonly disk: DiskDescriptor; readonly frame: FrameDescriptor };
 
 /** What the header of an image says of the nodes below it. */
@@ -123,6 +132,10 @@ export function openNodeLayer(runtime: Runtime, layer: Layer): NodeDescriptor {
     case 'compress': {
       const { child } = layer;
       return { ...filterOf(runtime, child), driver: 'compress', child };
+    }
+    case 'preallocate': {
+      const { child, size, align } = layer;
+      return openPreallocate(runtime, { ...filterOf(runtime, child), child }, { size, align });
     }
     case 'blkdebug': {
       const { child, rules, limits } = layer;
@@ -203,31 +216,6 @@ function filterOf(
 /** A node as what an image lies on. */
 export function storageOf(runtime: Runtime, node: NodeDescriptor): StorageDescriptor {
   if (isStorage(node)) return node;
-  const file = fileBelow(node);
-  return {
-    driver: 'nested',
-    path: node.path,
-    readOnly: node.readOnly,
-    node,
-    file,
-    length: attachNode(runtime, node).length,
-    control: file?.control ?? -1,
-    identity: file?.identity ?? `node ${node.path}`,
-  };
-}
-
-/** The file at the bottom of filters, and of nothing else. */
-function fileBelow(node: NodeDescriptor): StorageDescriptor | undefined {
-  if (isStorage(node)) return node;
-  switch (node.driver) {
-    case 'throttle':
-    case 'blkdebug':
-    case 'compress':
-      return fileBelow(node.child);
-    case 'live':
-    case 'copy-on-read':
-      return fileBelow(node.disk.node);
-    default:
-      return undefined;
-  }
+  const file = fileBelow(node.driver === 'preallocate' ? node.child : node);
+  return nestedOver(node, file, attachNode(runtime, node).length);
 }

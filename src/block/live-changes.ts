@@ -51,9 +51,14 @@ export function reopenImage(
   if (linked.driver !== 'qcow2') throw new TypeError('an image stays one');
   // The same file may be open with another descriptor by now; another file is none of the image as it was.
   const file = linked.file.identity === node.file.identity ? linked.file : node.file;
-  return anew(runtime, disk, { ...node, file }, { ...linked, readOnly: options.readOnly }, () =>
-    closeQcow2(runtime, node, attachFile(runtime, file)),
-  );
+  return anew(runtime, disk, { ...node, file }, { ...linked, readOnly: options.readOnly }, () => {
+    const open = attachFile(runtime, file);
+    try {
+      closeQcow2(runtime, node, open);
+    } finally {
+      open.giveBack?.();
+    }
+  });
 }
 
 /**

@@ -2,6 +2,7 @@ import { StillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
 import type { BlkdebugEvent } from './filters/blkdebug-events.js';
 import { FilterNode } from './filters/filter.js';
+import { PreallocateNode } from './filters/preallocate.js';
 import type { BlockNode, FileNode, NestedDescriptor } from './node.js';
 
 /** Some other node as what an image lies on (QEMU: any node can be the child `file`). */
@@ -21,8 +22,8 @@ export class NestedFile extends FilterNode implements FileNode {
 
   override read(offset: number, pointer: number, length: number): void {
     const there = Math.max(0, Math.min(length, this.length - offset));
-    // A file below reads as zeroes beyond its end by itself.
-    const most = this.#file === undefined ? there : length;
+    // A file below that can get longer reads as zeroes beyond its end by itself.
+    const most = this.fixedLength ? there : length;
     if (most > 0) super.read(offset, pointer, most);
     this.#runtime.arena.u8.fill(0, pointer + most, pointer + length);
   }
@@ -52,12 +53,22 @@ export class NestedFile extends FilterNode implements FileNode {
 
   truncate(length: number): void {
     if (this.#file === undefined) this.#refuse(length);
-    else this.#file.truncate(length);
+    else this.#resized(this.#file).truncate(length);
   }
 
   extend(length: number): void {
-    if (this.#file !== undefined) this.#file.extend(length);
+    if (this.#file !== undefined) this.#resized(this.#file).extend(length);
     else if (length > this.length) this.#refuse(length);
+  }
+
+  giveBack(): void {
+    if (this.child instanceof PreallocateNode) this.child.giveBack();
+    else this.#file?.giveBack?.();
+  }
+
+  /** The data of a filter that takes space ahead may end before its file does. */
+  #resized(file: FileNode): Pick<FileNode, 'truncate' | 'extend'> {
+    return this.child instanceof PreallocateNode && !file.fixedLength ? this.child : file;
   }
 
   allocatedBytes(): number | undefined {

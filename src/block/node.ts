@@ -210,6 +210,14 @@ export interface FileNode extends BlockNode {
   truncate(length: number): void;
   /** Makes the file at least `length` bytes long. */
   extend(length: number): void;
+  /**
+   * Takes space behind the end of the file up to `end`, which becomes its end, from the file system.
+   *
+   * @returns false where it has none or cannot; the file is as long as before then
+   */
+  reserve?(end: number): boolean;
+  /** Gives back space behind the end of the data that was taken for writes to come. */
+  giveBack?(): void;
   /** Bytes of space that the file takes; undefined where nobody can say. */
   allocatedBytes(): number | undefined;
 }
@@ -345,8 +353,26 @@ export interface CompressDescriptor extends DescriptorBase {
   readonly length: number;
 }
 
+/** Takes space for what is written behind the end of a file (QEMU: `preallocate`). */
+export interface PreallocateDescriptor extends DescriptorBase {
+  readonly driver: 'preallocate';
+  readonly child: NodeDescriptor;
+  /** Bytes, when it was made. */
+  readonly length: number;
+  /** Bytes that are taken at once. */
+  readonly size: number;
+  /** Bytes that the length of the file is a multiple of then. */
+  readonly align: number;
+  /** Arena pointer to its state: see `filters/preallocate.ts`. */
+  readonly state: number;
+}
+
 /** Nodes that pass requests on to the one below. */
-export type FilterDescriptor = ThrottleDescriptor | BlkdebugDescriptor | CompressDescriptor;
+export type FilterDescriptor =
+  | ThrottleDescriptor
+  | BlkdebugDescriptor
+  | CompressDescriptor
+  | PreallocateDescriptor;
 
 /** A node with a format. */
 export type ImageDescriptor = RawDescriptor | Qcow2Descriptor | ForeignDescriptor;

@@ -1,4 +1,5 @@
 import type { Runtime } from '../kernels/runtime.js';
+import { attachPreallocate } from './graph.js';
 import { storageOf } from './layers.js';
 import type { FileDescriptor, NodeDescriptor } from './node.js';
 import { openRaw } from './raw/raw.js';
@@ -31,6 +32,11 @@ export function relinkNode(runtime: Runtime, node: NodeDescriptor, links: Links)
     case 'blkdebug':
     case 'compress':
       return { ...node, child: file ?? node.child };
+    case 'preallocate': {
+      const linked = { ...node, child: file ?? node.child };
+      attachPreallocate(runtime, linked).refresh();
+      return linked;
+    }
     case 'raw':
       return openRaw(runtime, file === undefined ? node.file : storageOf(runtime, file), node);
     case 'qcow2': {

@@ -18,6 +18,7 @@ export function mayUnmapZeroes(node: NodeDescriptor): boolean {
     case 'throttle':
     case 'blkdebug':
     case 'compress':
+    case 'preallocate':
       return mayUnmapZeroes(node.child);
     default:
       return false;

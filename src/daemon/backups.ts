@@ -11,6 +11,7 @@ import { checkMinClusterSize } from './drivers.js';
 import type { Exports } from './exports.js';
 import type { Graph } from './graph.js';
 import type { GraphNode } from './graph-node.js';
+import { checkUsableBelow, checkWhole } from './image-files.js';
 import type { InternalSnapshot } from './internal-snapshots.js';
 import { checkSpeed, jobIdOf, listOptions, runOptions } from './job-arguments.js';
 import type { JobOptions, Jobs } from './jobs.js';
@@ -95,9 +96,11 @@ export class Backups {
     const disk = await this.#graph.disk(node);
     const { speed = 0, 'x-perf': perf } = given;
     const id = jobIdOf(given, node);
-    const nodes = told(() => this.#checkNodes(given, node, target));
+    const fits = target === undefined || (await this.#graph.disk(target)).length === disk.length;
+    const nodes = told(() => this.#checkNodes(given, node, target, fits));
     const job = told(() => this.#checkJob(id, speed));
-    const key = { job: 'backup', id } as const;
+    let filter: GraphNode | undefined;
+    const key = { job: 'backup', id, filter: () => filter?.name } as const;
     if (nodes === undefined && target !== undefined) target.users.set(key, 'target');
     const maxWorkers = perf?.['max-workers'] ?? 0;
     const options: BackupOptions = {
@@ -122,7 +125,6 @@ export class Backups {
       },
     };
     const isTop = given.sync === 'top';
-    let filter: GraphNode | undefined;
     const begun = (handle: BackupHandle, source: GraphNode): void => {
       const { kernels } = this.#engine;
       filter = this.#graph.insertFilter(source, target, {
@@ -146,13 +148,14 @@ export class Backups {
   }
 
   /** What QEMU looks at before and while it puts its filter over the source, in its order. */
-  #checkNodes(given: Arguments, node: GraphNode, target: GraphNode | undefined): void {
+  #checkNodes(given: Arguments, node: GraphNode, target: GraphNode | undefined, fits: boolean): void {
     const { 'x-perf': perf, 'filter-node-name': filter } = given;
     if (node === target) throw new QmpError('Source and target cannot be the same');
     if (given.compress === true && target !== undefined && target.driver !== 'qcow2') {
       throw new QmpError(`Compression is not supported for this drive ${target.device ?? ''}`);
     }
     const isOfJob = (of: GraphNode): boolean => [...of.users.values()].some((use) => use !== 'export');
+    checkWhole(node);
     for (const busy of [node, target]) {
       if (busy === undefined || !isOfJob(busy)) continue;
       throw busyError(busy.device ?? busy.name, jobOf(busy) ?? 'backup');
@@ -162,9 +165,7 @@ export class Backups {
       throw new QmpError('max-workers must be between 1 and 2147483647');
     }
     if (chunk < 0) throw new QmpError('max-chunk must be zero (which means no limit) or positive');
-    if (target !== undefined && lengthOf(node) !== lengthOf(target)) {
-      throw new QmpError('Source and target image have different sizes');
-    }
+    if (!fits) throw new QmpError('Source and target image have different sizes');
     try {
       if (filter !== undefined) this.#graph.checkName(filter);
       if (target !== undefined) this.#checkTarget(target, filter);
@@ -181,8 +182,9 @@ export class Backups {
 
   #checkTarget(target: GraphNode, filter: string | undefined): void {
     if (target.descriptor.readOnly) throw new QmpError('Block node is read-only');
-    const name = `node '${filter ?? this.#graph.nextImplicitName}'`;
-    this.#exports.checkWritable(target, true, { name, role: 'target' });
+    const name = filter ?? this.#graph.nextImplicitName;
+    this.#exports.checkWritable(target, true, name);
+    checkUsableBelow(target, true);
   }
 
   #checkJob(id: string, speed: number): void {
@@ -221,10 +223,6 @@ function told(body: () => void): string | undefined {
   } catch (error) {
     return qmpText(error);
   }
-}
-
-function lengthOf({ descriptor }: GraphNode): number | undefined {
-  return 'length' in descriptor ? descriptor.length : undefined;
 }
 
 /** @throws QmpError where an overlay would be taken for what a backup of the same transaction copies */

@@ -20,6 +20,7 @@ import { Graph } from './graph.js';
 import { GraphChanges } from './graph-changes.js';
 import type { GraphNode } from './graph-node.js';
 import { humanMonitorCommand } from './human-monitor.js';
+import { checkWhole, lengthenerOf } from './image-files.js';
 import { InternalSnapshots } from './internal-snapshots.js';
 import { Jobs } from './jobs.js';
 import { Mirrors } from './mirrors.js';
@@ -126,7 +127,11 @@ export class Daemon {
           throw error;
         }
       },
-      'blockdev-del': (given) => graph.remove(given['node-name']),
+      'blockdev-del': async ({ 'node-name': name }) => {
+        const below = GraphChanges.nodesBelow(graph.get(name));
+        await graph.remove(name);
+        await this.#changes.settle(below);
+      },
       'blockdev-reopen': ({ options }) => reopenNodes(graph, objects, this.#changes, options),
       'blockdev-snapshot': async (given) =>
         this.#start([{ snapshot: await this.#snapshots.prepare(given) }], false),
@@ -240,6 +245,7 @@ export class Daemon {
     }: { readonly name: string; readonly persistent?: boolean | undefined },
   ): Promise<DiskHandle> {
     const node = this.graph.lookUp(name);
+    checkWhole(node);
     const disk = await this.graph.disk(node);
     const image = disk.descriptor.node;
     if (persistent && image.driver !== 'qcow2') {
@@ -496,7 +502,7 @@ export class Daemon {
     const { size, device, 'node-name': nodeName } = given;
     const node = this.graph.findEither(device, nodeName);
     if (size < 0) throw new QmpError("Parameter 'size' expects a >0 size");
-    checkResizable(node, device, this.graph.filterOver(node)?.name);
+    checkResizable(node, device, this.graph.filterOver(node)?.name, lengthenerOf(node)?.name);
     checkUnshared(node, ['resize']);
     if (node.driver === 'qcow2' && size % 512 !== 0) {
       throw new QmpError('The new size must be a multiple of 512');

@@ -11,6 +11,7 @@ import { blkdebugOptions } from './blkdebug-options.js';
 import { Breakpoints } from './breakpoints.js';
 import { filenameOf } from './filenames.js';
 import { type Child, type GraphNode, PASSING } from './graph-node.js';
+import { checkImageFile, checkWhole } from './image-files.js';
 import type { Objects } from './objects.js';
 import { checkTraits } from './traits.js';
 
@@ -72,7 +73,12 @@ export class Drivers {
   }
 
   /** Opens what the options say on nodes that it makes or finds. @param made takes these */
-  async open(options: JsonObject, inherited: Inherited | undefined, made: Child[]): Promise<Opened> {
+  async open(
+    name: string,
+    options: JsonObject,
+    inherited: Inherited | undefined,
+    made: Child[],
+  ): Promise<Opened> {
     const driver = String(options['driver']);
     const readOnly = (options['read-only'] ?? inherited?.readOnly ?? false) === true;
     const forceShare = (options['force-share'] ?? inherited?.forceShare ?? false) === true;
@@ -113,7 +119,7 @@ export class Drivers {
         });
       }
       case 'qcow2':
-        return await this.#openQcow2(options, pass, made);
+        return await this.#openQcow2(name, options, pass, made);
       case 'throttle': {
         const { object, ...membership } = this.#objects.takeGroup(String(options['throttle-group']));
         try {
@@ -127,7 +133,7 @@ export class Drivers {
       case 'compress':
         return await this.#layer({ driver, child: await this.#nodes.live(await child('file')) });
       case 'preallocate':
-        return { descriptor: await this.#nodes.live(await child('file')) };
+        return await this.#openPreallocate(options, await child('file'));
       case 'copy-on-read': {
         const below = await child('file');
         const depth = this.#depthOf(below, options['bottom']);
@@ -220,9 +226,10 @@ export class Drivers {
     }
   }
 
-  async #openQcow2(options: JsonObject, pass: Inherited, made: Child[]): Promise<Opened> {
+  async #openQcow2(name: string, options: JsonObject, pass: Inherited, made: Child[]): Promise<Opened> {
     const file = await this.#nodes.child('file', options['file'], pass, made);
     checkTraits(options);
+    await checkImageFile(name, file, pass.readOnly);
     // Before its backing files, as QEMU lists them.
     const sequence = this.#nodes.nextSequence();
     const { backing: wanted, 'data-file': wantedData } = options;
@@ -237,8 +244,8 @@ export class Drivers {
     if (wanted === undefined) {
       const named = header.backing;
       if (named !== undefined) {
-        const name = combineNames(filenameOf(file), named.name);
-        backing = await this.#nodes.image(named.path, name, named.format, below);
+        const called = combineNames(filenameOf(file), named.name);
+        backing = await this.#nodes.image(named.path, called, named.format, below);
         made.push({ role: 'backing', node: backing });
       }
     } else if (wanted !== null) backing = await this.#nodes.child('backing', wanted, below, made);
@@ -253,11 +260,25 @@ export class Drivers {
     return { ...opened, sequence };
   }
 
+  async #openPreallocate(options: JsonObject, file: GraphNode): Promise<Pick<GraphNode, 'descriptor'>> {
+    const number = (name: string): number | undefined => {
+      const value = options[name] === undefined ? undefined : Number(options[name]);
+      if (value === undefined || value >= 0) return value;
+      throw new QmpError(`Parameter '${name}' expects a non-negative number below 2^64`);
+    };
+    const [align, size] = [number('prealloc-align'), number('prealloc-size')];
+    if (align !== undefined && align % SECTOR !== 0) {
+      throw new QmpError(`prealloc-align parameter of preallocate filter is not aligned to ${SECTOR}`);
+    }
+    return await this.#layer({ driver: 'preallocate', child: await this.#nodes.live(file), size, align });
+  }
+
   async #openCopyBeforeWrite(
     options: JsonObject,
     file: GraphNode,
     target: GraphNode,
   ): Promise<Pick<GraphNode, 'descriptor' | 'frozen' | 'held'>> {
+    checkWhole(file);
     const { bitmap, 'min-cluster-size': cluster } = options;
     checkMinClusterSize(cluster === undefined ? undefined : Number(cluster));
     let name: string | undefined;

@@ -8,8 +8,9 @@ import { isObject, type JsonObject } from '../qmp/types.js';
 import { checkUnshared } from './block-graph.js';
 import type { Graph } from './graph.js';
 import type { GraphNode, User } from './graph-node.js';
+import { checkSameLength, checkUsableBelow, lengthenerOf } from './image-files.js';
 import type { DaemonObject, Objects } from './objects.js';
-import { checkExportable, FORMATS } from './permissions.js';
+import { asChild, asRoot, checkExportable, conflict, FORMATS } from './permissions.js';
 
 interface Export {
   readonly id: string;
@@ -140,6 +141,8 @@ export class Exports {
       throw new QmpError('Cannot export read-only node as writable');
     }
     this.checkWritable(node, writable);
+    if (!writable) checkSameLength(node, asRoot(node));
+    checkUsableBelow(node, writable);
     const bitmaps = Array.isArray(options['bitmaps']) ? options['bitmaps'] : [];
     const found = await Promise.all(bitmaps.map((wanted) => this.#bitmap(node, wanted, writable)));
     const disk = await this.#graph.disk(node);
@@ -153,14 +156,14 @@ export class Exports {
       allocationDepth: depth === true,
     });
     this.#exports.set(id, { id, name, node, writable });
-    node.users.set(this.#key(id), 'export');
+    node.users.set(this.#key(id, writable), 'export');
   }
 
   /** Objects that stand for exports among a node's users. */
   readonly #keys = new Map<string, User>();
 
-  #key(id: string): User {
-    const key = this.#keys.get(id) ?? {};
+  #key(id: string, writable = false): User {
+    const key = this.#keys.get(id) ?? { writable };
     this.#keys.set(id, key);
     return key;
   }
@@ -196,32 +199,24 @@ export class Exports {
   /**
    * Nobody writes past the node that lies on it.
    *
-   * @param user who wants to, and as what, as QEMU says it
+   * @param target name of the filter of a job whose target the node is to be; default: it is to be exported
    */
-  checkWritable(
-    node: GraphNode,
-    writable: boolean,
-    user = { name: 'an unnamed block device', role: 'root' },
-  ): void {
+  checkWritable(node: GraphNode, writable: boolean, target?: string): void {
     if (!writable) return;
+    const wanted = target === undefined ? asRoot(node) : asChild(target, node, 'target');
     const filter = this.#graph.filterOver(node);
-    if (filter?.job?.type === 'backup') {
-      throw new QmpError(
-        `Permission conflict on node '${node.name}': permissions 'write' are both required by ${user.name} ` +
-          `(uses node '${node.name}' as '${user.role}' child) and unshared by node '${filter.name}' ` +
-          `(uses node '${node.name}' as 'file' child).`,
-      );
-    }
+    if (filter?.job?.type === 'backup') throw conflict(node, 'write', asChild(filter.name, node), wanted);
+    // A job shares what it writes to with others, but not its length.
+    if (target !== undefined) checkSameLength(node, wanted);
+    const lengthener = lengthenerOf(node);
     for (const parent of node.parents) {
       const role = parent.children.find((child) => child.node === node)?.role ?? 'file';
       // An overlay sees what is below it change, unless a job copies from it.
       const copies = this.#graph.filterOver(parent)?.job?.type;
       if (role === 'backing' && copies !== 'backup' && copies !== 'mirror') continue;
       // Only images want what they lie on for themselves.
-      if (!FORMATS.has(parent.driver)) continue;
-      throw new QmpError(
-        `Conflicts with use by ${parent.name} as '${role}', which does not allow 'write' on ${node.name}`,
-      );
+      if (!FORMATS.has(parent.driver) && parent !== lengthener) continue;
+      throw conflict(node, 'write', asChild(parent.name, node, role), wanted);
     }
   }
 

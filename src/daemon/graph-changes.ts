@@ -10,6 +10,7 @@ import type { LockMode } from '../os/image-lock.js';
 import { QmpError } from '../qmp/errors.js';
 import type { Graph } from './graph.js';
 import type { GraphNode } from './graph-node.js';
+import { lengthenerOf } from './image-files.js';
 import { traitsOf } from './traits.js';
 
 /** Changes of a graph whose nodes are in use: guests wait while one is made, and see nothing else of it. */
@@ -79,6 +80,27 @@ export class GraphChanges {
         root: { node: root, length, readOnly, discard },
       }),
     );
+  }
+
+  /** The nodes that an image or a filter writes to. */
+  static nodesBelow(node: GraphNode | undefined): GraphNode[] {
+    return node === undefined ? [] : filesBelow(node);
+  }
+
+  /** Lets nodes be as long as images on them have made them that are gone. */
+  async settle(nodes: readonly GraphNode[]): Promise<void> {
+    const changed: GraphNode[] = [];
+    for (const node of nodes) {
+      const disk = await node.disk;
+      if (disk === undefined || this.#graph.get(node.name) !== node || lengthenerOf(node) !== undefined)
+        continue;
+      const root = await this.#engine.run<NodeDescriptor>({ kind: 'as-drive', node: node.descriptor });
+      const length = await this.#engine.run<number>({ kind: 'length', node: root });
+      if (length !== disk.length) changed.push(node);
+    }
+    // Where an instant is held the node stays as long as it was in that.
+    if (changed.length === 0 || withAncestors(changed).some(({ frozen }) => frozen !== undefined)) return;
+    await this.change(changed, () => Promise.resolve());
   }
 
   /** Takes what became of a node, and says what went wrong. */
@@ -258,7 +280,7 @@ export class GraphChanges {
 }
 
 /** Drivers that are what they pass requests on to. */
-const PASS_ONLY: ReadonlySet<string> = new Set(['preallocate', 'copy-before-write']);
+const PASS_ONLY: ReadonlySet<string> = new Set(['copy-before-write']);
 
 /** Whether an image lies on the same files as before, however they are open. */
 function isOnSameFiles({ file, dataFile }: Qcow2Descriptor, links: Links): boolean {

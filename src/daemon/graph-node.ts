@@ -69,8 +69,12 @@ export interface Held {
 
 /** An export, or a job of a type. */
 export interface User {
+  /** Clients of the export can write. */
+  readonly writable?: boolean | undefined;
   readonly job?: JobType | undefined;
   readonly id?: string | undefined;
+  /** Name of the filter of a backup, once that is there. */
+  readonly filter?: () => string | undefined;
   /** It changes the length of its target. */
   readonly resizes?: boolean | undefined;
   /** The image that it commits. */

@@ -379,7 +379,7 @@ export class Graph {
     const children: Child[] = [];
     const all = { discard: inherited?.discard, ...options };
     try {
-      const opened = await this.#drivers.open(all, inherited, children);
+      const opened = await this.#drivers.open(name, all, inherited, children);
       const { arena } = this.#engine;
       const marks = arena.alloc(WRITE_MARKS_BYTES, `marks of node '${name}'`);
       let { descriptor } = opened;

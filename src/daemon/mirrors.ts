@@ -10,6 +10,7 @@ import { filenameOf } from './filenames.js';
 import type { Graph } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
 import type { GraphNode } from './graph-node.js';
+import { checkUsableBelow } from './image-files.js';
 import { checkSpeed, jobIdOf, listOptions, runOptions } from './job-arguments.js';
 import type { Jobs } from './jobs.js';
 import { checkMirrorTarget, checkUnblocked, jobOf } from './permissions.js';
@@ -159,6 +160,7 @@ export class Mirrors {
       checkSpeed(given.speed);
       if (target.descriptor.readOnly) throw new QmpError('Block node is read-only');
       checkMirrorTarget(target, this.#exports.useOf(target));
+      checkUsableBelow(target, true);
     } catch (error) {
       this.#jobs.refused(id);
       throw error;

@@ -10,14 +10,19 @@ import type { GraphNode } from './graph-node.js';
 const ANONYMOUS = 'an unnamed block device';
 
 /** @param by who does not share it @param user who wants it */
-function conflict(node: GraphNode, permission: string, by: string, user = asRoot(node)): QmpError {
+export function conflict(node: GraphNode, permission: string, by: string, user = asRoot(node)): QmpError {
   return new QmpError(
     `Permission conflict on node '${node.name}': permissions '${permission}' are both required by ${user} and unshared by ${by}.`,
   );
 }
 
+/** A node that lies on another one. */
+export function asChild(name: string, node: GraphNode, role = 'file'): string {
+  return `node '${name}' (uses node '${node.name}' as '${role}' child)`;
+}
+
 /** An export or a job that uses a node. */
-function asRoot(node: GraphNode): string {
+export function asRoot(node: GraphNode): string {
   return `${ANONYMOUS} (uses node '${node.name}' as 'root' child)`;
 }
 
@@ -133,12 +138,14 @@ export function busyError(name: string, job: JobType): QmpError {
 /**
  * @param device as the command names it
  * @param filter name of the filter of a job that copies from the node
+ * @param lengthener name of the node through which an image makes it longer
  * @throws QmpError where the size of the node is not to be changed
  */
 export function checkResizable(
   node: GraphNode,
   device: string | undefined,
   filter: string | undefined,
+  lengthener: string | undefined,
 ): void {
   const uses = [...node.users.values()];
   const job = jobOf(node);
@@ -148,8 +155,8 @@ export function checkResizable(
   if (node.descriptor.readOnly) throw new QmpError('Image is read-only');
   for (const parent of node.parents) {
     const role = parent.children.find((child) => child.node === node)?.role ?? 'file';
-    if (!FORMATS.has(parent.driver)) continue;
-    throw conflict(node, 'resize', `node '${parent.name}' (uses node '${node.name}' as '${role}' child)`);
+    if (!FORMATS.has(parent.driver) && parent.name !== lengthener) continue;
+    throw conflict(node, 'resize', asChild(parent.name, node, role));
   }
   if (filter !== undefined || uses.includes('source')) {
     throw conflict(node, 'resize', `node '${filter ?? '#block'}' (uses node '${node.name}' as 'file' child)`);

@@ -3,8 +3,9 @@ import { isObject, type JsonObject } from '../qmp/types.js';
 import type { Graph } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
 import type { Child, GraphNode } from './graph-node.js';
+import { checkImageFile } from './image-files.js';
 import type { Objects } from './objects.js';
-import { checkReopenable } from './permissions.js';
+import { checkReopenable, FORMATS } from './permissions.js';
 import { checkTraits } from './traits.js';
 
 /** Options of every node that can change, and go back to what they are by default. */
@@ -68,6 +69,13 @@ export async function reopenNodes(
     checkWriters(node, readOnly);
     checkReopenable(node);
   }
+  for (const { node, readOnly, children } of reopenings) {
+    const file = children.get('file') ?? childOf(node, 'file');
+    const moves = children.has('file') || (node.descriptor.readOnly && !readOnly);
+    if (FORMATS.has(node.driver) && file !== undefined && moves) {
+      await checkImageFile(node.name, file, readOnly);
+    }
+  }
   if (reopenings.length === 0) return;
   const nodes = reopenings.flatMap(({ node, children }) => [
     node,
@@ -86,6 +94,7 @@ export async function reopenNodes(
     }
   });
   for (const node of left) await graph.closeUnused(node);
+  await changes.settle(left);
 }
 
 /** A node with its options, and the nodes below it that have options in there. */

@@ -69,6 +69,8 @@ const qcow2: Above = (file, readOnly) =>
 const blkdebug: Above = (child) =>
   openNodeLayer(runtime, { driver: 'blkdebug', child, rules: [], limits: NO_LIMITS });
 const compress: Above = (child) => openNodeLayer(runtime, { driver: 'compress', child });
+const preallocate: Above = (child) =>
+  openNodeLayer(runtime, { driver: 'preallocate', child, size: 300_000, align: 4096 });
 /** The group and the control block are there from the beginning, so that they are no leak. */
 const group = arena.alloc(THROTTLE_GROUP_BYTES, 'throttle group');
 setLimits(
@@ -192,6 +194,37 @@ const drivers: readonly Driver[] = [
   { name: 'qcow2 over blkdebug', length: 3 << 20, image: { format: 'qcow2' }, stack: [blkdebug, qcow2] },
   { name: 'raw over throttle over blkdebug', length: 1_000_448, stack: [blkdebug, throttle, raw()] },
   { name: 'compress over qcow2', length: 3 << 20, image: { format: 'qcow2' }, stack: [qcow2, compress] },
+  {
+    name: 'qcow2 over preallocate',
+    length: 3 << 20,
+    image: { format: 'qcow2' },
+    stack: [preallocate, qcow2],
+  },
+  {
+    name: 'qcow2 over preallocate over a live file',
+    length: 3 << 20,
+    image: { format: 'qcow2' },
+    stack: [raw(), live, preallocate, qcow2],
+  },
+  {
+    name: 'qcow2 over throttle over preallocate over a live file',
+    length: 3 << 20,
+    image: { format: 'qcow2' },
+    stack: [raw(), live, preallocate, throttle, qcow2],
+  },
+  {
+    name: 'qcow2 over throttle over a live file',
+    length: 3 << 20,
+    image: { format: 'qcow2' },
+    stack: [raw(), live, throttle, qcow2],
+  },
+  {
+    name: 'qcow2 over throttle over a live preallocate',
+    length: 3 << 20,
+    image: { format: 'qcow2' },
+    stack: [preallocate, live, throttle, qcow2],
+  },
+  { name: 'raw over preallocate', length: 1_000_448, stack: [preallocate, raw()] },
   {
     name: 'a part of a raw file',
     length: 1_000_448,

@@ -135,7 +135,7 @@ export interface Session {
    */
   readonly drains?: true | undefined;
   /** How it ends; default: by `quit`. */
-  readonly end?: 'SIGTERM' | undefined;
+  readonly end?: 'SIGTERM' | 'SIGKILL' | undefined;
 }
 
 export interface Played {

@@ -17,7 +17,7 @@ export class CopyOnReadNode extends LiveNode {
   readonly #depth: number;
 
   constructor(runtime: Runtime, { path, readOnly, length, disk, depth }: CopyOnReadDescriptor, below: Disk) {
-    super({ driver: 'live', path, readOnly, length, disk }, below);
+    super(runtime, { driver: 'live', path, readOnly, length, disk }, below);
     this.#runtime = runtime;
     this.#below = below;
     this.#depth = depth ?? Number.POSITIVE_INFINITY;

@@ -384,6 +384,25 @@ export class HostFile implements FileNode {
     return true;
   }
 
+  reserve(end: number): boolean {
+    const { fd, blockDevice } = this.descriptor;
+    if (syscalls === undefined || blockDevice || this.readOnly) return false;
+    const { allocate } = syscalls;
+    return withLock(this.#arena, this.descriptor.control + LENGTH_LOCK, () => {
+      const { length } = this;
+      if (end <= length) return true;
+      try {
+        allocate(fd, length, end - length);
+      } catch {
+        // A part of the space may have been taken.
+        this.#attempt('truncate to', length, 0, () => ftruncateSync(fd, length));
+        return false;
+      }
+      this.#arena.f64[this.descriptor.control / 8] = end;
+      return true;
+    });
+  }
+
   allocatedBytes(): number {
     return this.#attempt('look at', 0, 0, () => fstatSync(this.descriptor.fd).blocks * 512);
   }
