@@ -1,9 +1,13 @@
+import { availableParallelism } from 'node:os';
 import { defineConfig } from 'vitest/config';
 
 export default defineConfig({
   test: {
     include: ['test/**/*.test.ts'],
+    globalSetup: ['test/support/commands-setup.ts'],
     pool: 'forks',
+    // Many tests wait for other programs: two files at once keep two processors busy.
+    maxWorkers: Math.max(2, availableParallelism() - 1),
     testTimeout: 60_000,
     hookTimeout: 60_000,
     // The suite runs the built package, natively loaded: the very code that ships, workers included.
