@@ -66,11 +66,12 @@ export function startTls(
   relay.unref();
   relay.on('error', () => undefined);
   Atomics.wait(state, 0, WAITING, Math.max(0, plain.deadlineMs - performance.now()));
-  if (Atomics.load(state, 0) === SECURE) return new SocketStream(ours, plain.deadlineMs);
+  // Before the connection ends: the relay would take that for a failure of the handshake.
+  const came = Atomics.load(state, 0);
+  if (came === SECURE) return new SocketStream(ours, plain.deadlineMs);
   sockets.shutdown(plain.fd);
   sockets.close(ours);
-  if (Atomics.load(state, 0) === WAITING)
-    throw new ConnectionLost('the server takes too long for the TLS handshake');
+  if (came === WAITING) throw new ConnectionLost('the server takes too long for the TLS handshake');
   const text = new TextDecoder().decode(new Uint8Array(outcome, TEXT_AT, state[1]).slice());
   throw refusedError(path, `no TLS with the server: ${text}`);
 }
