@@ -5,10 +5,9 @@ import { DISK_BITMAPS, type DiskDescriptor } from './disk.js';
 import { bitmapsOfDisk, busyBitmap, closeDiskBitmaps, openDiskBitmaps } from './disk-bitmaps.js';
 import { NO_LIMITS } from './filters/blkdebug.js';
 import { type BlkdebugRule, BlkdebugState, blkdebugBytes } from './filters/blkdebug-state.js';
-import { attachNode } from './graph.js';
+import { attachNode, closeLayer } from './graph.js';
 import type { NodeDescriptor, Qcow2Descriptor, RawDescriptor } from './node.js';
 import {
-  closeQcow2,
   createSnapshot,
   deleteSnapshot,
   type NewSnapshot,
@@ -51,14 +50,9 @@ export function reopenImage(
   if (linked.driver !== 'qcow2') throw new TypeError('an image stays one');
   // The same file may be open with another descriptor by now; another file is none of the image as it was.
   const file = linked.file.identity === node.file.identity ? linked.file : node.file;
-  return anew(runtime, disk, { ...node, file }, { ...linked, readOnly: options.readOnly }, () => {
-    const open = attachFile(runtime, file);
-    try {
-      closeQcow2(runtime, node, open);
-    } finally {
-      open.giveBack?.();
-    }
-  });
+  return anew(runtime, disk, { ...node, file }, { ...linked, readOnly: options.readOnly }, () =>
+    closeLayer(runtime, { ...node, file }),
+  );
 }
 
 /**

@@ -1,6 +1,5 @@
-import { QmpError } from '../qmp/errors.js';
 import type { Child, GraphNode, Use, User } from './graph-node.js';
-import { FORMATS } from './permissions.js';
+import { asUser, conflict, FORMATS, filterOver } from './permissions.js';
 
 /*
  * QMP `x-debug-query-block-graph`: who uses which node, what each needs to be allowed to do with it, and what it allows
@@ -196,14 +195,12 @@ export function checkUnshared(node: GraphNode, wanted: readonly PermissionName[]
 }
 
 function checkPair(node: GraphNode, one: Edge, two: Edge): void {
-  const conflict = one.needed & ~two.shared;
-  if (conflict === 0) return;
-  const names = NAMES.filter((_, index) => (conflict & (1 << index)) !== 0).map((name) =>
+  const denied = one.needed & ~two.shared;
+  if (denied === 0) return;
+  const names = NAMES.filter((_, index) => (denied & (1 << index)) !== 0).map((name) =>
     name.replace('-', ' '),
   );
-  throw new QmpError(
-    `Permission conflict on node '${node.name}': permissions '${names.join(', ')}' are both required by ${saidOf(one)} and unshared by ${saidOf(two)}.`,
-  );
+  throw conflict(node, names.join(', '), saidOf(two), saidOf(one));
 }
 
 function saidOf({ parent, node, role }: Edge): string {
@@ -215,7 +212,7 @@ function saidOf({ parent, node, role }: Edge): string {
         : parent.type === 'block-job'
           ? `job '${parent.name}'`
           : `block device '${parent.name}'`;
-  return `${who} (uses node '${node.name}' as '${role}' child)`;
+  return asUser(who, node, role);
 }
 
 /** The last one first. What a mirror or a commit has below its filter is a backing file to QEMU. */
@@ -226,7 +223,7 @@ function childrenOf({ driver, children }: GraphNode): { readonly node: GraphNode
 
 /** Whoever lies on a node lies on the filter that a job has put over it. */
 function coverOf(node: GraphNode, parent: GraphNode): GraphNode {
-  const filter = [...node.parents].find(({ job }) => job !== undefined);
+  const filter = filterOver(node);
   return filter === undefined || filter === parent ? node : coverOf(filter, parent);
 }
 

@@ -25,7 +25,7 @@ import { InternalSnapshots } from './internal-snapshots.js';
 import { Jobs } from './jobs.js';
 import { Mirrors } from './mirrors.js';
 import { Objects } from './objects.js';
-import { checkResizable } from './permissions.js';
+import { checkResizable, filterOver } from './permissions.js';
 import { QemuIo } from './qemu-io.js';
 import { listProperties, listTypes, Qom } from './qom.js';
 import { Queries } from './query.js';
@@ -502,7 +502,7 @@ export class Daemon {
     const { size, device, 'node-name': nodeName } = given;
     const node = this.graph.findEither(device, nodeName);
     if (size < 0) throw new QmpError("Parameter 'size' expects a >0 size");
-    checkResizable(node, device, this.graph.filterOver(node)?.name, lengthenerOf(node)?.name);
+    checkResizable(node, device, filterOver(node)?.name, lengthenerOf(node)?.name);
     checkUnshared(node, ['resize']);
     if (node.driver === 'qcow2' && size % 512 !== 0) {
       throw new QmpError('The new size must be a multiple of 512');

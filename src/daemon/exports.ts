@@ -10,7 +10,7 @@ import type { Graph } from './graph.js';
 import type { GraphNode, User } from './graph-node.js';
 import { checkSameLength, checkUsableBelow, lengthenerOf } from './image-files.js';
 import type { DaemonObject, Objects } from './objects.js';
-import { asChild, asRoot, checkExportable, conflict, FORMATS } from './permissions.js';
+import { asChild, asRoot, checkExportable, conflict, FORMATS, filterOver, roleOf } from './permissions.js';
 
 interface Export {
   readonly id: string;
@@ -204,15 +204,15 @@ export class Exports {
   checkWritable(node: GraphNode, writable: boolean, target?: string): void {
     if (!writable) return;
     const wanted = target === undefined ? asRoot(node) : asChild(target, node, 'target');
-    const filter = this.#graph.filterOver(node);
+    const filter = filterOver(node);
     if (filter?.job?.type === 'backup') throw conflict(node, 'write', asChild(filter.name, node), wanted);
     // A job shares what it writes to with others, but not its length.
     if (target !== undefined) checkSameLength(node, wanted);
     const lengthener = lengthenerOf(node);
     for (const parent of node.parents) {
-      const role = parent.children.find((child) => child.node === node)?.role ?? 'file';
+      const role = roleOf(parent, node);
       // An overlay sees what is below it change, unless a job copies from it.
-      const copies = this.#graph.filterOver(parent)?.job?.type;
+      const copies = filterOver(parent)?.job?.type;
       if (role === 'backing' && copies !== 'backup' && copies !== 'mirror') continue;
       // Only images want what they lie on for themselves.
       if (!FORMATS.has(parent.driver) && parent !== lengthener) continue;

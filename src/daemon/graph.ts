@@ -258,11 +258,6 @@ export class Graph {
     return below;
   }
 
-  /** The filter of a job that lies on a node, if any: nobody may write past it. */
-  filterOver(node: GraphNode): GraphNode | undefined {
-    return [...node.parents].find(({ job }) => job !== undefined);
-  }
-
   /** QMP `blockdev-del` */
   async remove(name: string): Promise<void> {
     const node = this.#nodes.get(name);

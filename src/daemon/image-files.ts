@@ -1,6 +1,6 @@
 import { QmpError } from '../qmp/errors.js';
-import type { Child, GraphNode } from './graph-node.js';
-import { asChild, asRoot, conflict, FORMATS } from './permissions.js';
+import type { GraphNode } from './graph-node.js';
+import { asChild, asRoot, asUser, conflict, FORMATS, roleOf } from './permissions.js';
 
 /*
  * The nodes below an image that is written to are its own (QEMU: it has 'write' and 'resize' on its child 'file', and so
@@ -8,10 +8,6 @@ import { asChild, asRoot, conflict, FORMATS } from './permissions.js';
  */
 
 type Used = 'written' | 'read';
-
-function roleOf(parent: GraphNode, node: GraphNode): Child['role'] {
-  return parent.children.find((child) => child.node === node)?.role ?? 'file';
-}
 
 /** The nodes that lie on one and write to it: no overlays, and no filters of jobs. */
 function writersOf(node: GraphNode): GraphNode[] {
@@ -118,7 +114,7 @@ function checkNobodyHolds(node: GraphNode, own: string, user: string, direct: bo
     if (job === 'backup' && use === 'target') throw wanted(asChild(filter?.() ?? '', node, 'target'));
     if (job !== 'mirror') continue;
     if (use === 'target') throw wanted(asRoot(node), 'consistent read, write, resize');
-    throw wanted(`mirror job '${id ?? ''}' (uses node '${node.name}' as 'source' child)`);
+    throw wanted(asUser(`mirror job '${id ?? ''}'`, node, 'source'));
   }
   for (const parent of node.parents) {
     if (parent.name === user) continue;

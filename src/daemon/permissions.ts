@@ -1,6 +1,6 @@
 import type { JobType } from '../engine/job.js';
 import { QmpError } from '../qmp/errors.js';
-import type { GraphNode } from './graph-node.js';
+import type { Child, GraphNode } from './graph-node.js';
 
 /*
  * What QEMU's permissions and operation blockers keep from happening, in its words. Who has something on a node says what
@@ -16,24 +16,38 @@ export function conflict(node: GraphNode, permission: string, by: string, user =
   );
 }
 
+/** Whoever uses a node, as QEMU says it. */
+export function asUser(who: string, node: GraphNode, role: string): string {
+  return `${who} (uses node '${node.name}' as '${role}' child)`;
+}
+
 /** A node that lies on another one. */
 export function asChild(name: string, node: GraphNode, role = 'file'): string {
-  return `node '${name}' (uses node '${node.name}' as '${role}' child)`;
+  return asUser(`node '${name}'`, node, role);
 }
 
 /** An export or a job that uses a node. */
 export function asRoot(node: GraphNode): string {
-  return `${ANONYMOUS} (uses node '${node.name}' as 'root' child)`;
+  return asUser(ANONYMOUS, node, 'root');
+}
+
+/** What a node is to one that lies on it. */
+export function roleOf(parent: GraphNode, node: GraphNode): Child['role'] {
+  return parent.children.find((child) => child.node === node)?.role ?? 'file';
+}
+
+/** The filter of a job that lies on a node, if any: nobody may write past it. */
+export function filterOver(node: GraphNode): GraphNode | undefined {
+  return [...node.parents].find(({ job }) => job !== undefined);
 }
 
 /** The target of a mirror is nobody else's. @throws QmpError @param exported whether it is exported, to be written to or read */
 export function checkMirrorTarget(node: GraphNode, exported: 'writable' | 'readable' | undefined): void {
   if (exported !== undefined) throw exportConflict(node, exported === 'writable');
   for (const parent of node.parents) {
-    const role = parent.children.find((child) => child.node === node)?.role ?? 'file';
+    const role = roleOf(parent, node);
     const permissions = role === 'backing' ? 'consistent read' : 'consistent read, write, resize';
-    const user = `node '${parent.name}' (uses node '${node.name}' as '${role}' child)`;
-    throw conflict(node, permissions, asRoot(node), user);
+    throw conflict(node, permissions, asRoot(node), asChild(parent.name, node, role));
   }
 }
 
@@ -47,7 +61,7 @@ export function checkExportable(node: GraphNode, writable: boolean): void {
     }
     if (use !== 'intermediate') continue;
     if (writable && node.descriptor.readOnly) throw new QmpError('Cannot export read-only node as writable');
-    const by = `commit job '${id}' (uses node '${node.name}' as 'intermediate node' child)`;
+    const by = asUser(`commit job '${id}'`, node, 'intermediate node');
     throw conflict(node, writable ? 'consistent read, write' : 'consistent read', by);
   }
 }
@@ -66,10 +80,14 @@ function overlayOf(node: GraphNode): GraphNode | undefined {
   );
 }
 
+/** The type of a job that uses a node itself. */
+function ownJobOf(node: GraphNode): JobType | undefined {
+  return [...node.users.keys()].find(({ job }) => job !== undefined)?.job;
+}
+
 /** The type of a job that works on a node. */
 export function jobOf(node: GraphNode): JobType | undefined {
-  const own = [...node.users.keys()].find(({ job }) => job !== undefined)?.job;
-  return own ?? node.job?.type ?? [...node.parents].find(({ job }) => job !== undefined)?.job?.type;
+  return ownJobOf(node) ?? node.job?.type ?? filterOver(node)?.job?.type;
 }
 
 /** Whether a job reads or writes the node as nothing but a part of its work. */
@@ -98,7 +116,7 @@ function checkNoOverlay(node: GraphNode, covered = node): void {
 
 /** @throws QmpError where the node cannot be removed. What a backup copies from is in its way as any child is, and no more */
 export function checkRemovable(node: GraphNode): void {
-  const over = [...node.parents].find(({ job }) => job !== undefined)?.job?.type;
+  const over = filterOver(node)?.job?.type;
   const isSource =
     over === 'backup' && node.job === undefined && ![...node.users.values()].includes('target');
   if (!isSource) checkUnblocked(node);
@@ -115,7 +133,7 @@ export function checkCoverable(node: GraphNode): void {
   for (const { type, isTop } of filters) {
     if (type !== 'backup' || isTop === true) throw busyError(node.name, type);
   }
-  const own = [...node.users.keys()].find(({ job }) => job !== undefined)?.job;
+  const own = ownJobOf(node);
   if (own !== undefined) throw busyError(node.name, own);
   checkNoOverlay(node);
 }
@@ -154,14 +172,13 @@ export function checkResizable(
     throw new QmpError(`Device '${device ?? '(null)'}' is in use`);
   if (node.descriptor.readOnly) throw new QmpError('Image is read-only');
   for (const parent of node.parents) {
-    const role = parent.children.find((child) => child.node === node)?.role ?? 'file';
     if (!FORMATS.has(parent.driver) && parent.name !== lengthener) continue;
-    throw conflict(node, 'resize', asChild(parent.name, node, role));
+    throw conflict(node, 'resize', asChild(parent.name, node, roleOf(parent, node)));
   }
   if (filter !== undefined || uses.includes('source')) {
-    throw conflict(node, 'resize', `node '${filter ?? '#block'}' (uses node '${node.name}' as 'file' child)`);
+    throw conflict(node, 'resize', asChild(filter ?? '#block', node));
   }
   if (uses.includes('export')) {
-    throw conflict(node, 'resize', `${ANONYMOUS} (uses node '${node.name}' as 'root' child)`);
+    throw conflict(node, 'resize', asRoot(node));
   }
 }

@@ -8,7 +8,7 @@ import { filenameOf } from './filenames.js';
 import { type Graph, isFormat } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
 import type { GraphNode } from './graph-node.js';
-import { checkCoverable } from './permissions.js';
+import { checkCoverable, filterOver } from './permissions.js';
 
 /** An overlay that is ready to be put on a node. */
 export interface PreparedSnapshot {
@@ -81,7 +81,7 @@ export class Snapshots {
 
   /** @throws QmpError where a job would not find in the overlay what it copies from the node */
   async #checkLength(node: GraphNode, overlay: GraphNode): Promise<void> {
-    if (this.#graph.filterOver(node) === undefined) return;
+    if (filterOver(node) === undefined) return;
     const [own, others] = [await this.#graph.disk(node), await this.#graph.disk(overlay)];
     if (own.length === others.length) return;
     throw new QmpError(`The overlay is not as long as '${node.name}', which a job copies from`);

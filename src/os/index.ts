@@ -1,3 +1,4 @@
+import { throughFfi } from './ffi.js';
 import { loadSyscalls, type Syscalls } from './syscalls.js';
 
 /**
@@ -5,13 +6,4 @@ import { loadSyscalls, type Syscalls } from './syscalls.js';
  * platform, or where `STILLFRAME_NO_FFI=1` says to do without: then holes are not seen (everything is data, found
  * to be zero by looking), zeroes are written, and image locks are not taken. Results stay right.
  */
-export const syscalls: Syscalls | undefined = choose();
-
-function choose(): Syscalls | undefined {
-  if (process.platform !== 'linux' || process.env['STILLFRAME_NO_FFI'] === '1') return undefined;
-  try {
-    return loadSyscalls();
-  } catch {
-    return undefined;
-  }
-}
+export const syscalls: Syscalls | undefined = throughFfi(loadSyscalls)();

@@ -1,3 +1,4 @@
+import { throughFfi } from './ffi.js';
 import { type Koffi, loadKoffi } from './sockets.js';
 
 /**
@@ -365,20 +366,5 @@ function loadOpenSsl(): OpenSsl {
   };
 }
 
-let loaded: OpenSsl | undefined;
-
-/**
- * The OpenSSL of this Node, loaded when it is first needed.
- *
- * @returns undefined where there is none that can be called: the FFI has no binary for the platform, `STILLFRAME_NO_FFI=1`
- *   says to do without, or this is no ordinary Node
- */
-export function openSsl(): OpenSsl | undefined {
-  if (process.platform !== 'linux' || process.env['STILLFRAME_NO_FFI'] === '1') return undefined;
-  try {
-    loaded ??= loadOpenSsl();
-    return loaded;
-  } catch {
-    return undefined;
-  }
-}
+/** The OpenSSL of this Node; undefined as well where this is no ordinary Node, and there is none that can be called. */
+export const openSsl = throughFfi(loadOpenSsl);

@@ -1,3 +1,4 @@
+import { throughFfi } from './ffi.js';
 import { type Koffi, loadKoffi, type SocketAddress, SocketError, socketError } from './sockets.js';
 
 /**
@@ -290,20 +291,5 @@ function loadServerSockets(): ServerSockets {
   };
 }
 
-let loaded: ServerSockets | undefined;
-
-/**
- * The sockets of this platform, loaded when they are first needed.
- *
- * @returns undefined where the FFI has no binary for it, or `STILLFRAME_NO_FFI=1` says to do without
- */
-export function serverSockets(): ServerSockets | undefined {
-  if (process.platform !== 'linux' || process.env['STILLFRAME_NO_FFI'] === '1') return undefined;
-  try {
-    loaded ??= loadServerSockets();
-    return loaded;
-  } catch (error) {
-    if (error instanceof SocketError) throw error;
-    return undefined;
-  }
-}
+/** The sockets of this platform. */
+export const serverSockets = throughFfi(loadServerSockets, (error) => error instanceof SocketError);

@@ -1,5 +1,6 @@
 import { createRequire } from 'node:module';
 import { getSystemErrorMap } from 'node:util';
+import { throughFfi } from './ffi.js';
 
 /**
  * Blocking stream sockets of Linux, which Node does not offer: a thread that moves data waits in the kernel. What is
@@ -202,19 +203,5 @@ function loadSockets(): Sockets {
   };
 }
 
-let loaded: Sockets | undefined;
-
-/**
- * The sockets of this platform, loaded when they are first needed.
- *
- * @returns undefined where the FFI has no binary for it, or `STILLFRAME_NO_FFI=1` says to do without
- */
-export function sockets(): Sockets | undefined {
-  if (process.platform !== 'linux' || process.env['STILLFRAME_NO_FFI'] === '1') return undefined;
-  try {
-    loaded ??= loadSockets();
-    return loaded;
-  } catch {
-    return undefined;
-  }
-}
+/** The sockets of this platform. */
+export const sockets = throughFfi(loadSockets);

@@ -7,7 +7,7 @@ import { type Area, areasOf, DirtyModel } from '../support/bitmaps.js';
 import { firstDifference, Random } from '../support/data.js';
 import { hasPeer, run } from '../support/peers.js';
 import { type OpenImage, temporaryFolder, Workbench } from './qcow2-support.js';
-import { applied, VolatileFile } from './volatile-file.js';
+import { applied, type VolatileFile } from './volatile-file.js';
 
 const folder = temporaryFolder();
 const bench = new Workbench();
@@ -189,13 +189,8 @@ describe.skipIf(!hasPeer('qemu-img'))('dirty bitmaps through power cuts', () => 
     for (const session of sessions) {
       if (session === 'clear') reference = Buffer.from(model);
       const before = look(path).bitmaps;
-      let volatile: VolatileFile | undefined;
-      const image = bench.open(path, false, undefined, (file) => {
-        volatile = new VolatileFile(bench.runtime.arena, file);
-        return volatile;
-      });
-      if (volatile === undefined) throw new Error('the file was not wrapped');
-      const file: VolatileFile = volatile;
+      const image = bench.openVolatile(path);
+      const { file } = image;
       allowed = new Map([...before].map(([name, areas]) => [name, areas === 'in-use' ? [] : [areas]]));
       commits = false;
       let writes = 0;

@@ -157,11 +157,7 @@ describe.skipIf(!hasPeer('qemu-img'))(
       // What was touched since the last flush has no promise.
       const touched: { readonly from: number; readonly to: number }[] = [];
 
-      let volatile: VolatileFile | undefined;
-      const image = bench.open(path, false, undefined, (file) => {
-        volatile = new VolatileFile(bench.runtime.arena, file);
-        return volatile;
-      });
+      const image = bench.openVolatile(path);
       const cutPath = join(folder, 'cut.qcow2');
       let writes = 0;
       let cuts = 0;
@@ -179,8 +175,7 @@ describe.skipIf(!hasPeer('qemu-img'))(
         expect(firstDifference(found, flushed), `flushed data after cut ${cuts}, seed ${seed}`).toBe(-1);
         cuts++;
       };
-      if (volatile === undefined) throw new Error('the file was not wrapped');
-      const file: VolatileFile = volatile;
+      const { file } = image;
       const every = test.every ?? Math.floor(test.operations / 14);
       file.afterWrite = () => {
         writes++;

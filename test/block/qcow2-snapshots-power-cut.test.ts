@@ -14,7 +14,7 @@ import { attachFile, closeFile, openFile } from '#src/block/raw/file.js';
 import { firstDifference, Random } from '../support/data.js';
 import { hasPeer, run } from '../support/peers.js';
 import { temporaryFolder, Workbench } from './qcow2-support.js';
-import { applied, VolatileFile } from './volatile-file.js';
+import { applied, type VolatileFile } from './volatile-file.js';
 
 const folder = temporaryFolder();
 const bench = new Workbench();
@@ -100,13 +100,8 @@ describe.skipIf(!hasPeer('qemu-img'))('internal snapshots through power cuts', (
     const change = (name: string, before: readonly string[], after: readonly string[]): void => {
       allowed = [before, after];
       const id = snapshotsOf(path).find((one) => one.name === name)?.id ?? '';
-      let volatile: VolatileFile | undefined;
-      const image = bench.open(path, false, undefined, (file) => {
-        volatile = new VolatileFile(bench.runtime.arena, file);
-        return volatile;
-      });
-      if (volatile === undefined) throw new Error('the file was not wrapped');
-      const file: VolatileFile = volatile;
+      const image = bench.openVolatile(path);
+      const { file } = image;
       let writes = 0;
       file.afterWrite = () => {
         if (++writes % 9 === 0 || writes < 4) cut(file);

@@ -12,6 +12,7 @@ import {
 } from '#src/block/qcow2/index.js';
 import { attachFile, closeFile, type FileNode, openFile } from '#src/block/raw/file.js';
 import { createRuntime, type Runtime } from '#src/kernels/runtime.js';
+import { VolatileFile } from './volatile-file.js';
 
 /** A folder for the test file that calls it, removed at its end. */
 export function temporaryFolder(): string {
@@ -46,6 +47,15 @@ export class Workbench {
     } finally {
       closeFile(this.runtime, file);
     }
+  }
+
+  /** An image to write to, whose file remembers what a power cut may lose. */
+  openVolatile(path: string): OpenImage & { readonly file: VolatileFile } {
+    const wrap = (plain: FileNode): FileNode => new VolatileFile(this.runtime.arena, plain);
+    const image = this.open(path, false, undefined, wrap);
+    const { file } = image;
+    if (file instanceof VolatileFile) return { ...image, file };
+    throw new Error('the file was not wrapped');
   }
 
   /** @param wrap makes the file node the image works on out of the plain one */

@@ -5,6 +5,7 @@ import type { BlockNode, Extent, LiveDescriptor } from '../node.js';
 import { attachFile } from '../raw/file.js';
 import type { BlkdebugEvent } from './blkdebug-events.js';
 import { FilterNode } from './filter.js';
+import { eachRun } from './units.js';
 
 /**
  * A live disk as another node's child: what is written passes its copy-before-write and is recorded. The disk is as long
@@ -62,11 +63,9 @@ export class LiveNode extends FilterNode {
       );
       return;
     }
-    const { u32 } = this.#runtime.arena;
-    for (let start = 0, index = 0; start < length; start += unit, index++) {
-      const skipped = (((u32[(skip >> 2) + (index >> 5)] ?? 0) >>> (index & 31)) & 1) === 1;
-      if (!skipped) this.write(offset + start, pointer + start, Math.min(unit, length - start));
-    }
+    eachRun(this.#runtime, length, unit, skip, (start, bytes) =>
+      this.write(offset + start, pointer + start, bytes),
+    );
   }
 
   override writeZeroes(offset: number, length: number, mayUnmap: boolean): void {

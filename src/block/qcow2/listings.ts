@@ -33,10 +33,12 @@ export type SnapshotSelector =
   | { readonly id?: string | undefined; readonly name?: string | undefined };
 
 /** Most bytes a snapshot table may have. */
-const MAX_TABLE_BYTES = 64 * 1024 * 1024;
-const SNAPSHOT_BYTES = 40;
+export const MAX_TABLE_BYTES = 64 * 1024 * 1024;
+/** Bytes of an entry of the snapshot table before its texts and extra data. */
+export const SNAPSHOT_BYTES = 40;
 const MAX_SNAPSHOT_EXTRA_BYTES = 1024;
-const NO_ICOUNT = 2n ** 64n - 1n;
+/** There is no instruction count. */
+export const NO_ICOUNT = 2n ** 64n - 1n;
 
 /** Reads a table of entries of different lengths one after the other. */
 class TableReader {

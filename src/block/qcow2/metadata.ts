@@ -3,6 +3,7 @@ import type { Runtime } from '../../kernels/runtime.js';
 import type { Qcow2Descriptor } from '../node.js';
 import type { FileNode } from '../raw/file.js';
 import { beginRecording } from './bitmaps.js';
+import { COMPRESSED, COPIED, OFFSET_MASK } from './entries.js';
 import { FIELD, INCOMPATIBLE_CORRUPT, SUBCLUSTERS } from './header.js';
 import { checkApart, checkNoneShared, overlapsPlace, type Places } from './places.js';
 import {
@@ -15,11 +16,7 @@ import {
 import { SliceCache } from './slice-cache.js';
 import { FREE_ENTRY, MUTATED, READERS, State } from './state.js';
 
-/** Bits 9 to 55 of an L1 entry: the offset of an L2 table. */
-const L1_OFFSET_MASK = 0x00fffffffffffe00n;
 const REFCOUNT_TABLE_RESERVED_MASK = 0x1ffn;
-const COPIED = 1n << 63n;
-const COMPRESSED = 1n << 62n;
 /** The bitmap of an extended entry whose subclusters all read as zeroes. */
 const ALL_ZERO = 0xffffffff00000000n;
 
@@ -850,7 +847,7 @@ export class Metadata {
       this.#deferFree(this.compressedClusters(entry), sequence);
       return;
     }
-    const offset = Number(entry & L1_OFFSET_MASK);
+    const offset = Number(entry & OFFSET_MASK);
     if (offset !== 0 && offset !== keep) this.#deferFree({ offset, clusters: 1 }, sequence);
   }
 

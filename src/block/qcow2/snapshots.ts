@@ -2,8 +2,16 @@ import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { Qcow2Descriptor } from '../node.js';
 import { attachFile, type FileNode } from '../raw/file.js';
+import { COMPRESSED, COPIED, OFFSET_MASK } from './entries.js';
 import { FIELD, MAX_L1_BYTES, MAX_SNAPSHOTS, type Qcow2Header, readHeader } from './header.js';
-import { readSnapshotTable, type Snapshot, type SnapshotInfo } from './listings.js';
+import {
+  MAX_TABLE_BYTES,
+  NO_ICOUNT,
+  readSnapshotTable,
+  SNAPSHOT_BYTES,
+  type Snapshot,
+  type SnapshotInfo,
+} from './listings.js';
 import { type HostRun, Metadata } from './metadata.js';
 import { placesOfSnapshots } from './places.js';
 import { replacePlaces } from './state.js';
@@ -18,15 +26,8 @@ export interface NewSnapshot {
   readonly 'vm-clock-nsec': bigint;
 }
 
-/** Offset bits of an L1 or L2 entry. */
-const OFFSET_MASK = 0x00fffffffffffe00n;
-const COPIED = 1n << 63n;
-const COMPRESSED = 1n << 62n;
-const ENTRY_BYTES = 40;
 /** State of the machine (64 bits), length of the drive, instruction count. */
 const EXTRA_BYTES = 24;
-const NO_ICOUNT = 2n ** 64n - 1n;
-const MAX_TABLE_BYTES = 1024 * MAX_SNAPSHOTS;
 
 /**
  * Makes an internal snapshot of an open, writable image that nobody uses meanwhile. The snapshot is there once the header
@@ -408,7 +409,7 @@ function encode(
   { l1TableOffset, l1Size, length }: Pick<Snapshot, 'l1TableOffset' | 'l1Size' | 'length'>,
 ): Buffer {
   const [id, name] = [Buffer.from(info.id), Buffer.from(info.name)];
-  const text = ENTRY_BYTES + EXTRA_BYTES;
+  const text = SNAPSHOT_BYTES + EXTRA_BYTES;
   const entry = Buffer.alloc(Math.ceil((text + id.length + name.length) / 8) * 8);
   entry.writeBigUInt64BE(BigInt(l1TableOffset), 0);
   entry.writeUInt32BE(l1Size, 8);
@@ -418,8 +419,8 @@ function encode(
   entry.writeUInt32BE(info['date-nsec'], 20);
   entry.writeBigUInt64BE(info['vm-clock-nsec'], 24);
   entry.writeUInt32BE(EXTRA_BYTES, 36);
-  entry.writeBigUInt64BE(BigInt(length), ENTRY_BYTES + 8);
-  entry.writeBigUInt64BE(NO_ICOUNT, ENTRY_BYTES + 16);
+  entry.writeBigUInt64BE(BigInt(length), SNAPSHOT_BYTES + 8);
+  entry.writeBigUInt64BE(NO_ICOUNT, SNAPSHOT_BYTES + 16);
   id.copy(entry, text);
   name.copy(entry, text + id.length);
   return entry;

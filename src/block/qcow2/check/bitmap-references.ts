@@ -1,6 +1,7 @@
 import { StillframeError } from '../../../errors.js';
+import { OFFSET_MASK } from '../entries.js';
 import { AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, findExtension } from '../header.js';
-import { type CheckedImage, OFFSET_MASK } from './image.js';
+import type { CheckedImage } from './image.js';
 import { hex, type Report } from './report.js';
 
 const EXTENSION_BYTES = 24;

@@ -1,5 +1,6 @@
+import { COPIED, OFFSET_MASK } from '../entries.js';
 import { refcountOf } from './compare.js';
-import { type CheckedImage, COPIED, OFFSET_MASK } from './image.js';
+import type { CheckedImage } from './image.js';
 import { L2Tables } from './l2-tables.js';
 import { hex, type Report } from './report.js';
 

@@ -1,14 +1,12 @@
+import { COMPRESSED, COPIED, OFFSET_MASK } from '../entries.js';
 import { MAX_L1_BYTES } from '../header.js';
 import { BitmapReferences } from './bitmap-references.js';
 import type { Repair } from './compare.js';
 import {
   ALLOCATED_SUBCLUSTERS,
   type CheckedImage,
-  COMPRESSED,
-  COPIED,
   L1_RESERVED_MASK,
   L2_RESERVED_MASK,
-  OFFSET_MASK,
   REFCOUNT_TABLE_OFFSET_MASK,
   REFCOUNT_TABLE_RESERVED_MASK,
   ZERO_FLAG,

@@ -5,14 +5,10 @@ import type { FileNode } from '../../raw/file.js';
 import type { Qcow2Header } from '../header.js';
 import { References } from './references.js';
 
-/** Bits 9 to 55 of an L1 or L2 entry. */
-export const OFFSET_MASK = 0x00fffffffffffe00n;
 export const L1_RESERVED_MASK = 0x7f000000000001ffn;
 export const L2_RESERVED_MASK = 0x3f000000000001fen;
 export const REFCOUNT_TABLE_RESERVED_MASK = 0x1ffn;
 export const REFCOUNT_TABLE_OFFSET_MASK = 0xfffffffffffffe00n;
-export const COPIED = 1n << 63n;
-export const COMPRESSED = 1n << 62n;
 export const ZERO_FLAG = 1n;
 /** The lower half of an entry's second word. */
 export const ALLOCATED_SUBCLUSTERS = 0xffffffffn;

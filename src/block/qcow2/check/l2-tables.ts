@@ -1,4 +1,5 @@
-import { type CheckedImage, OFFSET_MASK } from './image.js';
+import { OFFSET_MASK } from '../entries.js';
+import type { CheckedImage } from './image.js';
 
 /**
  * Reads L2 tables into the buffer of an image. Tables that lie one behind the other in the file and in the L1 table, as
