@@ -40,6 +40,17 @@ describe('the installed package', () => {
     expect(manifest).toMatchObject({ name: 'stillframe', license: 'Apache-2.0', type: 'module' });
   });
 
+  it.each(['engine/worker.js', 'nbd/server/thread.js', 'block/nbd/tls-relay.js'])(
+    'has what the thread %s loads in one file',
+    (thread) => {
+      const imported = [
+        ...readFileSync(installed('dist', thread), 'utf8').matchAll(/^import .* from "(.*)";$/gm),
+      ];
+      expect(imported.length).toBeGreaterThan(0);
+      expect(imported.map(([, name]) => name).filter((name) => !name?.startsWith('node:'))).toEqual([]);
+    },
+  );
+
   it('runs the CLI', () => {
     const stillframe = at('app', 'node_modules', '.bin', 'stillframe');
     writeFileSync(at('disk.raw'), Buffer.alloc(300_000, 'data'));
