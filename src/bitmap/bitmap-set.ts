@@ -119,7 +119,6 @@ export class BitmapSet {
       bitmap.enabled = successor.enabled;
       bitmap.successor = undefined;
       bitmap.busy = false;
-      if (bitmap.persistent) bitmap.changed = true;
       // The successor is as old as the job.
       if (how === 'abdicate') this.#moveBehind(bitmap, successor);
       this.#unlink(successor);

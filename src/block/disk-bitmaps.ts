@@ -206,6 +206,8 @@ export function editDiskBitmap(runtime: Runtime, disk: DiskDescriptor, action: D
       if (bitmap.pins > 0) {
         throw busyBitmap(name);
       }
+      // Guests go on: in the file it is until the image is closed, where nobody may take it for what it was.
+      if (!bitmap.inconsistent) claimDiskBitmap(runtime, disk, bitmap);
       const { busy } = bitmap;
       // Until nobody can want it back.
       bitmap.busy = true;

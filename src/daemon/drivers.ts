@@ -13,6 +13,7 @@ import { filenameOf } from './filenames.js';
 import { type Child, type GraphNode, PASSING } from './graph-node.js';
 import { checkImageFile, checkWhole } from './image-files.js';
 import type { Objects } from './objects.js';
+import { checkQcow2Options } from './qcow2-options.js';
 import { checkTraits } from './traits.js';
 
 /** What a node passes on to those that are made for it. */
@@ -21,6 +22,7 @@ export interface Inherited {
   readonly forceShare: boolean;
   /** What drivers discard goes down as far as it can, unless somebody says otherwise. */
   readonly discard: 'unmap' | undefined;
+  readonly cache?: unknown;
 }
 
 /** What opening a node gives. */
@@ -82,7 +84,7 @@ export class Drivers {
     const driver = String(options['driver']);
     const readOnly = (options['read-only'] ?? inherited?.readOnly ?? false) === true;
     const forceShare = (options['force-share'] ?? inherited?.forceShare ?? false) === true;
-    const pass: Inherited = { readOnly, forceShare, discard: 'unmap' };
+    const pass: Inherited = { readOnly, forceShare, discard: 'unmap', cache: options['cache'] };
     if (forceShare && !readOnly) {
       throw new QmpError('force-share=on can only be used with read-only images');
     }
@@ -257,6 +259,18 @@ export class Drivers {
         backing && (backing.descriptor.readOnly ? backing.descriptor : await this.#nodes.live(backing)),
       dataFile: dataFile?.descriptor,
     });
+    const { descriptor } = opened;
+    if (descriptor.driver === 'qcow2') {
+      try {
+        checkQcow2Options(options, descriptor);
+        if (wantedData !== undefined && !descriptor.hasDataFile) {
+          throw new QmpError("'data-file' can only be set for images with an external data file");
+        }
+      } catch (error) {
+        await this.#engine.run<void>({ kind: 'close-layer', node: descriptor });
+        throw error;
+      }
+    }
     return { ...opened, sequence };
   }
 

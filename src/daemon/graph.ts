@@ -14,7 +14,7 @@ import { filenameOf } from './filenames.js';
 import { type Child, type GraphNode, type Held, type JobFilter, PASSING, type User } from './graph-node.js';
 import type { Objects } from './objects.js';
 import { checkRemovable, isHeld } from './permissions.js';
-import { traitsOf } from './traits.js';
+import { inheritedCache, traitsOf } from './traits.js';
 
 /** What a child of each role is to a node's own descriptor. */
 const LINKS = { file: 'file', image: 'file', backing: 'backing', 'data-file': 'dataFile' } as const;
@@ -372,7 +372,8 @@ export class Graph {
       throw new QmpError(`Device with id '${device}' already exists`);
     }
     const children: Child[] = [];
-    const all = { discard: inherited?.discard, ...options };
+    const cache = inheritedCache({ cache: inherited?.cache }, options);
+    const all = { discard: inherited?.discard, ...options, ...(cache === undefined ? {} : { cache }) };
     try {
       const opened = await this.#drivers.open(name, all, inherited, children);
       const { arena } = this.#engine;

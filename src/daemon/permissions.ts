@@ -73,9 +73,9 @@ function exportConflict(node: GraphNode, writable: boolean): QmpError {
 /** Formats whose files are theirs alone. */
 export const FORMATS: ReadonlySet<string> = new Set(['qcow2', 'vmdk', 'vhdx', 'vpc', 'vdi']);
 
-/** The node that has this one as its backing file. */
+/** The node that has this one as its backing file; of several the one that has had it for the shortest time. */
 function overlayOf(node: GraphNode): GraphNode | undefined {
-  return [...node.parents].find(({ children }) =>
+  return [...node.parents].findLast(({ children }) =>
     children.some((child) => child.node === node && child.role === 'backing'),
   );
 }

@@ -1,3 +1,4 @@
+import type { DrainedSection } from '../engine/drained-section.js';
 import { QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import type { Graph } from './graph.js';
@@ -5,8 +6,9 @@ import type { GraphChanges } from './graph-changes.js';
 import type { Child, GraphNode } from './graph-node.js';
 import { checkImageFile } from './image-files.js';
 import type { Objects } from './objects.js';
-import { checkReopenable, FORMATS } from './permissions.js';
-import { checkTraits } from './traits.js';
+import { checkReopenable, FORMATS, filterOver } from './permissions.js';
+import { checkQcow2Options } from './qcow2-options.js';
+import { checkTraits, inheritedCache } from './traits.js';
 
 /** Options of every node that can change, and go back to what they are by default. */
 const COMMON: ReadonlySet<string> = new Set([
@@ -64,9 +66,10 @@ export async function reopenNodes(
   list: readonly JsonObject[],
 ): Promise<void> {
   const wanted = list.flatMap((options) => nodesIn(graph, options));
-  const reopenings = wanted.map(([node, options]) => prepare(graph, objects, node, options));
+  const reopenings: Reopening[] = [];
+  for (const [node, options] of wanted) reopenings.push(prepare(graph, objects, node, options, reopenings));
   for (const { node, readOnly } of reopenings) {
-    checkWriters(node, readOnly);
+    checkWriters(node, readOnly, reopenings);
     checkReopenable(node);
   }
   for (const { node, readOnly, children } of reopenings) {
@@ -83,14 +86,27 @@ export async function reopenNodes(
   ]);
   const left: GraphNode[] = [];
   await changes.change([...new Set(nodes)], async (section) => {
-    for (const { node, options, readOnly, children } of reopenings) {
-      for (const [role, child] of children) {
-        const old = node.children.find((one) => one.role === role)?.node;
-        if (old !== undefined) left.push(old);
-        setChild(node, role, child);
+    const undo: (() => Promise<void>)[] = [];
+    try {
+      for (const { node, options, readOnly, children } of reopenings) {
+        undo.unshift(undoOf(changes, section, node, [...children.keys()]));
+        for (const [role, child] of children) {
+          const old = childOf(node, role);
+          if (old !== undefined) left.push(old);
+          setChild(node, role, child);
+        }
+        node.options = node.owned ? options : { discard: 'unmap', ...options };
+        await changes.reopen(section, node, readOnly);
       }
-      node.options = node.owned ? options : { discard: 'unmap', ...options };
-      await changes.reopen(section, node, readOnly);
+    } catch (error) {
+      left.length = 0;
+      for (const back of undo) await back();
+      throw error;
+    } finally {
+      // Those that came first lie on what others have become after them.
+      for (const { node } of reopenings.toReversed()) {
+        if (node.children.length > 0) await changes.relink(section, node);
+      }
     }
   });
   for (const node of left) await graph.closeUnused(node);
@@ -106,17 +122,40 @@ function nodesIn(graph: Graph, options: JsonObject): (readonly [GraphNode, JsonO
   return [[node, options], ...below(node, options)];
 }
 
+/** What a node writes to is for reading where the node is, and its backing file always, unless their options say otherwise. */
 function below(node: GraphNode, options: JsonObject): (readonly [GraphNode, JsonObject])[] {
   return CHILDREN.flatMap((role) => {
     const given = options[role];
     const child = childOf(node, role);
     if (!isObject(given) || child === undefined) return [];
-    return [[child, given] as const, ...below(child, given)];
+    const all = {
+      ...given,
+      'read-only': given['read-only'] ?? (role === 'backing' || options['read-only'] === true),
+      cache: inheritedCache(options, given),
+    };
+    return [[child, all] as const, ...below(child, all)];
   });
 }
 
 function childOf(node: GraphNode, role: Role): GraphNode | undefined {
   return node.children.find((child) => child.role === role)?.node;
+}
+
+/** Makes a node again what it is now. */
+function undoOf(
+  changes: GraphChanges,
+  section: DrainedSection,
+  node: GraphNode,
+  roles: readonly Role[],
+): () => Promise<void> {
+  const { options, descriptor } = node;
+  const { readOnly } = descriptor;
+  const children = roles.map((role) => [role, childOf(node, role)] as const);
+  return async () => {
+    for (const [role, child] of children) setChild(node, role, child);
+    node.options = options;
+    await changes.reopen(section, node, readOnly);
+  };
 }
 
 function setChild(node: GraphNode, role: Role, child: GraphNode | undefined): void {
@@ -137,11 +176,15 @@ function setChild(node: GraphNode, role: Role, child: GraphNode | undefined): vo
   node.children = role === 'backing' ? [...others, added] : [added, ...others];
 }
 
-function prepare(graph: Graph, objects: Objects, node: GraphNode, options: JsonObject): Reopening {
-  const { driver } = node;
-  if (childOf(node, 'backing') !== undefined && options['backing'] === undefined) {
-    throw new QmpError(`backing is missing for '${node.name}'`);
-  }
+/** @param before what becomes of others first */
+function prepare(
+  graph: Graph,
+  objects: Objects,
+  node: GraphNode,
+  options: JsonObject,
+  before: readonly Reopening[],
+): Reopening {
+  const { driver, descriptor } = node;
   checkTraits(options);
   const own = OWN[driver] ?? [];
   const isOwn = (name: string): boolean => COMMON.has(name) || own.includes(name);
@@ -152,12 +195,25 @@ function prepare(graph: Graph, objects: Objects, node: GraphNode, options: JsonO
       throw new QmpError(`Option '${name}' cannot be reset to its default value`);
     }
   }
+  if (descriptor.driver === 'qcow2') checkQcow2Options(options, descriptor);
   const group = options['throttle-group'];
   if (driver === 'throttle' && typeof group === 'string' && objects.get(group)?.group === undefined) {
     throw new QmpError(`Throttle group '${group}' does not exist`);
   }
+  const hasBacking =
+    childOf(node, 'backing') !== undefined ||
+    (descriptor.driver === 'qcow2' && descriptor.backingFile !== undefined);
+  if (hasBacking && options['backing'] === undefined) {
+    throw new QmpError(`backing is missing for '${node.name}'`);
+  }
   const children = new Map<Role, GraphNode | undefined>();
-  for (const role of CHILDREN) prepareChild(graph, node, role, options[role], children);
+  for (const role of CHILDREN) {
+    const child = wantedChild(graph, node, role, options[role], before);
+    if (child !== childOf(node, role)) children.set(role, child);
+  }
+  if (options['node-name'] !== undefined && options['node-name'] !== node.name) {
+    throw new QmpError("Cannot change the option 'node-name'");
+  }
   for (const [name, value] of Object.entries(options)) {
     if (isOwn(name) || isChild(name)) continue;
     if (JSON.stringify(value) !== JSON.stringify(name === 'driver' ? driver : node.options[name])) {
@@ -173,48 +229,71 @@ function prepare(graph: Graph, objects: Objects, node: GraphNode, options: JsonO
   };
 }
 
-/** @param found takes another child than the node has */
-function prepareChild(
+/** The child that a node is to have from then on; undefined for none. @param before what becomes of others first */
+function wantedChild(
   graph: Graph,
   node: GraphNode,
   role: Role,
   wanted: unknown,
-  found: Map<Role, GraphNode | undefined>,
-): void {
-  if (wanted === undefined) return;
+  before: readonly Reopening[],
+): GraphNode | undefined {
   const old = childOf(node, role);
+  if (wanted === undefined) return old;
+  const filter = old === undefined || node.job !== undefined ? undefined : filterOver(old);
   if (isObject(wanted)) {
-    // Options of the child that is there.
-    if (old === undefined || (wanted['driver'] !== undefined && wanted['driver'] !== old.driver)) {
+    // Options of the child that is there, and came with its parent.
+    if (old === undefined || old.owned || filter !== undefined) {
       throw new QmpError(`Cannot change the option '${role}.driver'`);
     }
-    return;
+    return old;
   }
-  if (wanted === null) {
-    if (old !== undefined) found.set(role, undefined);
-    return;
+  if (role !== 'file' && role !== 'backing') {
+    if (wanted === old?.name) return old;
+    throw new QmpError(`Cannot change the option '${role}'`);
   }
-  const name = String(wanted);
-  const child = graph.find(name);
-  if (child === undefined) throw new QmpError(`Cannot find device='' nor node-name='${name}'`);
-  if (child === old) return;
-  if (isAbove(node, child)) {
+  const child = wanted === null ? undefined : graph.find(String(wanted));
+  if (child === undefined && wanted !== null) {
+    throw new QmpError(`Cannot find device='' nor node-name='${String(wanted)}'`);
+  }
+  if (child === old) return old;
+  if (child !== undefined && isAbove(node, child, before)) {
     throw new QmpError(`Making '${child.name}' a ${role} child of '${node.name}' would create a cycle`);
   }
-  if (role !== 'file' && role !== 'backing') throw new QmpError(`Cannot change the option '${role}'`);
-  found.set(role, child);
+  if (filter?.job?.isUnnamed === true) {
+    throw new QmpError(`Cannot replace implicit ${role} child of ${node.name}`);
+  }
+  if (old !== undefined && filter === undefined && isFrozen(node, old)) {
+    throw new QmpError(`Cannot change frozen '${role}' link from '${node.name}' to '${old.name}'`);
+  }
+  return child;
 }
 
-/** Whether a node lies on `node`, or is it. */
-function isAbove(node: GraphNode, other: GraphNode): boolean {
-  return node === other || other.children.some(({ node: child }) => isAbove(node, child));
+/** Whether a job within a backing chain rests on a node and on the child that it has. */
+function isFrozen(node: GraphNode, child: GraphNode): boolean {
+  return [...node.users.keys()].some(
+    (user) => (user.job === 'stream' || user.job === 'commit') && child.users.has(user),
+  );
+}
+
+/** Whether a node will lie on `node`, or is it. */
+function isAbove(node: GraphNode, other: GraphNode, before: readonly Reopening[]): boolean {
+  if (node === other) return true;
+  const changed = before.findLast((one) => one.node === other)?.children ?? new Map<string, undefined>();
+  const kept = other.children.flatMap(({ role, node: child }) => (changed.has(role) ? [] : child));
+  const given = [...changed.values()].flatMap((child) => child ?? []);
+  return [...kept, ...given].some((child) => isAbove(node, child, before));
 }
 
 /** Whoever writes has to be able to go on. */
-function checkWriters(node: GraphNode, readOnly: boolean): void {
-  if (!readOnly || node.descriptor.readOnly) return;
-  const written =
-    [...node.users.values()].length > 0 ||
-    [...node.parents].some((parent) => !parent.descriptor.readOnly && childOf(parent, 'backing') !== node);
-  if (written) throw new QmpError(`Read-only block node '${node.name}' cannot support read-write users`);
+function checkWriters(node: GraphNode, readOnly: boolean, reopenings: readonly Reopening[]): void {
+  if (!readOnly) return;
+  const writes = (parent: GraphNode): boolean => {
+    if (childOf(parent, 'backing') === node) return false;
+    const reopening = reopenings.findLast((one) => one.node === parent);
+    return !(reopening?.readOnly ?? parent.descriptor.readOnly);
+  };
+  const isUsed = !node.descriptor.readOnly && node.users.size > 0;
+  if (isUsed || [...node.parents].some(writes)) {
+    throw new QmpError(`Read-only block node '${node.name}' cannot support read-write users`);
+  }
 }

@@ -1,6 +1,6 @@
 import type { NodeTraits } from '../block/traits.js';
 import { QmpError } from '../qmp/errors.js';
-import type { JsonObject } from '../qmp/types.js';
+import { isObject, type JsonObject } from '../qmp/types.js';
 
 /** What the options of a node say of it, whatever its driver. */
 export function traitsOf({
@@ -19,4 +19,11 @@ export function checkTraits(options: JsonObject): void {
   throw new QmpError(
     'setting detect-zeroes to unmap is not allowed without setting discard operation to unmap',
   );
+}
+
+/** How a node made for its parent is cached: as that, but for what its own options say. Undefined: nobody says anything. */
+export function inheritedCache(parent: JsonObject, own: JsonObject): JsonObject | undefined {
+  const [above, given] = [parent['cache'], own['cache']];
+  if (!isObject(above)) return isObject(given) ? given : undefined;
+  return isObject(given) ? { ...above, ...given } : above;
 }

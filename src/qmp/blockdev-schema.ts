@@ -49,6 +49,30 @@ const IOTYPES = ['read', 'write', 'write-zeroes', 'discard', 'flush', 'block-sta
 
 const PERMISSIONS = ['consistent-read', 'write', 'write-unchanged', 'resize'] as const;
 
+const OVERLAP_MODES = ['none', 'constant', 'cached', 'all'] as const;
+
+/** Parts of the metadata of an image that writes are kept off: by name, or each on its own. */
+const OVERLAP_CHECKS: Kind = {
+  alternate: [
+    OVERLAP_MODES,
+    {
+      struct: {
+        template: optional(OVERLAP_MODES),
+        'main-header': optional('bool'),
+        'active-l1': optional('bool'),
+        'active-l2': optional('bool'),
+        'refcount-table': optional('bool'),
+        'refcount-block': optional('bool'),
+        'snapshot-table': optional('bool'),
+        'inactive-l1': optional('bool'),
+        'inactive-l2': optional('bool'),
+        'bitmap-directory': optional('bool'),
+      },
+    },
+  ],
+  name: 'Qcow2OverlapChecks',
+};
+
 const DRIVERS: Readonly<Record<string, Members>> = {
   file: {
     filename: required('str'),
@@ -67,7 +91,7 @@ const DRIVERS: Readonly<Record<string, Members>> = {
     'pass-discard-request': optional('bool'),
     'pass-discard-snapshot': optional('bool'),
     'pass-discard-other': optional('bool'),
-    'overlap-check': optional('any'),
+    'overlap-check': optional(OVERLAP_CHECKS),
     'cache-size': optional('int'),
     'l2-cache-size': optional('int'),
     'l2-cache-entry-size': optional('int'),

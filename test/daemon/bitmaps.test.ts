@@ -1,5 +1,8 @@
 /** Dirty bitmaps of the daemon: what modes make of them however a job ends, what is in the way, and what images keep. */
-import { describe, it } from 'vitest';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { describe, expect, it } from 'vitest';
 import {
   backup,
   bitmap,
@@ -12,6 +15,7 @@ import {
   hasQemu,
   KiB,
   nodes,
+  play,
   qcow2,
   raw,
   type Session,
@@ -229,5 +233,35 @@ describe.skipIf(!hasQemu())('dirty bitmaps', () => {
         nodes,
       ),
     );
+  });
+
+  it.each(['never', 'on-success'] as const)(
+    'are in use in the file after a backup with bitmap-mode %s and what a guest wrote',
+    async (mode) => {
+      await same({
+        ...session(
+          backup({ sync: 'bitmap', bitmap: 'kept', 'bitmap-mode': mode }),
+          over,
+          guest('d', 'write 1M 64k', 'flush'),
+        ),
+        end: 'SIGKILL',
+        after: `${BITMAPS} | grep -B 2 kept`,
+      });
+    },
+  );
+
+  it('do not come back as they were once they are removed', async () => {
+    const folder = mkdtempSync(join(tmpdir(), 'stillframe-bitmaps-'));
+    try {
+      const { answers } = await play('stillframe', join(folder, 'ours'), {
+        ...session(bitmap('remove', 'kept'), guest('d', 'write 1M 64k', 'flush')),
+        end: 'SIGKILL',
+        after: `qemu-img info --output=json d.qcow2 | tr -d ' \\n' | grep -o '"bitmaps":.*'`,
+      });
+      const kept = '{"flags":["in-use","auto"],"name":"kept","granularity":65536}';
+      expect(answers.at(-1)).toMatchObject({ said: expect.stringContaining(kept) });
+    } finally {
+      rmSync(folder, { recursive: true, force: true });
+    }
   });
 });

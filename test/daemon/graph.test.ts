@@ -277,6 +277,110 @@ describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasP
         after: `${image('a')} ${image('b2')} qemu-io -r -f qcow2 -c 'read -P 6 0 64k' -c 'read -P 9 1M 64k' -c 'read -P 8 2M 64k' a.qcow2`,
       });
     });
+
+    it('what was made for an image is opened as that is', async () => {
+      const below = (name: string, more: Message = {}): Message => ({
+        ...{ driver: 'qcow2', file: { driver: 'file', filename: `${name}.qcow2`, ...more } },
+      });
+      const over = (more: Message = {}): Message => ({
+        ...{ ...below('over'), 'node-name': 'over', backing: below('a'), ...more },
+      });
+      const rawPart = (more: Message): Message => ({ ...raw('r'), ...more });
+      const reopen = (...options: readonly Message[]) => ['blockdev-reopen', { options }] as const;
+      await same({
+        prepare: `
+          for x in a b c; do qemu-img create -q -f qcow2 $x.qcow2 4M; done; truncate -s 2M r.raw
+          qemu-img create -q -f qcow2 -b a.qcow2 -F qcow2 over.qcow2; qemu-img create -q -f qcow2 -o compat=0.10 old.qcow2 1M`,
+        steps: [
+          ['blockdev-add', over({ cache: { direct: false, 'no-flush': true } })],
+          ['block-dirty-bitmap-add', { node: 'over', name: 'kept', persistent: true }],
+          nodes,
+          reopen(over({ 'read-only': true })),
+          nodes,
+          sh('qemu-img info over.qcow2 | grep -A 9 bitmaps'),
+          ['x-debug-block-dirty-bitmap-sha256', { node: 'over', name: 'kept' }],
+          reopen(over({ ...below('over', { 'read-only': false }), 'read-only': true })),
+          nodes,
+          reopen(over(below('over', { 'read-only': true }))),
+          reopen(over({ backing: below('a', { 'read-only': true }), cache: { 'no-flush': true } })),
+          nodes,
+          reopen(over({ backing: { ...below('a'), 'node-name': 'other' } })),
+          reopen(over({ backing: { ...below('a'), driver: 'raw' } })),
+          reopen(over(below('over', { driver: 'host_device' }))),
+          reopen(over({ backing: null })),
+          reopen({ ...below('over'), 'node-name': 'over' }),
+          ...[
+            ...[{ 'l2-cache-entry-size': 131072 }, { 'l2-cache-entry-size': 1000 }],
+            ...[
+              { 'cache-size': 1, 'l2-cache-size': 2 },
+              { 'cache-size': 1, 'refcount-cache-size': 2 },
+            ],
+            ...[{ 'cache-size': 2, 'l2-cache-size': 1, 'refcount-cache-size': 1 }],
+            ...[
+              { 'overlap-check': 'some' },
+              { 'overlap-check': { template: 'all' } },
+              { 'overlap-check': 5 },
+            ],
+            ...[{ 'cache-clean-interval': -1 }],
+          ].map((more) => reopen(over({ backing: null, ...more }))),
+          ['blockdev-add', { ...below('old'), 'node-name': 'old', 'lazy-refcounts': true }],
+          ['blockdev-add', { ...below('b'), 'node-name': 'b', 'data-file': { driver: 'null-co' } }],
+          // All of them or none; and each as those before it have become.
+          ['blockdev-add', raw('r')],
+          reopen(rawPart({ size: 3 * MiB })),
+          reopen(rawPart({ offset: 3 * MiB })),
+          reopen(over({ backing: null, 'detect-zeroes': 'on' }), rawPart({ size: 100 })),
+          nodes,
+          ['blockdev-add', qcow2('b')],
+          ['blockdev-add', qcow2('c')],
+          reopen(over({ backing: 'b' }), qcow2('b', { backing: 'c' })),
+          reopen(qcow2('b', { backing: null }), over({ backing: 'c' }), qcow2('c', { backing: 'b' })),
+          reopen(qcow2('b', { backing: 'over' })),
+          reopen(over({ backing: 'b' })),
+          reopen(over({ backing: { driver: 'qcow2', file: 'b-file' } })),
+          ['blockdev-del', { 'node-name': 'b' }],
+          nodes,
+        ],
+        after: `${image('over')} ${image('b')}`,
+      });
+    });
+
+    it('links of a chain that a job rests on stay', async () => {
+      const chain = (a: unknown): Message => qcow2('a', { backing: a });
+      const b = (backing: unknown): Message => qcow2('b', { backing });
+      const reopen = (...options: readonly Message[]) => ['blockdev-reopen', { options }] as const;
+      const attempts = [reopen(chain(b(null))), reopen(chain(null))];
+      const waiting = { 'job-id': 'j', 'auto-finalize': false };
+      const end: readonly Session['steps'][number][] = [
+        ['job-finalize', { id: 'j' }],
+        until('j', 'null'),
+        nodes,
+        ['blockdev-del', { 'node-name': 'a' }],
+      ];
+      const begin = ['blockdev-add', chain(b(qcow2('c')))] as const;
+      await same({
+        prepare: 'for x in a b c; do qemu-img create -q -f qcow2 $x.qcow2 1M; done',
+        steps: [
+          begin,
+          ['block-stream', { ...waiting, device: 'a', 'base-node': 'c' }],
+          until('j', 'pending'),
+          reopen(chain(null)),
+          ...end,
+          begin,
+          ['block-commit', { ...waiting, device: 'a', 'top-node': 'b' }],
+          until('j', 'pending'),
+          ...attempts,
+          ...end,
+          begin,
+          ['block-stream', { ...waiting, device: 'b' }],
+          until('j', 'pending'),
+          ...attempts,
+          ...end,
+        ],
+        after: '',
+        drains: true,
+      });
+    });
   },
 );
 

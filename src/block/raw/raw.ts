@@ -13,13 +13,14 @@ export function openRaw(runtime: Runtime, file: StorageDescriptor, part: RawPart
   const invalid = (what: string): StillframeError =>
     new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', what);
   if (offset > total) {
-    throw invalid(`offset '${offset}' cannot be greater than actual size of underlying file '${total}'`);
+    throw invalid(`Offset (${offset}) cannot be greater than size of the containing file (${total})`);
   }
   if (size !== undefined && size > total - offset) {
     throw invalid(
-      `The sum of offset (${offset}) and size (${size}) has to be smaller or equal to the actual size of the containing file (${total})`,
+      `The sum of offset (${offset}) and size (${size}) has to be smaller or equal to the  actual size of the containing file (${total})`,
     );
   }
+  if (size !== undefined && size % SECTOR !== 0) throw invalid(`Specified size is not multiple of ${SECTOR}`);
   const length = Math.ceil((size ?? total - offset) / SECTOR) * SECTOR;
   return { driver: 'raw', path: file.path, readOnly: readOnly || file.readOnly, file, length, offset, size };
 }
