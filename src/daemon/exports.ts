@@ -31,6 +31,8 @@ const FILTERS = new Set([
 /** How long clients may take to be gone, and how often it is looked at, in milliseconds. */
 const LEAVING_MS = 200;
 const LEAVING_STEP_MS = 5;
+/** Of names and descriptions, as the protocol has it. */
+const MAX_STRING_BYTES = 4096;
 const DEFAULT_CONNECTIONS = 100;
 const MAX_CONNECTIONS = 10_000;
 
@@ -106,6 +108,13 @@ export class Exports {
     const nodeName = String(options['node-name']);
     const node = this.#graph.get(nodeName);
     if (node === undefined) throw new QmpError(`Cannot find device='' nor node-name='${nodeName}'`);
+    if (options['writable'] === true && node.descriptor.readOnly) {
+      throw new QmpError('Cannot export read-only node as writable');
+    }
+    const thread = options['iothread'];
+    if (typeof thread === 'string' && this.#objects.get(thread)?.type !== 'iothread') {
+      throw new QmpError(`iothread "${thread}" not found`);
+    }
     await this.#add(id, node, options);
   }
 
@@ -133,12 +142,16 @@ export class Exports {
     if (server === undefined) throw new QmpError('NBD server not running');
     const { 'allocation-depth': depth, description } = options;
     const name = String(options['name'] ?? node.name);
-    if (name.length > 4096) throw new QmpError(`export name '${name.slice(0, 80)}…' too long`);
+    for (const [what, text] of [
+      ['export name', name],
+      ['description', description],
+    ]) {
+      if (typeof text === 'string' && Buffer.byteLength(text) > MAX_STRING_BYTES) {
+        throw new QmpError(`${what} '${text}' too long`);
+      }
+    }
     if (server.exportNames.includes(name)) {
       throw new QmpError(`NBD server already has export named '${name}'`);
-    }
-    if (writable && node.descriptor.readOnly) {
-      throw new QmpError('Cannot export read-only node as writable');
     }
     this.checkWritable(node, writable);
     if (!writable) checkSameLength(node, asRoot(node));
@@ -232,11 +245,11 @@ export class Exports {
       const disk = await this.#graph.disk(owner);
       const bitmap = (await disk.bitmaps()).find((one) => one.name === name);
       if (bitmap === undefined) continue;
-      if (bitmap.busy) {
-        throw new QmpError(`Bitmap '${name}' is currently in use by another operation and cannot be used`);
-      }
       if (!writable && !node.descriptor.readOnly && bitmap.recording) {
         throw new QmpError(`Enabled bitmap '${name}' incompatible with readonly export`);
+      }
+      if (bitmap.busy) {
+        throw new QmpError(`Bitmap '${name}' is currently in use by another operation and cannot be used`);
       }
       return { disk: disk.descriptor, name };
     }

@@ -1,7 +1,7 @@
 /** The same sessions with our daemon and with QEMU's: answers, and the events of each job, are the same. */
 import { describe, it } from 'vitest';
 import type { Message } from '../support/qmp.js';
-import { hasQemu, MiB, qcow2, type Session, type Step, same, until } from '../support/sessions.js';
+import { hasQemu, MiB, qcow2, type Session, type Step, same, sh, until } from '../support/sessions.js';
 
 const plays = (prepare: string, steps: readonly Step[]): Session => ({ prepare, steps, drains: true });
 
@@ -36,6 +36,21 @@ describe.skipIf(!hasQemu())('a session', () => {
           ['block-export-add', { type: 'nbd', id: 'e0', 'node-name': 'd', writable: true }],
           ['block-export-add', { type: 'nbd', id: 'e0', 'node-name': 'd', writable: true }],
           ['block-export-add', { type: 'nbd', id: 'e1', 'node-name': 'nope', writable: true }],
+          ...[
+            ...[
+              { iothread: 'none' },
+              { name: 'x'.repeat(4097) },
+              { name: 'y', description: 'x'.repeat(4097) },
+            ],
+            ...[
+              { name: 'y', bitmaps: ['pb'] },
+              { name: 'z', bitmaps: ['pb'], writable: true },
+            ],
+            // In use, and enabled.
+            { id: 'e2', name: 'y', bitmaps: ['pb'] },
+          ].map((more): Step => ['block-export-add', { type: 'nbd', id: 'e1', 'node-name': 'd', ...more }]),
+          ['block-export-del', { id: 'e1' }],
+          sh("qemu-img info 'nbd+unix:///nope?socket=n.sock'"),
           ['query-block-exports'],
           ['blockdev-del', { 'node-name': 'd' }],
           ['blockdev-del', { 'node-name': 'tf' }],

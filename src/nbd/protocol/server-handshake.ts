@@ -318,7 +318,7 @@ export class ServerHandshake {
   #offerOf(reader: OptionReader): Offer {
     const name = reader.name();
     const offer = this.#find(name);
-    if (offer === undefined) throw new Refusal(OPTION_ERROR.unknown, `no export '${shorten(name)}'`);
+    if (offer === undefined) throw new Refusal(OPTION_ERROR.unknown, `export '${shorten(name)}' not present`);
     return offer;
   }
 
@@ -337,7 +337,8 @@ export class ServerHandshake {
     for (let index = 0; index < count; index++) queries.push(reader.text());
     reader.end();
     const offer = this.#find(exportName);
-    if (offer === undefined) throw new Refusal(OPTION_ERROR.unknown, `no export '${shorten(exportName)}'`);
+    if (offer === undefined)
+      throw new Refusal(OPTION_ERROR.unknown, `export '${shorten(exportName)}' not present`);
     const matches = (name: string): boolean =>
       choosing ? queries.includes(name) : count === 0 || queries.some((query) => listed(query, name));
     const found = offer.contexts.flatMap((name, index) =>
