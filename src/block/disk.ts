@@ -304,6 +304,8 @@ export class Disk {
   #apart<T>(clusters: () => Clusters, body: (node: BlockNode) => T): T {
     for (;;) {
       const { start, end, generation } = this.use(clusters);
+      // Who keeps others from the disk is alone on it.
+      if (this.#held) return this.use(body);
       const done = this.#requests.run(start, end, () =>
         this.#holding(() => {
           // With other clusters others may be in the way.

@@ -167,6 +167,18 @@ describe('an instant', () => {
   });
 });
 
+it('does not keep whoever holds the others off from the disk itself', async () => {
+  const holder = new Thread(`
+    disk.drained(() => {
+      disk.undisturbed(0, 512, (node) => node.read(0, data, 512));
+      say('read ' + arena.u8[data]);
+      disk.write(${CLUSTER}, fill(2), ${CLUSTER});
+    });`);
+  await holder.said('end');
+  expect(holder.events).toEqual(['read 1', 'end']);
+  expect(firstBytes('source')).toEqual([1, 2, 1, 1, 1, 1, 1, 1]);
+});
+
 describe('a change of what a disk lies on', () => {
   const changed = '{ ...disk.descriptor, node: frame.target }';
   /** A thread that puts the disk on the target once nobody uses it, and not before a gate is open. */

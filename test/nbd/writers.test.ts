@@ -3,7 +3,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { createEngine } from '#src/index.js';
-import { History, LENGTH, runNbdRound } from '../support/nbd-rounds.js';
+import { History, LENGTH, runNbdRound, serveRounds } from '../support/nbd-rounds.js';
 
 const ROUNDS = 20;
 
@@ -11,10 +11,11 @@ it(`${ROUNDS} backups under four clients that write over each other, 32 requests
   const folder = mkdtempSync(join(tmpdir(), 'stillframe-writers-'));
   const engine = await createEngine();
   try {
+    const served = await serveRounds(engine, folder);
     const kinds = new Set<string>();
     let requests = 0;
     for (let seed = 1; seed <= ROUNDS; seed++) {
-      const report = await runNbdRound(engine, folder, seed);
+      const report = await runNbdRound(engine, served, folder, seed);
       kinds.add(report.kind);
       requests += report.requests;
     }

@@ -5,7 +5,8 @@
  *
  * `--rounds N` ends it after so many instead.
  *
- * `--nbd` has four NBD clients write over each other instead, 32 requests under way each.
+ * `--nbd` has four NBD clients write over each other instead, 32 requests under way each; `--graph` as well, to a drive
+ * of a daemon that changes its graph meanwhile.
  *
  * `--one-core` keeps all threads on one processor, `--contention` lets busy loops fight them for every processor,
  * `--stops` stops and continues the process at random moments.
@@ -17,9 +18,10 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
-import { createEngine } from '#src/index.js';
+import { createEngine, type Engine } from '#src/index.js';
 import { Random } from '../support/data.js';
-import { runNbdRound } from '../support/nbd-rounds.js';
+import { runGraphRound } from '../support/graph-rounds.js';
+import { type RoundServer, runNbdRound, serveRounds } from '../support/nbd-rounds.js';
 import { runRound } from '../support/rounds.js';
 import { runScenarioRound } from './scenario-round.js';
 
@@ -33,6 +35,7 @@ const { values } = parseArgs({
     contention: { type: 'boolean', default: false },
     stops: { type: 'boolean', default: false },
     nbd: { type: 'boolean', default: false },
+    graph: { type: 'boolean', default: false },
   },
 });
 
@@ -46,57 +49,31 @@ for (const signal of ['SIGINT', 'SIGTERM'] as const) {
   });
 }
 
-async function soak(): Promise<void> {
-  const first = values.seed === undefined ? Date.now() % 1_000_000_000 : Number(values.seed);
-  const most = Number(values.rounds ?? Number.POSITIVE_INFINITY);
-  const deadline = performance.now() + minutes * 60_000;
-  const folder = mkdtempSync(join(values.folder, 'stillframe-soak-'));
-  const totals = new Map<string, { rounds: number; cancelled: number; requests: number; cbw: number }>();
-  const scenarios = new Map<string, number>();
-  const engine = await createEngine();
-  let rounds = 0;
-  try {
-    console.log(`first seed ${first}`);
-    for (; performance.now() < deadline && rounds < most && !interrupted; rounds++) {
-      const report = await runRound(engine, folder, first + rounds);
-      const total = totals.get(report.mode) ?? { rounds: 0, cancelled: 0, requests: 0, cbw: 0 };
-      totals.set(report.mode, {
-        rounds: total.rounds + 1,
-        cancelled: total.cancelled + Number(report.cancelled),
-        requests: total.requests + report.requests,
-        cbw: total.cbw + report.cbw,
-      });
-      const mode = await runScenarioRound(engine, folder, first + rounds);
-      scenarios.set(mode, (scenarios.get(mode) ?? 0) + 1);
-      if (rounds % 100 === 99)
-        console.log(`${rounds + 1} rounds, arena in use ${engine.arena.usedBytes} bytes`);
-    }
-  } finally {
-    await engine.close();
-    rmSync(folder, { recursive: true, force: true });
-  }
-  const kinds = [...scenarios].map(([mode, count]) => `${count} ${mode}`).join(', ');
-  console.log(
-    `${rounds} rounds and as many scenarios (${kinds}), seeds ${first} to ${first + rounds - 1}, no mismatch`,
-  );
-  console.table(Object.fromEntries(totals));
+interface Totals {
+  readonly [what: string]: number;
 }
 
-/** The same with four clients of an NBD server. */
-async function soakNbd(): Promise<void> {
+/** Rounds, one after the other, until it is enough. @param round what it counts, by its kind */
+async function soak(
+  round: (engine: Engine, folder: string, seed: number) => Promise<Readonly<Record<string, Totals>>>,
+): Promise<void> {
   const first = values.seed === undefined ? Date.now() % 1_000_000_000 : Number(values.seed);
   const most = Number(values.rounds ?? Number.POSITIVE_INFINITY);
   const deadline = performance.now() + minutes * 60_000;
   const folder = mkdtempSync(join(values.folder, 'stillframe-soak-'));
-  const kinds = new Map<string, { rounds: number; requests: number }>();
+  const totals = new Map<string, Map<string, number>>();
   const engine = await createEngine();
   let rounds = 0;
   try {
     console.log(`first seed ${first}`);
     for (; performance.now() < deadline && rounds < most && !interrupted; rounds++) {
-      const { kind, requests } = await runNbdRound(engine, folder, first + rounds);
-      const total = kinds.get(kind) ?? { rounds: 0, requests: 0 };
-      kinds.set(kind, { rounds: total.rounds + 1, requests: total.requests + requests });
+      for (const [kind, counts] of Object.entries(await round(engine, folder, first + rounds))) {
+        const total = totals.get(kind) ?? new Map<string, number>();
+        totals.set(kind, total);
+        for (const [what, count] of Object.entries({ times: 1, ...counts })) {
+          total.set(what, (total.get(what) ?? 0) + count);
+        }
+      }
       if (rounds % 100 === 99)
         console.log(`${rounds + 1} rounds, arena in use ${engine.arena.usedBytes} bytes`);
     }
@@ -105,7 +82,40 @@ async function soakNbd(): Promise<void> {
     rmSync(folder, { recursive: true, force: true });
   }
   console.log(`${rounds} rounds, seeds ${first} to ${first + rounds - 1}, no mismatch`);
-  console.table(Object.fromEntries(kinds));
+  console.table(Object.fromEntries([...totals].map(([kind, total]) => [kind, Object.fromEntries(total)])));
+}
+
+/** Backups under requests of this process, and a scenario of the simulator. */
+async function plainRound(engine: Engine, folder: string, seed: number): Promise<Record<string, Totals>> {
+  const { mode, cancelled, requests, cbw } = await runRound(engine, folder, seed);
+  const scenario = await runScenarioRound(engine, folder, seed);
+  return { [mode]: { cancelled: Number(cancelled), requests, cbw }, [`scenario: ${scenario}`]: {} };
+}
+
+/** A server serves for so many rounds. */
+const ROUNDS_OF_SERVER = 50;
+
+/** The same with four clients of an NBD server. */
+function nbdRounds(): typeof plainRound {
+  let served: RoundServer | undefined;
+  let count = 0;
+  return async (engine, folder, seed) => {
+    if (count++ % ROUNDS_OF_SERVER === 0) {
+      await served?.server.close();
+      served = await serveRounds(engine, folder);
+    }
+    if (served === undefined) throw new Error('no server');
+    const { kind, requests } = await runNbdRound(engine, served, folder, seed);
+    return { [kind]: { requests } };
+  };
+}
+
+/** The same while the graph changes. */
+async function graphRound(engine: Engine, folder: string, seed: number): Promise<Record<string, Totals>> {
+  const { done, requests } = await runGraphRound(engine, folder, seed);
+  const counts: Record<string, { times: number }> = {};
+  for (const one of done) counts[one] = { times: (counts[one]?.times ?? 0) + 1 };
+  return { 'all rounds': { requests }, ...counts };
 }
 
 const BURN = 'for (;;) Math.sqrt(Math.random());';
@@ -151,4 +161,5 @@ async function harassed(): Promise<void> {
 }
 
 const alone = !(values['one-core'] || values.contention || values.stops);
-await (alone ? (values.nbd ? soakNbd() : soak()) : harassed());
+const round = values.graph ? graphRound : values.nbd ? nbdRounds() : plainRound;
+await (alone ? soak(round) : harassed());

@@ -1,8 +1,8 @@
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
-import { fileURLToPath } from 'node:url';
+import { createRequire } from 'node:module';
 
 /** The built program, as `npx stillframe` runs it. */
-export const CLI = fileURLToPath(new URL('../../dist/cli/main.js', import.meta.url));
+export const CLI = createRequire(import.meta.url).resolve('#src/cli/main.js');
 
 export interface Finished {
   readonly status: number | null;

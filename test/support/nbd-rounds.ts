@@ -93,6 +93,9 @@ function flawIn(segments: readonly Segment[], bytes: Uint8Array, initial: Uint8A
       ...covering.filter(({ answered, mayStay }) => answered < from && !mayStay).map(({ sent }) => sent),
     );
     const visible = covering.filter(({ answered }) => answered >= last);
+    const untouched =
+      last === 0 && Buffer.compare(bytes.subarray(start, stop), initial.subarray(start, stop)) === 0;
+    if (untouched || visible.some((change) => shows(bytes, start, stop, change))) continue;
     for (let at = start; at < stop; at++) {
       const byte = bytes[at];
       const explained =
@@ -163,11 +166,8 @@ class Writer {
     };
     this.#history.changes.push(change);
     this.#pending.set(cookie, change);
-    let data = Buffer.alloc(0);
-    if (stamp !== undefined) {
-      data = Buffer.alloc(length);
-      for (let at = 0; at < length; at++) data[at] = stamp[(offset + at) % 4] ?? 0;
-    }
+    const turned = stamp && Buffer.concat([stamp, stamp]).subarray(offset % 4, (offset % 4) + 4);
+    const data = turned === undefined ? Buffer.alloc(0) : Buffer.alloc(length, turned);
     const flags = command === ZEROES && random.chance(0.5) ? 2 : 0;
     this.#client.request(command, cookie, offset, length, flags, data);
   }
@@ -217,27 +217,43 @@ export interface NbdReport {
   readonly requests: number;
 }
 
+/** A server for rounds, and the path of its socket. */
+export interface RoundServer {
+  readonly server: NbdServer;
+  readonly socket: string;
+}
+
+/** @param folder for its socket */
+export async function serveRounds(engine: Engine, folder: string): Promise<RoundServer> {
+  const socket = join(folder, 'socket');
+  return { socket, server: await engine.serveNbd({ listen: `unix:${socket}`, exports: [] }) };
+}
+
 /**
  * One round. What it throws names the seed.
  *
  * @param folder for images; it is left as it was
  */
-export async function runNbdRound(engine: Engine, folder: string, seed: number): Promise<NbdReport> {
+export async function runNbdRound(
+  engine: Engine,
+  { server, socket }: RoundServer,
+  folder: string,
+  seed: number,
+): Promise<NbdReport> {
   const random = new Random(seed);
   const at = (name: string): string => join(folder, `${name}-${seed}`);
   const kind = random.pick(KINDS);
   const format = random.pick(['raw', 'qcow2', 'qcow2'] as const);
-  const socket = at('socket');
+  const [name, still] = [`drive-${seed}`, `still-${seed}`];
   const history = new History();
   await engine.createImage(at('disk'), { format, length: LENGTH });
   const disk = await engine.openDisk(at('disk'), { format });
-  let server: NbdServer | undefined;
   try {
     const initial = random.bytes(LENGTH);
     await disk.write(0, initial);
     await disk.editBitmap({ action: 'add', name: 'b' });
-    server = await engine.serveNbd({ listen: `unix:${socket}`, exports: [{ disk }] });
-    const stop = await startWriters(socket, history, seed);
+    await server.addExport({ disk, name });
+    const stop = await startWriters(socket, history, seed, name);
     const pause = (): Promise<void> => new Promise((resolve) => setTimeout(resolve, random.between(0, 15)));
     await pause();
     const judge = (bytes: Uint8Array, from: number, to: number, what: string): void => {
@@ -248,10 +264,10 @@ export async function runNbdRound(engine: Engine, folder: string, seed: number):
     if (kind === 'frozen') {
       const frozen = await disk.freeze();
       const to = history.now();
-      await server.addExport({ disk: frozen, name: 'still' });
+      await server.addExport({ disk: frozen, name: still });
       for (let pass = 0; pass < 2; pass++) {
         await pause();
-        judge(await readExport(socket, 'still'), from, to, 'the frozen export');
+        judge(await readExport(socket, still), from, to, 'the frozen export');
       }
       await frozen.close();
       await stop();
@@ -280,9 +296,9 @@ export async function runNbdRound(engine: Engine, folder: string, seed: number):
     judge(await disk.read(0, LENGTH), end, end, 'the drive itself');
     return { kind, requests: history.changes.length };
   } finally {
-    await server?.close();
+    await server.removeExport(name);
     await disk.close();
-    for (const name of ['disk', 'target', 'socket']) rmSync(at(name), { force: true });
+    for (const file of ['disk', 'target']) rmSync(at(file), { force: true });
   }
 }
 
