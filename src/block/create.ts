@@ -61,6 +61,8 @@ export interface CreateImageOptions extends CreationOptions {
   readonly backingFormat?: ImageFormat | undefined;
   /** Do not look whether there is a backing file of that name; the size must be given then. Default false. */
   readonly unsafeBacking?: boolean | undefined;
+  /** raw: do not round the size up. Default false. */
+  readonly exact?: boolean | undefined;
   /** Replace files that are there. */
   readonly force?: boolean | undefined;
 }
@@ -78,7 +80,7 @@ export function createImage(runtime: Runtime, name: string, options: CreateImage
     throw new StillframeError('ERR_STILLFRAME_TARGET_EXISTS', `'${name}' exists; use --force to replace it`);
   }
   const backing = options.unsafeBacking === true ? undefined : lookAtBacking(runtime, path, options);
-  const length = roundUp(options.length ?? backing);
+  const length = options.exact === true ? (options.length ?? 0) : roundUp(options.length ?? backing);
   checkCreation(path, length, options);
   const isFile = !isNbdName(path);
   const file = isFile
@@ -132,7 +134,7 @@ function qcow2Options(length: number, options: FormatOptions): CreateQcow2Option
 export function formatFile(
   runtime: Runtime,
   file: StorageDescriptor,
-  dataFile: FileDescriptor | undefined,
+  dataFile: StorageDescriptor | undefined,
   length: number,
   options: FormatOptions,
 ): void {
@@ -151,12 +153,14 @@ export function formatFile(
 /**
  * Makes an open node an empty image, whatever was in it (QMP `blockdev-create`).
  *
+ * @param dataNode where the options name an external data file; what is in there stays
  * @param length virtual size in bytes
  * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT, …_NO_SPACE and what writing throws
  */
 export function formatNode(
   runtime: Runtime,
   node: NodeDescriptor,
+  dataNode: NodeDescriptor | undefined,
   length: number,
   options: CreateImageOptions,
 ): void {
@@ -165,7 +169,7 @@ export function formatNode(
   const file = storageOf(runtime, node);
   const old = attachFile(runtime, file);
   if (!old.fixedLength) old.truncate(0);
-  formatFile(runtime, file, undefined, size, options);
+  formatFile(runtime, file, dataNode && storageOf(runtime, dataNode), size, options);
 }
 
 /**

@@ -1,12 +1,10 @@
-import type { CreateImageOptions } from '../block/create.js';
 import type { Preallocation } from '../block/qcow2/index.js';
 import type { BackupHandle } from '../engine/backup.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine, TransactionItem } from '../engine/engine.js';
 import type { FrozenDisk } from '../engine/frozen-disk.js';
 import type { JobHandle } from '../engine/job.js';
-import { toStillframeError } from '../errors.js';
-import { QmpError, qmpText, strerror } from '../qmp/errors.js';
+import { QmpError, qmpText } from '../qmp/errors.js';
 import type { Handlers, QmpEvent } from '../qmp/monitor.js';
 import type { ArgumentsOf, ArgumentsOfAction } from '../qmp/schema.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
@@ -20,6 +18,7 @@ import { Graph } from './graph.js';
 import { GraphChanges } from './graph-changes.js';
 import type { GraphNode } from './graph-node.js';
 import { humanMonitorCommand } from './human-monitor.js';
+import { createFile, createQcow2 } from './image-creation.js';
 import { checkWhole, lengthenerOf } from './image-files.js';
 import { InternalSnapshots } from './internal-snapshots.js';
 import { Jobs } from './jobs.js';
@@ -451,42 +450,11 @@ export class Daemon {
       throw new QmpError('Driver does not support blockdev-create');
     }
     this.jobs.checkFree(id);
-    this.jobs.create(id, async () => {
-      const size = Number(options['size']);
-      const { preallocation } = options;
-      const space = { preallocation: preallocation as CreateImageOptions['preallocation'] };
-      if (options['driver'] === 'file') {
-        const path = String(options['filename']);
-        try {
-          await this.#engine.createImage(path, { format: 'raw', length: size, force: true, ...space });
-        } catch (error) {
-          const words = strerror(toStillframeError(error));
-          throw words === undefined ? error : new QmpError(`Could not create '${path}': ${words}`);
-        }
-        return;
-      }
-      const file = options['file'];
-      if (typeof file !== 'string') throw new QmpError("'file' must be the name of a node");
-      const node = this.graph.lookUp(file);
-      if (node.parents.size > 0) throw new QmpError(`Node '${node.name}' is in use`);
-      await this.#engine.run({
-        kind: 'format',
-        node: node.descriptor,
-        length: size,
-        options: {
-          format: 'qcow2',
-          ...space,
-          version: options['version'] === 'v2' ? 2 : 3,
-          clusterSize: optionalNumber(options['cluster-size']),
-          refcountBits: optionalNumber(options['refcount-bits']),
-          lazyRefcounts: options['lazy-refcounts'] === true,
-          extendedL2: options['extended-l2'] === true,
-          compressionType: options['compression-type'] === 'zstd' ? 'zstd' : 'zlib',
-          backingFile: optionalText(options['backing-file']),
-          backingFormat: optionalText(options['backing-fmt']) as CreateImageOptions['backingFormat'],
-        },
-      });
-    });
+    this.jobs.create(id, () =>
+      options['driver'] === 'file'
+        ? createFile(this.#engine, options)
+        : createQcow2(this.#engine, this.graph, options),
+    );
   }
 
   /** Threads are shared out otherwise: a thread is only looked for. */
@@ -557,12 +525,4 @@ export class Daemon {
     await frozen.close();
     this.#tell({ event: 'BLOCK_EXPORT_DELETED', data: { id: name } });
   }
-}
-
-function optionalNumber(value: unknown): number | undefined {
-  return value === undefined ? undefined : Number(value);
-}
-
-function optionalText(value: unknown): string | undefined {
-  return value === undefined ? undefined : String(value);
 }

@@ -119,7 +119,8 @@ export function checkRemovable(node: GraphNode): void {
   const over = filterOver(node)?.job?.type;
   const isSource =
     over === 'backup' && node.job === undefined && ![...node.users.values()].includes('target');
-  if (!isSource) checkUnblocked(node);
+  if (isSource) checkNoOverlay(node);
+  else checkUnblocked(node);
 }
 
 /**

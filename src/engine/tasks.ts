@@ -85,6 +85,8 @@ export type Task =
   | {
       readonly kind: 'format';
       readonly node: NodeDescriptor;
+      /** Of an image whose options name one. */
+      readonly dataFile: NodeDescriptor | undefined;
       readonly length: number;
       readonly options: CreateImageOptions;
     }
@@ -375,7 +377,7 @@ export class TaskRunner {
       case 'header':
         return readLayerHeader(this.#runtime, task.node, task.options);
       case 'format':
-        return formatNode(this.#runtime, task.node, task.length, task.options);
+        return formatNode(this.#runtime, task.node, task.dataFile, task.length, task.options);
       case 'node-info':
         return nodeInfo(this.#runtime, task.node, task.filename);
       case 'bitmap-sha256':

@@ -262,11 +262,15 @@ export const EXPORT: UnionKind = {
 
 const PREALLOCATION = ['off', 'metadata', 'falloc', 'full'] as const;
 
+const MADE = [...Object.keys(DRIVERS), 'host_device'];
+/** Formats that a backing file may have, and we know only the names of. */
+const OTHER_FORMATS = ['bochs', 'cloop', 'dmg', 'luks', 'parallels', 'qcow', 'qed'] as const;
+
 /** How an image is made (QMP `blockdev-create`). */
 export const CREATE: UnionKind = {
   union: 'driver',
   // Only some of them can be made.
-  members: { driver: required([...Object.keys(DRIVERS), 'host_device']) },
+  members: { driver: required(MADE) },
   variants: {
     file: {
       filename: required('str'),
@@ -283,7 +287,7 @@ export const CREATE: UnionKind = {
       size: required('uint'),
       version: optional(['v2', 'v3']),
       'backing-file': optional('str'),
-      'backing-fmt': optional('str'),
+      'backing-fmt': optional([...MADE, ...OTHER_FORMATS]),
       'cluster-size': optional('uint'),
       preallocation: optional(PREALLOCATION),
       'lazy-refcounts': optional('bool'),

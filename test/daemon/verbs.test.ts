@@ -5,10 +5,12 @@ import {
   backup,
   hasQemu,
   jobs,
+  MiB,
   qcow2,
   raw,
   type Step,
   same,
+  sh,
   transaction,
   until,
 } from '../support/sessions.js';
@@ -178,5 +180,56 @@ describe.skipIf(!hasQemu())('the verbs of a job', () => {
         create({ driver: 'qcow2', file: 'nope' }),
       ),
     );
+  });
+
+  it('that makes an image is refused for the mistake that QEMU refuses it for', async () => {
+    const create = (options: object): readonly Step[] => [
+      ['blockdev-create', { 'job-id': 'c', options }],
+      until('c', 'concluded', 'null'),
+      ['query-jobs'],
+      ['job-dismiss', { id: 'c' }],
+    ];
+    const image = (more: object) => create({ driver: 'qcow2', file: 'f', size: MiB, ...more });
+    const file = (name: string): Step => [
+      'blockdev-add',
+      { driver: 'file', 'node-name': name, filename: `${name}.img` },
+    ];
+    const on = { 'data-file': 'g', 'data-file-raw': true };
+    await same({
+      ...session(
+        ...create({ driver: 'file', filename: 'f.img', size: 1000 }),
+        ...create({ driver: 'file', filename: 'g.img', size: 1000 }),
+        ...create({ driver: 'file', filename: 'h.img', size: 1000, preallocation: 'metadata' }),
+        file('f'),
+        file('g'),
+        ...[{ size: MiB + 1 }, { size: 2 ** 52 }, { file: 'nope' }].flatMap(image),
+        ...[1234, 128, 4 * MiB, 0].flatMap((size) => image({ 'cluster-size': size })),
+        ...[7, 128, 0].flatMap((bits) => image({ 'refcount-bits': bits })),
+        ...[
+          ...[{ 'lazy-refcounts': true }, { 'refcount-bits': 8 }, { 'extended-l2': true }],
+          ...[{ 'compression-type': 'zstd' }, { 'data-file': 'g' }],
+        ].flatMap((more) => image({ version: 'v2', ...more })),
+        ...[
+          ...[{ 'backing-file': 'x', preallocation: 'full' }, { 'backing-fmt': 'qcow2' }],
+          ...[
+            { 'backing-file': 'x', 'backing-fmt': 'nope' },
+            { 'extended-l2': true, 'cluster-size': 512 },
+          ],
+          ...[{ 'data-file-raw': true }, { ...on, 'backing-file': 'x' }],
+        ].flatMap(image),
+        sh('touch i.img'),
+        ...image({ file: { driver: 'file', filename: 'i.img' }, 'extended-l2': true }),
+        sh("head -c 64k /dev/zero | tr '\\0' x > g.img; qemu-img info i.img | grep extended"),
+        ...image(on),
+        ['blockdev-add', { driver: 'qcow2', 'node-name': 'q', file: 'f', 'data-file': 'g' }],
+        ...image({}),
+        ['nbd-server-start', { addr: { type: 'unix', data: { path: 'n.sock' } } }],
+        file('i'),
+        ['block-export-add', { type: 'nbd', id: 'e', 'node-name': 'i' }],
+        ...image({ file: 'i' }),
+      ),
+      after: `qemu-img info f.img | grep -v size; qemu-img check f.img; stat -c %s g.img
+        qemu-io -f qcow2 -c 'read -P 120 0 64k' -c 'read -P 0 64k 960k' f.img`,
+    });
   });
 });
