@@ -10,6 +10,8 @@ export interface CompareResult {
   readonly reason?: 'content' | 'allocation' | 'size';
   /** First byte that differs; for allocation the start of the range. */
   readonly offset?: number;
+  /** What differs is behind the end of the shorter image. */
+  readonly beyondEnd?: boolean;
 }
 
 /** Two images that are being compared, as plain data: any thread may help. */
@@ -48,5 +50,6 @@ export function compareResult(
     const { message, errno } = StillframeError.fromPlain(found.error);
     throw new StillframeError('ERR_STILLFRAME_IO', message, { errno });
   }
-  return { identical: false, sizesDiffer, reason: found, offset };
+  const beyondEnd = offset >= Math.min(lengthOf(first), lengthOf(second));
+  return { identical: false, sizesDiffer, reason: found, offset, ...(beyondEnd ? { beyondEnd } : {}) };
 }

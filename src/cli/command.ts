@@ -71,6 +71,8 @@ export interface Command {
   readonly options: readonly Option[];
   /** How many positional arguments it takes. */
   readonly positionals: readonly [least: number, most: number];
+  /** The last one is a number that may have a sign. */
+  readonly signed?: true;
   /** Exit status of errors; default 1. */
   readonly failure?: (error: StillframeError) => number;
   readonly run: (args: Arguments) => Promise<number>;
@@ -162,7 +164,8 @@ export function parseArguments(command: Command, argv: readonly string[]): Argum
   const hint = `see 'stillframe ${command.name} --help'`;
   let parsed: ReturnType<typeof parseWords>;
   try {
-    parsed = parseWords(withOptionalValues(argv, command.options), options);
+    const words = command.signed === true ? beforeSigned(argv) : argv;
+    parsed = parseWords(withOptionalValues(words, command.options), options);
   } catch (error) {
     const reason = error instanceof Error ? (error.message.split('. ')[0] ?? '') : String(error);
     throw usageError(`${reason}; ${hint}`);
@@ -176,6 +179,12 @@ export function parseArguments(command: Command, argv: readonly string[]): Argum
     token.kind === 'option' ? [{ name: token.name, value: token.value }] : [],
   );
   return new Arguments(positionals, values, given);
+}
+
+/** A last word like `-1M` is no option. */
+function beforeSigned(argv: readonly string[]): readonly string[] {
+  const last = argv.at(-1) ?? '';
+  return /^-\d/.test(last) && !argv.includes('--') ? [...argv.slice(0, -1), '--', last] : argv;
 }
 
 /** Gives every option whose value may be left out its value. */

@@ -36,7 +36,7 @@ export const commit: Command = {
           bytesPerSecond: args.size('rate'),
           allowBacking: args.texts('allow-backing'),
         },
-        toolProgress(line, args.flag('progress')),
+        toolProgress(line, args),
       );
       line.end();
       if (args.choice('output', OUTPUTS, 'human') === 'json') {

@@ -18,7 +18,9 @@ import { ProgressLine, toolProgress } from './progress.js';
 const SECTOR = 512;
 
 function human(result: CompareResult): string[] {
-  const warning = result.sizesDiffer && result.reason !== 'size' ? ['Warning: Image size mismatch!'] : [];
+  // Like qemu-img, which looks at what both have first.
+  const warned = result.sizesDiffer && (result.identical || result.beyondEnd === true);
+  const warning = warned ? ['Warning: Image size mismatch!'] : [];
   switch (result.reason) {
     case 'size':
       return ['Strict mode: Image size mismatch!'];
@@ -68,7 +70,7 @@ export const compare: Command = {
         strict: args.flag('strict'),
         first: { ...common, format: formats[0], snapshot: parseSnapshot(args.text('snapshot')) },
         second: { ...common, format: formats[1] },
-        onProgress: toolProgress(line, args.flag('progress')),
+        onProgress: toolProgress(line, args),
       });
       line.clear();
       if (json) console.log(JSON.stringify({ type: 'result', ...result }));

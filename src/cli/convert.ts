@@ -131,7 +131,7 @@ export const convert: Command = {
         bytesPerSecond: rate === undefined ? undefined : parseSize(rate, '--rate'),
         allowTargetBacking: args.texts('allow-backing'),
         signal: ending.signal,
-        onProgress: toolProgress(line, args.flag('progress')),
+        onProgress: toolProgress(line, args),
         onMessage: (text) => {
           if (!args.flag('quiet')) process.stderr.write(`stillframe: ${text}\n`);
         },

@@ -1,4 +1,5 @@
 import type { BackupProgress, OnProgress } from '../index.js';
+import type { Arguments } from './command.js';
 import { formatBytes } from './units.js';
 
 /** One line of a terminal that is written again and again. */
@@ -29,9 +30,9 @@ export class ProgressLine {
   }
 }
 
-/** What a tool's `--progress` shows: the line qemu-img has. Without it nothing. */
-export function toolProgress(line: ProgressLine, wanted: boolean): OnProgress | undefined {
-  if (!wanted) return undefined;
+/** What a tool's `--progress` shows: the line qemu-img has. Without it, or with `--quiet`, nothing. */
+export function toolProgress(line: ProgressLine, args: Arguments): OnProgress | undefined {
+  if (!args.flag('progress') || args.flag('quiet')) return undefined;
   return ({ done, total }) =>
     line.show(`    (${(total === 0 ? 100 : (done / total) * 100).toFixed(2)}/100%)`);
 }

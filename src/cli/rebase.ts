@@ -57,7 +57,7 @@ export const rebase: Command = {
           unsafe,
           allowBacking: args.texts('allow-backing'),
         },
-        toolProgress(line, args.flag('progress')),
+        toolProgress(line, args),
       );
       line.end();
       if (args.choice('output', OUTPUTS, 'human') === 'json') {

@@ -13,7 +13,8 @@ import {
 export const resize: Command = {
   name: 'resize',
   usage: '[options] FILE [+|-]SIZE',
-  summary: "Makes an image larger or smaller; what is new reads as zeroes. '-SIZE' goes behind '--'.",
+  summary: 'Makes an image larger or smaller; what is new reads as zeroes.',
+  signed: true,
   positionals: [2, 2],
   options: [
     FORMAT,

@@ -39,6 +39,7 @@ const images = [
   'absolute.qcow2',
   'sub/relative.qcow2',
   'odd.raw',
+  'half.raw',
   'empty.raw',
   'empty.qcow2',
   'written.qcow2',
@@ -101,6 +102,8 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', 
     make('create', '-q', '-f', 'qcow2', '-b', join(folder, 'base.raw'), '-F', 'raw', 'absolute.qcow2');
     make('create', '-q', '-f', 'qcow2', '-b', '../overlay.qcow2', '-F', 'qcow2', 'sub/relative.qcow2');
     writeFileSync(join(folder, 'odd.raw'), random.bytes(777));
+    // 640.5 KiB.
+    make('create', '-q', '-f', 'raw', 'half.raw', '655872');
     writeFileSync(join(folder, 'empty.raw'), '');
     make('create', '-q', '-f', 'qcow2', 'empty.qcow2', '0');
     const metadata = 'preallocation=metadata';
@@ -250,6 +253,7 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', 
     const pairs = [
       ...others.map((name) => ['one.raw', name] as const),
       ['longer-data.raw', 'one.raw'],
+      ['first-byte.raw', 'longer-zero.raw'],
       ['nothing.qcow2', 'zeroes.qcow2'],
       ['nothing.qcow2', 'hole.raw'],
       ['zeroes.qcow2', 'hole.raw'],

@@ -20,6 +20,7 @@ describe.skipIf(!hasPeer('qemu-img'))('stillframe resize', () => {
     [['IMAGE', '8M'], 8 << 20],
     [['IMAGE', '+1M'], 5 << 20],
     [['--shrink', 'IMAGE', '--', '-1M'], 3 << 20],
+    [['--shrink', 'IMAGE', '-1M'], 3 << 20],
     [['--shrink', '-f', 'qcow2', 'IMAGE', '512k'], 512 << 10],
     [['--preallocation', 'metadata', 'IMAGE', '8M'], 8 << 20],
     [['--preallocation=full', 'IMAGE', '+512'], (4 << 20) + 512],
