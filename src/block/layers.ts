@@ -98,6 +98,8 @@ export interface LayerHeader {
         readonly format: ImageFormat | undefined;
       }
     | undefined;
+  /** Name of the backing file as the header has it, looked for or not. */
+  readonly backingName: string | undefined;
   /** Path of the external data file. */
   readonly dataFile: string | undefined;
 }
@@ -174,13 +176,16 @@ export function readLayerHeader(
 ): LayerHeader {
   const file = attachFile(runtime, storageOf(runtime, node));
   const found = format ?? probe(file);
-  if (found !== 'qcow2') return { format: found, backing: undefined, dataFile: undefined };
+  if (found !== 'qcow2') {
+    return { format: found, backing: undefined, backingName: undefined, dataFile: undefined };
+  }
   const header = readHeader(runtime, file);
   const { path } = node;
   const allowed = allowedFolders(path, folders);
   const { backingFile, backingFormat, dataFile } = header;
   return {
     format: found,
+    backingName: backingFile,
     backing:
       backingFile === undefined || !follow.backing
         ? undefined

@@ -1,3 +1,4 @@
+import { type Stats, statSync } from 'node:fs';
 import { BlkdebugState } from '../block/filters/blkdebug-state.js';
 import { COPY_BUFFER_BYTES } from '../block/filters/copy-before-write.js';
 import { combineNames, type ImageFormat } from '../block/graph.js';
@@ -5,7 +6,8 @@ import type { HeaderOptions, Layer, LayerHeader } from '../block/layers.js';
 import type { LiveDescriptor, NodeDescriptor } from '../block/node.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
-import { connectErrorText, openErrorText, QmpError } from '../qmp/errors.js';
+import { toStillframeError } from '../errors.js';
+import { connectErrorText, openErrorText, QmpError, qmpText } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { blkdebugOptions } from './blkdebug-options.js';
 import { Breakpoints } from './breakpoints.js';
@@ -15,6 +17,9 @@ import { checkImageFile, checkWhole } from './image-files.js';
 import type { Objects } from './objects.js';
 import { checkQcow2Options } from './qcow2-options.js';
 import { checkTraits } from './traits.js';
+
+/** As the protocol has it. */
+const MAX_EXPORT_NAME_BYTES = 4096;
 
 /** What a node passes on to those that are made for it. */
 export interface Inherited {
@@ -198,6 +203,7 @@ export class Drivers {
     forceShare: boolean,
   ): Promise<Pick<GraphNode, 'descriptor'>> {
     const filename = String(options['filename']);
+    checkKindOfFile(String(options['driver']), filename, readOnly);
     const noLock = forceShare || options['locking'] === 'off';
     const open = (asReadOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> =>
       this.#layer({
@@ -216,6 +222,9 @@ export class Drivers {
   }
 
   async #openNbd(options: JsonObject, readOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> {
+    if (Buffer.byteLength(String(options['export'] ?? '')) > MAX_EXPORT_NAME_BYTES) {
+      throw new QmpError('export name too long to send to server');
+    }
     const name = nbdName(options, this.#objects);
     const { server } = options;
     try {
@@ -235,10 +244,8 @@ export class Drivers {
     // Before its backing files, as QEMU lists them.
     const sequence = this.#nodes.nextSequence();
     const { backing: wanted, 'data-file': wantedData } = options;
-    const header = await this.#nodes.header(file, 'qcow2', {
-      backing: wanted === undefined,
-      dataFile: wantedData === undefined,
-    });
+    const follow = { backing: wanted === undefined, dataFile: wantedData === undefined };
+    const header = await this.#header(file, follow);
     const data = wantedData ?? (header.dataFile && { driver: 'file', filename: header.dataFile });
     const dataFile = data === undefined ? undefined : await this.#nodes.child('data-file', data, pass, made);
     const below = { ...pass, readOnly: true };
@@ -247,7 +254,11 @@ export class Drivers {
       const named = header.backing;
       if (named !== undefined) {
         const called = combineNames(filenameOf(file), named.name);
-        backing = await this.#nodes.image(named.path, called, named.format, below);
+        try {
+          backing = await this.#nodes.image(named.path, called, named.format, below);
+        } catch (error) {
+          throw new QmpError(`Could not open backing file: ${qmpText(error)}`);
+        }
         made.push({ role: 'backing', node: backing });
       }
     } else if (wanted !== null) backing = await this.#nodes.child('backing', wanted, below, made);
@@ -272,6 +283,18 @@ export class Drivers {
       }
     }
     return { ...opened, sequence };
+  }
+
+  async #header(file: GraphNode, follow: HeaderOptions['follow']): Promise<LayerHeader> {
+    try {
+      return await this.#nodes.header(file, 'qcow2', follow);
+    } catch (error) {
+      if (!follow.backing || toStillframeError(error).code !== 'ERR_STILLFRAME_BACKING_MISSING') throw error;
+      const { backingName } = await this.#nodes.header(file, 'qcow2', { ...follow, backing: false });
+      if (backingName === undefined) throw error;
+      const name = combineNames(filenameOf(file), backingName);
+      throw new QmpError(`Could not open backing file: Could not open '${name}': No such file or directory`);
+    }
   }
 
   async #openPreallocate(options: JsonObject, file: GraphNode): Promise<Pick<GraphNode, 'descriptor'>> {
@@ -327,6 +350,30 @@ export function checkMinClusterSize(bytes: number | undefined): void {
   );
 }
 
+/**
+ * A device may be a `file` as well: whoever names one by its file name means that.
+ *
+ * @throws QmpError where QEMU's driver would not take what is there
+ */
+function checkKindOfFile(driver: string, filename: string, readOnly: boolean): void {
+  const path = filename.replace(/^file:/, '');
+  if (path === '') throw new QmpError(`The '${driver}' block driver requires a file name`);
+  let found: Stats | undefined;
+  try {
+    found = statSync(path, { throwIfNoEntry: false });
+  } catch {
+    // Opening it says why.
+  }
+  if (found === undefined) return;
+  if (found.isDirectory() && !readOnly) throw new QmpError(`Could not open '${path}': Is a directory`);
+  if (driver === 'file' && !found.isFile() && !found.isBlockDevice()) {
+    throw new QmpError(`'file' driver requires '${path}' to be a regular file`);
+  }
+  if (driver === 'host_device' && !found.isBlockDevice() && !found.isCharacterDevice()) {
+    throw new QmpError(`'host_device' driver requires '${path}' to be either a character or block device`);
+  }
+}
+
 function isReadOnlyError(error: unknown): boolean {
   if (!(error instanceof Error) || !('code' in error)) return false;
   return error.code === 'ERR_STILLFRAME_PERMISSION' || error.code === 'ERR_STILLFRAME_READ_ONLY';
@@ -356,7 +403,9 @@ function nbdName(options: JsonObject, objects: Objects): string {
   }
   if (server['type'] !== 'inet') {
     throw new QmpError(
-      `an NBD server of type '${String(server['type'])}' is not supported; use inet or unix`,
+      server['type'] === 'fd'
+        ? 'only QEMU supports file descriptor passing'
+        : `an NBD server of type '${String(server['type'])}' is not supported; use inet or unix`,
     );
   }
   const host = String(server['host']);

@@ -1,8 +1,9 @@
 import { setTimeout } from 'node:timers/promises';
 import type { DiskDescriptor } from '../block/disk.js';
+import { toStillframeError } from '../errors.js';
 import type { Engine, NbdServer } from '../index.js';
 import type { ListenAddress } from '../nbd/server/address.js';
-import { openErrorText, QmpError } from '../qmp/errors.js';
+import { QmpError, strerror, unresolvedText } from '../qmp/errors.js';
 import type { QmpEvent } from '../qmp/monitor.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { checkUnshared } from './block-graph.js';
@@ -83,7 +84,7 @@ export class Exports {
       if (object !== undefined) object.users++;
       this.#server = { server, tls: object };
     } catch (error) {
-      throw new QmpError(openErrorText(error, 'the NBD socket'));
+      throw new QmpError(listenErrorText(error, address));
     }
   }
 
@@ -303,6 +304,28 @@ function chainOf(node: GraphNode): GraphNode[] {
 }
 
 /** An address of a command as servers take it. */
+function placeOf(address: JsonObject): string {
+  return `${String(address['host'])}:${String(address['port'])}`;
+}
+
+/** Why nothing can listen there, in QEMU's words where there are some. */
+function listenErrorText(error: unknown, address: JsonObject): string {
+  const known = toStillframeError(error);
+  const words = strerror(known);
+  if (address['type'] === 'unix') {
+    const path = String(address['path']);
+    if (known.errno === 'ENAMETOOLONG') return `UNIX socket path '${path}' is too long`;
+    if (words !== undefined) return `Failed to bind socket to ${path}: ${words}`;
+  } else if (known.message.includes(': ENOTFOUND: ')) {
+    return unresolvedText(placeOf(address));
+  } else if (known.errno === 'EADDRINUSE') {
+    return 'Failed to find an available port: Address already in use';
+  } else if (words !== undefined) {
+    return `Failed to bind socket: ${words}`;
+  }
+  return known.message;
+}
+
 export function listenAddress(address: JsonObject): ListenAddress {
   switch (address['type']) {
     case 'unix': {
@@ -312,7 +335,9 @@ export function listenAddress(address: JsonObject): ListenAddress {
     case 'inet': {
       const port = Number(address['port']);
       if (!Number.isInteger(port) || port < 0 || port > 65535) {
-        throw new QmpError(`'${String(address['port'])}' is no port`);
+        throw new QmpError(
+          `address resolution failed for ${placeOf(address)}: Servname not supported for ai_socktype`,
+        );
       }
       const host = String(address['host']);
       return { type: 'tcp', host: host === '' ? '0.0.0.0' : host, port };

@@ -10,7 +10,7 @@ export function filenameOf(node: GraphNode): string {
   const { filename } = node.options;
   if (typeof filename === 'string') return filename;
   const [child] = node.children;
-  if (child === undefined) return node.descriptor.path;
+  if (child === undefined) return withoutSettings(node.descriptor.path);
   const plain = filenameOf(child.node);
   if (NAMED_AS_BELOW.has(node.driver) || node.job?.isUnnamed === true) return plain;
   return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
@@ -47,7 +47,8 @@ export function hasOtherBacking({ driver, descriptor, children }: GraphNode, fil
 function optionsToOpen(node: GraphNode): JsonObject {
   const { driver, children, options } = node;
   const [child] = children;
-  if (child === undefined) return { driver, filename: options['filename'] ?? node.descriptor.path };
+  if (child === undefined)
+    return { driver, filename: options['filename'] ?? withoutSettings(node.descriptor.path) };
   const file = optionsToOpen(child.node);
   const backing = children.find(({ role }) => role === 'backing')?.node;
   const { offset, size, 'throttle-group': group } = options;
@@ -64,6 +65,17 @@ function optionsToOpen(node: GraphNode): JsonObject {
     file,
   };
   return Object.fromEntries(Object.entries(all).filter(([, value]) => value !== undefined));
+}
+
+/** An NBD URI as far as it says what is opened, and not how. */
+function withoutSettings(path: string): string {
+  const at = path.indexOf('?');
+  if (at < 0 || !path.startsWith('nbd')) return path;
+  const kept = path
+    .slice(at + 1)
+    .split('&')
+    .filter((one) => !one.startsWith('x-'));
+  return kept.length === 0 ? path.slice(0, at) : `${path.slice(0, at)}?${kept.join('&')}`;
 }
 
 /** As QEMU writes it. */

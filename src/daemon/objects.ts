@@ -39,7 +39,7 @@ export class Objects {
     const { id, 'qom-type': type, ...rest } = options;
     if (typeof id !== 'string' || typeof type !== 'string')
       throw new TypeError('the schema was not looked at');
-    if (!/^[A-Za-z][A-Za-z0-9\-._]*$/.test(id)) throw new QmpError(`Invalid ID '${id}'`);
+    if (!/^[A-Za-z][A-Za-z0-9\-._]*$/.test(id)) throw new QmpError("Parameter 'id' expects an identifier");
     if (this.#objects.has(id)) {
       throw new QmpError(`attempt to add duplicate property '${id}' to object (type 'container')`);
     }

@@ -27,9 +27,11 @@ const STRERROR: Readonly<Record<string, string>> = {
   EINVAL: 'Invalid argument',
   EIO: 'Input/output error',
   EISDIR: 'Is a directory',
+  ENAMETOOLONG: 'File name too long',
   ENOENT: 'No such file or directory',
   ENOMEM: 'Cannot allocate memory',
   ENOSPC: 'No space left on device',
+  ENOTDIR: 'Not a directory',
   ENOTSUP: 'Operation not supported',
   EOPNOTSUPP: 'Operation not supported',
   EPERM: 'Operation not permitted',
@@ -84,9 +86,16 @@ export function qmpText(error: unknown): string {
 /** An error of connecting to an NBD server, in QEMU's words. @param place of the server, as the command has it */
 export function connectErrorText(error: unknown, place: string): string {
   const { message } = toStillframeError(error);
+  if (message.includes('the server has no such export')) return 'Requested export not available';
+  if (message.includes(': ENOTFOUND: ')) return unresolvedText(place);
   const [, errno = ''] = /cannot connect to .*?: (E[A-Z]+)/s.exec(message) ?? [];
   const words = STRERROR[errno];
   return words === undefined ? message : `Failed to connect to '${place}': ${words}`;
+}
+
+/** @param place host and port */
+export function unresolvedText(place: string): string {
+  return `address resolution failed for ${place}: Name or service not known`;
 }
 
 /** An error of opening something, in QEMU's words where there are some. */

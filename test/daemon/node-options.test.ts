@@ -129,4 +129,34 @@ describe.skipIf(!hasQemu())('options of every node, beside QEMU', () => {
         space('a.raw', 'b.raw', 'c.raw'),
       ],
     }));
+
+  it('name files, backing files and servers that are there', () => {
+    const add = (options: object): Command => ['blockdev-add', { 'node-name': 'x', ...options }];
+    const file = (filename: string, more: object = {}) => add({ driver: 'file', filename, ...more });
+    const far = { driver: 'nbd', server: { type: 'unix', path: 's.sock' } };
+    const listen = (type: string, data: object): Command => ['nbd-server-start', { addr: { type, data } }];
+    return same({
+      prepare: `
+        truncate -s 1M a.raw; mkdir sub; qemu-img create -q -f qcow2 m.qcow2 1M
+        qemu-img rebase -u -b a.raw -F qcow2 m.qcow2; cp m.qcow2 sub/m.qcow2
+        qemu-nbd -f raw -t -x a -k $PWD/s.sock --fork --pid-file=pid a.raw`,
+      steps: [
+        ...['.', '', '/dev/null', 'a.raw/x', 'x'.repeat(300)].map((name) => file(name)),
+        file('.', { 'read-only': true }),
+        ...['a.raw', '', 'nope'].map((filename) => add({ driver: 'host_device', filename })),
+        qcow2('m'),
+        add({ driver: 'qcow2', file: { driver: 'file', filename: 'sub/m.qcow2' } }),
+        ...['nope', '', 'x'.repeat(4097)].map((name) => add({ ...far, export: name })),
+        add({ ...far, server: { type: 'fd', str: 'nope' } }),
+        add({ ...far, export: 'a', 'read-only': true, 'reconnect-delay': 1, 'open-timeout': 1 }),
+        ['query-named-block-nodes', { flat: true }],
+        del('x'),
+        sh('kill $(cat pid)'),
+        listen('unix', { path: 'nowhere/n.sock' }),
+        listen('unix', { path: 'x'.repeat(120) }),
+        listen('inet', { host: '127.0.0.1', port: 'nonsense' }),
+        ['object-add', { 'qom-type': 'throttle-group', id: '0' }],
+      ],
+    });
+  });
 });
