@@ -31,8 +31,6 @@ interface Wanted {
    * that as it is.
    */
   readonly backing?: { readonly node: GraphNode | undefined } | 'named' | undefined;
-  /** The target was opened for this, and goes when nobody wants it. */
-  readonly made: boolean;
 }
 
 /** QMP `blockdev-mirror` and `drive-mirror`: a node becomes a copy of another one, and may take its place. */
@@ -61,7 +59,6 @@ export class Mirrors {
       sync: syncOf(given.sync, node),
       targetReadsZero: false,
       unmap: true,
-      made: false,
     });
   }
 
@@ -99,7 +96,6 @@ export class Mirrors {
         targetReadsZero: isNew,
         unmap,
         backing: given.sync === 'full' ? undefined : isNew ? { node: below } : 'named',
-        made: true,
       });
     } catch (error) {
       await this.#graph.closeUnused(target);
@@ -176,8 +172,7 @@ export class Mirrors {
     const release = async (): Promise<void> => {
       uncover();
       for (const used of [node, target]) used.users.delete(key);
-      if (!wanted.made) return;
-      for (const used of [target, node]) await this.#graph.closeUnused(used);
+      for (const used of [target, node, replaced]) await this.#graph.closeUnused(used);
     };
     try {
       const disk = await this.#graph.disk(node);

@@ -50,6 +50,36 @@ async function same(session: Session): Promise<void> {
 describe.skipIf(!hasPeer('qemu-storage-daemon') || !hasPeer('qemu-img') || !hasPeer('qemu-io'))(
   'a session',
   () => {
+    it('that leaves an overlay behind, which nobody has added, has no such node any more', async () => {
+      const nodes: Step = ['query-named-block-nodes', { flat: true }];
+      const overlay: Step = [
+        'blockdev-snapshot-sync',
+        { 'node-name': 'd', 'snapshot-file': 'o.qcow2', 'snapshot-node-name': 'o' },
+      ];
+      await same({
+        prepare: create('d', 't'),
+        steps: [
+          ['nbd-server-start', { addr: { type: 'unix', data: { path: 'n.sock' } } }],
+          qcow2('d'),
+          ['block-export-add', { type: 'nbd', id: 'e', 'node-name': 'd', writable: true }],
+          overlay,
+          qcow2('t', { backing: 'd' }),
+          mirror({ device: 'o', sync: 'top' }),
+          until('m', 'ready'),
+          ready,
+          ['block-job-cancel', device],
+          ...over,
+          nodes,
+          mirror({ device: 'o', sync: 'top' }),
+          until('m', 'ready'),
+          ['job-complete', id],
+          ...over,
+          nodes,
+          ['blockdev-del', { 'node-name': 'o' }],
+        ],
+      });
+    });
+
     it('with the verbs of a mirror in all its statuses', async () => {
       await same({
         prepare: `qemu-img create -q -f qcow2 base.qcow2 4M; qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 d.qcow2; qemu-io -c 'write -P 1 0 1M' d.qcow2; ${create('t', 't2')}`,

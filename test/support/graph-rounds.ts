@@ -175,6 +175,22 @@ class GraphRound {
     return { id, end };
   }
 
+  /** Runs a job. @returns false where it was cancelled at its end */
+  async #finishes(command: string, given: Message): Promise<boolean> {
+    const cancels = this.#random.chance(0.25);
+    const { id, end } = await this.#job(command, { ...given, 'auto-finalize': !cancels });
+    if (cancels) {
+      await this.#client.event('BLOCK_JOB_PENDING', { id });
+      await this.#pause();
+      await this.#execute('job-cancel', { id });
+      this.done.push('cancel');
+    }
+    await end();
+    return this.#client.messages.some(
+      ({ event, data }) => event === 'BLOCK_JOB_COMPLETED' && (data as Message)['device'] === id,
+    );
+  }
+
   /** A new image. */
   async #make(format: Format, backing?: Layer): Promise<Layer> {
     const name = `n${this.#count++}`;
@@ -213,11 +229,15 @@ class GraphRound {
     }
   }
 
-  /** Two layers, one above the other. */
-  #pair(highest: number): readonly [number, number] | undefined {
-    if (this.#chain.length < highest + 2) return undefined;
+  /** Two layers, one above the other. @param highest the upper one may be, counted from the top */
+  async #pair(highest: number): Promise<readonly [number, number]> {
+    await this.#atLeast(highest + 2);
     const upper = this.#random.between(highest, this.#chain.length - 2);
     return [upper, this.#random.between(upper + 1, this.#chain.length - 1)];
+  }
+
+  async #atLeast(layers: number): Promise<void> {
+    while (this.#chain.length < layers) await this.#overlay();
   }
 
   #name(index: number): string {
@@ -237,29 +257,23 @@ class GraphRound {
   }
 
   async #stream(): Promise<void> {
-    const pair = this.#pair(0);
-    if (pair === undefined) return;
-    const [device, last] = pair;
+    const [device, last] = await this.#pair(0);
     const isWhole = last === this.#chain.length - 1;
     const base = isWhole ? {} : { 'base-node': this.#name(last + 1) };
-    const { end } = await this.#job('block-stream', { device: this.#name(device), ...base });
-    await end();
-    await this.#drop(device + 1, last - device);
+    const job = { device: this.#name(device), ...base };
+    if (await this.#finishes('block-stream', job)) await this.#drop(device + 1, last - device);
   }
 
   async #commit(): Promise<void> {
-    const pair = this.#pair(1);
-    if (pair === undefined) return;
-    const [top, base] = pair;
-    const { end } = await this.#job('block-commit', {
+    const [top, base] = await this.#pair(1);
+    const finishes = await this.#finishes('block-commit', {
       ...{ device: this.top.name, 'top-node': this.#name(top), 'base-node': this.#name(base) },
     });
-    await end();
-    await this.#drop(top, base - top);
+    if (finishes) await this.#drop(top, base - top);
   }
 
   async #commitActive(): Promise<void> {
-    if (this.#chain.length < 2) return;
+    await this.#atLeast(2);
     const base = this.#random.between(1, this.#chain.length - 1);
     const { id, end } = await this.#job('block-commit', {
       ...{ device: this.top.name, 'base-node': this.#name(base) },
@@ -321,8 +335,8 @@ class GraphRound {
   }
 
   async #internalSnapshot(): Promise<void> {
+    if (this.top.format !== 'qcow2') await this.#overlay();
     const { top } = this;
-    if (top.format !== 'qcow2') return;
     const name = `s${this.#count++}`;
     const from = this.history.now();
     await this.#execute('blockdev-snapshot-internal-sync', { device: top.name, name });
