@@ -130,7 +130,13 @@ export class ConnectionThread {
     };
     try {
       while (!state.leaving) {
-        if (!this.#next(socket, session)) return false;
+        const next = this.#next(socket, session);
+        if (next === 'idle') {
+          // Before it is parked: whoever is woken from there would find it taken, and nobody would be woken again.
+          release();
+          this.#park(socket);
+        }
+        if (next !== 'ready') return false;
         const request = this.#request;
         if (request.command === COMMAND.disconnect) {
           session.flush();
@@ -175,22 +181,16 @@ export class ConnectionThread {
     }
   }
 
-  /** Reads the header of the next request. @returns false where there is none for now, or none any more */
-  #next(socket: ClientSocket, session: Session): boolean {
+  /** Reads the header of the next request. @returns `idle` where there is none for now, `end` where there is none any more */
+  #next(socket: ClientSocket, session: Session): 'ready' | 'idle' | 'end' {
     const { headers } = session.rules;
     const bytes = requestBytes(headers);
     if (socket.available < bytes) session.flush();
     const outcome = socket.fill(bytes, 'request');
-    if (outcome === 'idle') {
-      this.#park(socket);
-      return false;
-    }
-    if (outcome === 'end') {
-      socket.state.leave();
-      return false;
-    }
+    if (outcome === 'end') socket.state.leave();
+    if (outcome !== 'ready') return outcome;
     const at = socket.consume(bytes);
-    if (this.#request.decode(this.#context.runtime.arena.view, at, headers)) return true;
+    if (this.#request.decode(this.#context.runtime.arena.view, at, headers)) return 'ready';
     throw new ClientLost('no request');
   }
 

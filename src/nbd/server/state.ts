@@ -20,8 +20,8 @@ import type { ExportDescriptor } from './exports.js';
  *     +40  exports bytes uint32
  *     +44  looking out   int32   threads that look out for bytes without sleeping
  *     +48  helpers       int32   threads that use connections beyond one for each, places in the queue included
- *     +64  queue         QUEUE_SLOTS × uint32: connections that something can be done for
- *     then connections
+ *     +64  connections
+ *     then the queue: uint32, connections that something can be done for
  *
  * A connection:
  *
@@ -55,9 +55,7 @@ const EXPORTS = 36;
 const EXPORTS_BYTES = 40;
 const LOOKING_OUT = 44;
 const HELPERS = 48;
-const QUEUE = 64;
-const QUEUE_SLOTS = 1024;
-const CONNECTIONS = QUEUE + QUEUE_SLOTS * 4;
+const CONNECTIONS = 64;
 
 const STATE = 0;
 const USERS = 4;
@@ -94,6 +92,10 @@ const MAX_LARGE_BYTES = 96 * 1024 * 1024;
 /** Threads beyond one for each connection: what those with slow drives keep busy. */
 export const MAX_HELPERS = 16;
 
+function queueSlots(maxConnections: number): number {
+  return maxConnections + MAX_HELPERS;
+}
+
 const HEADERS_OF = ['simple', 'structured', 'extended'] as const;
 
 /** One thread's view of it. */
@@ -101,15 +103,21 @@ export class ServerState {
   readonly arena: Arena;
   readonly control: number;
   readonly maxConnections: number;
+  readonly #queue: number;
+  /** There is always a place: every connection is there once, but for help. */
+  readonly #queueSlots: number;
 
   constructor(arena: Arena, control: number, maxConnections: number) {
     this.arena = arena;
     this.control = control;
     this.maxConnections = maxConnections;
+    this.#queue = control + CONNECTIONS + maxConnections * CONNECTION_BYTES;
+    this.#queueSlots = queueSlots(maxConnections);
   }
 
   static allocate(arena: Arena, maxConnections: number): number {
-    return arena.alloc(CONNECTIONS + maxConnections * CONNECTION_BYTES, 'state of an NBD server');
+    const bytes = CONNECTIONS + maxConnections * CONNECTION_BYTES + queueSlots(maxConnections) * 4;
+    return arena.alloc(bytes, 'state of an NBD server');
   }
 
   /** Gives all memory back. No thread may use it any more. */
@@ -223,7 +231,6 @@ export class ServerState {
     const { arena, control } = this;
     const dropped = this.#locked(() => {
       const queued = this.#load(QUEUED);
-      if (queued === QUEUE_SLOTS) return true;
       // It may have ended since whoever saw something to do looked.
       if (connection.get(STATE) !== SERVING) return true;
       if (help && this.#load(HELPERS) >= MAX_HELPERS) {
@@ -231,12 +238,11 @@ export class ServerState {
         return true;
       }
       if (Atomics.add(arena.i32, (connection.pointer + USERS) >> 2, 1) > 0) this.#countHelper(1);
-      const place = (this.#load(FIRST) + queued) % QUEUE_SLOTS;
-      store(arena, control + QUEUE + place * 4, connection.index);
+      const place = (this.#load(FIRST) + queued) % this.#queueSlots;
+      store(arena, this.#queue + place * 4, connection.index);
       store(arena, control + QUEUED, queued + 1);
       return false;
     });
-    // A full queue has more work than there are connections: only help that is not needed is missed.
     if (dropped) return false;
     Atomics.add(arena.i32, (control + SEQUENCE) >> 2, 1);
     Atomics.notify(arena.i32, (control + SEQUENCE) >> 2, 1);
@@ -259,9 +265,9 @@ export class ServerState {
           const queued = this.#load(QUEUED);
           if (queued === 0) return -1;
           const first = this.#load(FIRST);
-          store(arena, control + FIRST, (first + 1) % QUEUE_SLOTS);
+          store(arena, control + FIRST, (first + 1) % this.#queueSlots);
           store(arena, control + QUEUED, queued - 1);
-          return load(arena, control + QUEUE + first * 4);
+          return load(arena, this.#queue + first * 4);
         });
         if (index >= 0) return this.connection(index);
         if (this.phase === PHASE_OF.gone) return undefined;
