@@ -5,10 +5,12 @@ import type { BackupHandle } from '../engine/backup.js';
 import type { BackupOptions } from '../engine/disk.js';
 import type { Engine, TransactionItem } from '../engine/engine.js';
 import { StillframeError } from '../errors.js';
+import { ALL_PERMISSIONS, RESIZE, WRITE } from '../os/image-lock.js';
 import { QmpError, qmpText, strerror } from '../qmp/errors.js';
 import type { ArgumentsOf } from '../qmp/schema.js';
 import { checkMinClusterSize } from './drivers.js';
 import type { Exports } from './exports.js';
+import type { Release } from './file-locks.js';
 import type { Graph } from './graph.js';
 import type { GraphNode } from './graph-node.js';
 import { checkUsableBelow, checkWhole } from './image-files.js';
@@ -34,8 +36,8 @@ interface PreparedJob {
   readonly isTop: boolean;
   /** Puts the job's filter over its source, or over what that has become in the same transaction. */
   readonly begun: (handle: BackupHandle, node: GraphNode) => void;
-  /** Monitors are told that it was created and went, where the transaction fails. */
-  readonly refused: 'created' | 'speed' | undefined;
+  /** Why it goes again as soon as it is there. */
+  readonly refused: string | undefined;
 }
 
 type Arguments = ArgumentsOf<'drive-backup'> | ArgumentsOf<'blockdev-backup'>;
@@ -65,6 +67,7 @@ export class Backups {
       throw new QmpError(`Unknown file format '${format}'`);
     }
     checkName(target, mode === 'existing' ? 'open' : 'create');
+    if (mode !== 'existing') this.#graph.checkUnused(target);
     return await this.#prepare(given, node, undefined, {
       target,
       format,
@@ -97,8 +100,14 @@ export class Backups {
     const { speed = 0, 'x-perf': perf } = given;
     const id = jobIdOf(given, node);
     const fits = target === undefined || (await this.#graph.disk(target)).length === disk.length;
-    const nodes = told(() => this.#checkNodes(given, node, target, fits));
-    const job = told(() => this.#checkJob(id, speed));
+    const claims: Release[] = [];
+    const unclaim = (): void => {
+      for (const release of claims) release();
+    };
+    const nodes = told(() => this.#checkNodes(given, node, target, fits, claims));
+    const taken = told(() => this.#jobs.checkFree(id));
+    const refused = taken === undefined ? told(() => this.#checkJob(speed, node, claims)) : undefined;
+    const job = taken ?? refused;
     let filter: GraphNode | undefined;
     const key = { job: 'backup', id, filter: () => filter?.name } as const;
     if (nodes === undefined && target !== undefined) target.users.set(key, 'target');
@@ -134,21 +143,29 @@ export class Backups {
         held: { ...handle.held, counts: () => handle.heldCounts(kernels) },
       });
       this.#exports.moved(source, filter);
+      unclaim();
     };
     const onEnd = (): void => {
+      unclaim();
       target?.users.delete(key);
       if (filter !== undefined) this.#exports.moved(filter, this.#graph.removeFilter(filter));
       filter = undefined;
     };
-    const refused = job === undefined ? 'created' : speed < 0 ? 'speed' : undefined;
+    if (nodes !== undefined || job !== undefined) unclaim();
     return {
       item: { type: 'backup', disk, options },
       job: { id, node, isTop, options: listOptions(given, onEnd), begun, refused },
     };
   }
 
-  /** What QEMU looks at before and while it puts its filter over the source, in its order. */
-  #checkNodes(given: Arguments, node: GraphNode, target: GraphNode | undefined, fits: boolean): void {
+  /** What QEMU looks at before and while it puts its filter over the source, in its order. @param claims takes the target's */
+  #checkNodes(
+    given: Arguments,
+    node: GraphNode,
+    target: GraphNode | undefined,
+    fits: boolean,
+    claims: Release[],
+  ): void {
     const { 'x-perf': perf, 'filter-node-name': filter } = given;
     if (node === target) throw new QmpError('Source and target cannot be the same');
     if (given.compress === true && target !== undefined && target.driver !== 'qcow2') {
@@ -168,7 +185,11 @@ export class Backups {
     if (!fits) throw new QmpError('Source and target image have different sizes');
     try {
       if (filter !== undefined) this.#graph.checkName(filter);
-      if (target !== undefined) this.#checkTarget(target, filter);
+      if (target !== undefined) {
+        this.#checkTarget(target, filter);
+        const shared = ALL_PERMISSIONS & ~RESIZE;
+        claims.push(this.#graph.locks.claim([{ node: target, role: 'target', needed: WRITE, shared }]));
+      }
     } catch (error) {
       throw new QmpError(`Could not create node: ${qmpText(error)}`);
     }
@@ -187,8 +208,10 @@ export class Backups {
     checkUsableBelow(target, true);
   }
 
-  #checkJob(id: string, speed: number): void {
-    this.#jobs.checkFree(id);
+  /** Likewise, once the job is there. @param claims takes the source's */
+  #checkJob(speed: number, node: GraphNode, claims: Release[]): void {
+    const shared = ALL_PERMISSIONS & ~(WRITE | RESIZE);
+    claims.push(this.#graph.locks.claim([{ node, role: 'file', needed: 0, shared }]));
     checkSpeed(speed);
   }
 
@@ -199,7 +222,9 @@ export class Backups {
     const carriedOut = prepared.filter(({ item }) => item !== undefined);
     this.#jobs.neverStarted(carriedOut.slice(0, action).flatMap(({ job }) => job?.id ?? []));
     const failed = carriedOut[action]?.job;
-    if (failed?.refused === 'speed' && error.message.includes("'speed'")) this.#jobs.refused(failed.id);
+    const why = failed?.refused;
+    if (failed !== undefined && why !== undefined && error.message.includes(why))
+      this.#jobs.refused(failed.id);
   }
 }
 

@@ -1,3 +1,5 @@
+import { ALL_PERMISSIONS, CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED } from '../os/image-lock.js';
+import { chainOf } from './chain.js';
 import type { Child, GraphNode, Use, User } from './graph-node.js';
 import { asUser, conflict, FORMATS, filterOver } from './permissions.js';
 
@@ -6,11 +8,9 @@ import { asUser, conflict, FORMATS, filterOver } from './permissions.js';
  * others. Permissions are those that QEMU's drivers ask for.
  */
 
-const READ = 1;
-const WRITE = 2;
-const UNCHANGED = 4;
-const RESIZE = 8;
-const ALL = READ | WRITE | UNCHANGED | RESIZE;
+const READ = CONSISTENT_READ;
+const UNCHANGED = WRITE_UNCHANGED;
+export const ALL = ALL_PERMISSIONS;
 /** Of who works by a filter, or by a backend of its own. */
 const NONE = { needed: 0, shared: ALL } as const;
 const NAMES = ['consistent-read', 'write', 'write-unchanged', 'resize'] as const;
@@ -18,7 +18,7 @@ const NAMES = ['consistent-read', 'write', 'write-unchanged', 'resize'] as const
 export type PermissionName = (typeof NAMES)[number];
 
 /** Bits of {@link NAMES}. */
-interface Permissions {
+export interface Permissions {
   readonly needed: number;
   readonly shared: number;
 }
@@ -29,7 +29,16 @@ export interface GraphUser {
   /** Empty where it has none. */
   readonly name: string;
   readonly uses: readonly (Permissions & { readonly node: GraphNode; readonly role: string })[];
+  /** It is a job, or works for one. */
+  readonly ofJob?: true;
 }
+
+/** A node, or one that is still to be. */
+export type Taker = Pick<GraphNode, 'driver' | 'options' | 'children' | 'job'> & {
+  readonly descriptor: { readonly readOnly: boolean };
+  readonly parents: { readonly size: number };
+  readonly users: { readonly size: number };
+};
 
 interface Edge extends Permissions {
   readonly parent: GraphUser | GraphNode;
@@ -60,20 +69,72 @@ export function jobUsers(nodes: readonly GraphNode[]): GraphUser[] {
       jobs.set(user, [...(jobs.get(user) ?? []), [node, use]]);
     }
   }
-  return [...jobs].reverse().flatMap(([{ id = '', job }, uses]) => {
-    const user = (list: GraphUser['uses']): GraphUser => ({ type: 'block-job', name: id, uses: list });
+  return [...jobs].reverse().flatMap(([{ id = '', job, resizes, top }, uses]) => {
+    const user = (list: GraphUser['uses']): GraphUser => ({
+      type: 'block-job',
+      name: id,
+      uses: list,
+      ofJob: true,
+    });
+    const backend = (list: GraphUser['uses']): GraphUser[] =>
+      list.length === 0 ? [] : [{ type: 'block-backend', name: '', uses: list, ofJob: true }];
     const of = (use: Use): GraphNode[] => uses.flatMap(([node, as]) => (as === use ? node : []));
     const filter = of('source').find((node) => node.job !== undefined);
     const targets = of('target').map((node) => ({ node, role: 'target', ...NONE }));
-    if (filter === undefined) return user(targets);
-    if (job !== 'mirror') return user([...targets, { node: filter, role: 'main node', ...NONE }]);
-    const shared = ALL & ~RESIZE;
-    const sources = of('source').flatMap((node) =>
-      node === filter ? [] : { node, role: 'source', needed: 0, shared },
-    );
-    const main = { node: filter, role: 'main node', needed: READ, shared };
-    const roots = targets.map(({ node }) => ({ node, role: 'root', needed: WRITE, shared: UNCHANGED }));
-    return [{ type: 'block-backend', name: '', uses: roots }, user([...targets, ...sources, main])];
+    // Those at the bottom first.
+    const between = (list: readonly GraphNode[], shared: number): GraphUser['uses'] =>
+      [...list]
+        .sort((one, other) => chainOf(one).length - chainOf(other).length)
+        .map((node) => ({ node, role: 'intermediate node', needed: 0, shared }));
+    const roots = (needed: number, shared: number): GraphUser['uses'] =>
+      targets.map(({ node }) => ({ node, role: 'root', needed, shared }));
+    const main = filter === undefined ? [] : [{ node: filter, role: 'main node', ...NONE }];
+    const covered = filter?.children[0]?.node;
+    const source = (role: string): GraphUser['uses'] =>
+      covered === undefined ? [] : [{ node: covered, role, needed: 0, shared: ALL & ~RESIZE }];
+    switch (job) {
+      case 'stream': {
+        const root = main.map(({ node }) => ({ node, role: 'root', needed: READ, shared: ALL & ~RESIZE }));
+        const chain = between(
+          of('chain').filter((node) => node !== covered),
+          READ | UNCHANGED,
+        );
+        return [...backend(root), user([...chain, ...source('active node'), ...main])];
+      }
+      case 'commit': {
+        const resizing = resizes === true ? RESIZE : 0;
+        if (top !== undefined) {
+          const base = targets.map((use) => ({ ...use, role: 'base' }));
+          const below = between(of('intermediate'), WRITE | UNCHANGED);
+          const onTop = of('chain').map((node) => ({ node, role: 'main node', ...NONE }));
+          return [
+            ...backend(roots(READ | WRITE | resizing, READ | UNCHANGED)),
+            ...backend([{ node: top, role: 'root', ...NONE }]),
+            user([...base, ...below, ...onTop]),
+          ];
+        }
+        const shared = ALL & ~RESIZE;
+        const active = main.map((use) => ({ ...use, needed: READ, shared }));
+        const below = between(
+          of('intermediate').filter((node) => node !== covered),
+          WRITE | UNCHANGED,
+        );
+        return [
+          ...backend(roots(WRITE | resizing, shared)),
+          user([...below, ...targets, ...source('source'), ...active]),
+        ];
+      }
+      case 'mirror': {
+        const shared = ALL & ~RESIZE;
+        const sources = of('source').flatMap((node) =>
+          node === filter ? [] : { node, role: 'source', needed: 0, shared },
+        );
+        const active = main.map((use) => ({ ...use, needed: READ, shared }));
+        return [...backend(roots(WRITE, UNCHANGED)), user([...targets, ...sources, ...active])];
+      }
+      default:
+        return user([...targets, ...main]);
+    }
   });
 }
 
@@ -125,7 +186,7 @@ class Description {
   }
 
   #below(node: GraphNode): Edge[] {
-    const above = this.#of(node);
+    const above = this.needs(node);
     return childrenOf(node).map((child) => ({
       parent: node,
       node: coverOf(child.node, node),
@@ -135,7 +196,7 @@ class Description {
   }
 
   /** What all that use a node need of it and share. */
-  #of(node: GraphNode): Permissions {
+  needs(node: GraphNode): Permissions {
     const known = this.#needs.get(node);
     if (known !== undefined) return known;
     let all: Permissions = { needed: 0, shared: ALL };
@@ -149,9 +210,38 @@ class Description {
   /** Who uses a node. */
   edgesTo(node: GraphNode): Edge[] {
     const roots = this.#users.flatMap((parent) => parent.uses.map((use) => ({ ...use, parent })));
-    const parents = parentsOf(node).flatMap((parent) => this.#below(parent));
-    return [...roots, ...parents].filter((edge) => edge.node === node);
+    const parents = new Set([...parentsOf(node), ...this.#copyingTo(node)]);
+    // Nothing is asked about those above others that turn out to be on something else.
+    const onIt = [...parents].filter((parent) =>
+      childrenOf(parent).some((child) => coverOf(child.node, parent) === node),
+    );
+    return [...roots, ...onIt.flatMap((parent) => this.#below(parent))].filter((edge) => edge.node === node);
   }
+
+  /** The filters of jobs whose target the node is. */
+  #copyingTo(node: GraphNode): GraphNode[] {
+    const filters = this.#users.flatMap(({ uses }) => uses.map((use) => use.node));
+    return filters.filter(({ job, children }) => {
+      return (
+        job !== undefined && children.some(({ role, node: child }) => role === 'target' && child === node)
+      );
+    });
+  }
+}
+
+/** @returns says what all that use a node, or lie on it, need of it and share */
+export function needsBy(users: readonly GraphUser[]): (node: GraphNode) => Permissions {
+  const description = new Description(users);
+  return (node) => description.needs(node);
+}
+
+/** What a node needs of its children. @param above what is needed of itself, and shared */
+export function usesOf(node: Taker, above: Permissions = NONE, children = node.children): GraphUser['uses'] {
+  return children.map((child) => ({
+    node: child.node,
+    role: child.role,
+    ...permissionsOn(node, child, above),
+  }));
 }
 
 function bitsOf(names: unknown): number {
@@ -221,10 +311,15 @@ function childrenOf({ driver, children }: GraphNode): { readonly node: GraphNode
   return children.flatMap(({ node, role }) => (role === 'file' ? { node, role: 'backing' } : []));
 }
 
-/** Whoever lies on a node lies on the filter that a job has put over it. */
+/** Whoever lies on a node lies on the filter that a job has put over it, but for those that the filter itself is on. */
 function coverOf(node: GraphNode, parent: GraphNode): GraphNode {
   const filter = filterOver(node);
-  return filter === undefined || filter === parent ? node : coverOf(filter, parent);
+  return filter === undefined || isOn(filter, parent) ? node : coverOf(filter, parent);
+}
+
+/** Whether a node is on another one, directly or not, or is it. */
+function isOn(node: GraphNode, other: GraphNode): boolean {
+  return node === other || node.children.some((child) => isOn(child.node, other));
 }
 
 function parentsOf(node: GraphNode): GraphNode[] {
@@ -241,12 +336,18 @@ function namesOf(bits: number): PermissionName[] {
 
 /** @param above what is needed of the node itself, and shared */
 function permissionsOn(
-  node: GraphNode,
+  node: Taker,
   child: Pick<Child, 'node'> & { readonly role: string },
   above: Permissions,
 ): Permissions {
   const passed = { needed: above.needed, shared: above.shared | UNCHANGED };
-  if (node.driver === 'mirror_top') return passed;
+  if (node.driver === 'commit_top') return NONE;
+  if (node.driver === 'mirror_top') {
+    // What a commit lies on may change as the job goes on.
+    return node.job?.type === 'commit'
+      ? { needed: passed.needed & ~READ, shared: passed.shared | WRITE }
+      : passed;
+  }
   if (child.role === 'backing') {
     const others = (above.shared & WRITE) !== 0 ? WRITE | RESIZE : 0;
     return { needed: above.needed & READ, shared: others | READ | UNCHANGED };
@@ -284,7 +385,7 @@ function permissionsOn(
 }
 
 /** Of what has the tables of an image, or its data. */
-function ofImage(node: GraphNode, { role }: { readonly role: string }, passed: Permissions): Permissions {
+function ofImage(node: Taker, { role }: { readonly role: string }, passed: Permissions): Permissions {
   if (role === 'data-file') return ofData(passed);
   const changes = node.descriptor.readOnly ? 0 : WRITE | RESIZE;
   const tables = { needed: passed.needed | changes | READ, shared: passed.shared & ~(WRITE | RESIZE) };

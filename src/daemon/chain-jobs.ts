@@ -337,6 +337,12 @@ export class ChainJobs {
         }
         isReopened = true;
       }
+      try {
+        this.#graph.locks.settle();
+      } catch (error) {
+        this.#jobs.refused(id);
+        throw error;
+      }
       const handle = await launch();
       const type = user.job ?? 'commit';
       const name = given['filter-node-name'];

@@ -4,6 +4,7 @@ import type { DiskHandle } from '../engine/disk.js';
 import type { Engine, TransactionItem } from '../engine/engine.js';
 import type { FrozenDisk } from '../engine/frozen-disk.js';
 import type { JobHandle } from '../engine/job.js';
+import { ALL_PERMISSIONS, CONSISTENT_READ, RESIZE, WRITE } from '../os/image-lock.js';
 import { QmpError, qmpText } from '../qmp/errors.js';
 import type { Handlers, QmpEvent } from '../qmp/monitor.js';
 import type { ArgumentsOf, ArgumentsOfAction } from '../qmp/schema.js';
@@ -62,15 +63,15 @@ export class Daemon {
   readonly #chains: ChainJobs;
   readonly #commits: Commits;
   readonly #tell: (event: QmpEvent) => void;
-  readonly #frozen = new Map<string, FrozenDisk>();
+  readonly #frozen = new Map<string, { readonly frozen: FrozenDisk; readonly release: () => void }>();
   #status: 'running' | 'paused' = 'running';
 
   constructor(engine: Engine, { tell, quit, allowBacking, qemuCompat = false }: DaemonOptions) {
     this.#engine = engine;
     this.#tell = tell;
     this.objects = new Objects(engine);
-    this.graph = new Graph(engine, this.objects, allowBacking);
-    this.jobs = new Jobs(tell);
+    this.graph = new Graph(engine, this.objects, allowBacking, () => this.#queries.users());
+    this.jobs = new Jobs(tell, () => this.graph.locks.settle());
     this.exports = new Exports(engine, this.graph, this.objects, tell);
     this.#queries = new Queries(engine, this.graph, this.exports);
     this.#backups = new Backups(engine, this.graph, this.jobs, this.exports, qemuCompat);
@@ -94,7 +95,7 @@ export class Daemon {
     );
     const edit = (node: string, action: Parameters<DiskHandle['editBitmap']>[0]): Promise<void> =>
       this.#editBitmap(node, action);
-    this.handlers = {
+    const handlers: Handlers = {
       'query-status': () => ({
         status: this.#status,
         singlestep: false,
@@ -213,6 +214,7 @@ export class Daemon {
       'x-freeze': (given) => this.#freeze(given),
       'x-thaw': (given) => this.#thaw(given),
     };
+    this.handlers = each(handlers, () => graph.locks.settle());
   }
 
   /** Ends everything: jobs, exports, nodes, objects. */
@@ -225,7 +227,7 @@ export class Daemon {
       // What is no export may be a client of one: it takes its leave first.
       await this.graph.close();
     } finally {
-      for (const frozen of this.#frozen.values()) await frozen.close();
+      for (const { frozen } of this.#frozen.values()) await frozen.close();
       await this.exports.close();
       try {
         await this.graph.close();
@@ -452,7 +454,7 @@ export class Daemon {
     this.jobs.checkFree(id);
     this.jobs.create(id, () =>
       options['driver'] === 'file'
-        ? createFile(this.#engine, options)
+        ? createFile(this.#engine, this.graph, options)
         : createQcow2(this.#engine, this.graph, options),
     );
   }
@@ -478,7 +480,15 @@ export class Daemon {
     await this.#checkPreallocation(node, size, preallocation);
     // Whoever looks at the file itself sees it as well.
     const nodes = [node, ...node.children.flatMap(({ role, node: child }) => (role === 'file' ? child : []))];
-    await this.#changes.change(nodes, (section) => this.#changes.resize(section, node, size, preallocation));
+    const uses = [{ node, role: 'root', needed: RESIZE, shared: ALL_PERMISSIONS }];
+    const release = this.graph.locks.claim(uses);
+    try {
+      await this.#changes.change(nodes, (section) =>
+        this.#changes.resize(section, node, size, preallocation),
+      );
+    } finally {
+      release();
+    }
   }
 
   /** @throws QmpError where a node cannot have space ahead like that */
@@ -502,27 +512,55 @@ export class Daemon {
     const node = this.graph.lookUp(given.device);
     const disk = await this.graph.disk(node);
     const name = given.export;
-    const frozen = await disk.freeze({
-      scratch: given.scratch,
-      onCbwError: given['on-cbw-error'],
-      cbwTimeoutMs: (given['cbw-timeout'] ?? 0) * 1000,
-    });
+    const shared = ALL_PERMISSIONS & ~(WRITE | RESIZE);
+    // Nobody writes past it.
+    const release = this.graph.locks.claim([{ node, role: 'root', needed: CONSISTENT_READ, shared }]);
     try {
-      await server.addExport({ disk: frozen, name });
+      const frozen = await disk.freeze({
+        scratch: given.scratch,
+        onCbwError: given['on-cbw-error'],
+        cbwTimeoutMs: (given['cbw-timeout'] ?? 0) * 1000,
+      });
+      try {
+        await server.addExport({ disk: frozen, name });
+      } catch (error) {
+        await frozen.close();
+        throw error;
+      }
+      this.#frozen.set(name, { frozen, release });
     } catch (error) {
-      await frozen.close();
+      release();
       throw error;
     }
-    this.#frozen.set(name, frozen);
     this.exports.addFrozen(name, node);
   }
 
   async #thaw({ export: name }: ArgumentsOf<'x-thaw'>): Promise<void> {
-    const frozen = this.#frozen.get(name);
-    if (frozen === undefined) throw new QmpError(`no instant is exported as '${name}'`);
+    const held = this.#frozen.get(name);
+    if (held === undefined) throw new QmpError(`no instant is exported as '${name}'`);
     this.#frozen.delete(name);
     this.exports.removeFrozen(name);
-    await frozen.close();
+    await held.frozen.close();
+    held.release();
     this.#tell({ event: 'BLOCK_EXPORT_DELETED', data: { id: name } });
   }
+}
+
+/** The same commands, each with `after` when it is over. */
+function each(handlers: Handlers, after: () => void): Handlers {
+  const all = Object.entries(handlers).map(([name, handler]) => {
+    // Arguments are those of the command, whichever it is.
+    const run = handler as (given: JsonObject) => unknown;
+    return [
+      name,
+      async (given: JsonObject) => {
+        try {
+          return await run(given);
+        } finally {
+          after();
+        }
+      },
+    ] as const;
+  });
+  return { ...handlers, ...Object.fromEntries(all) };
 }

@@ -31,8 +31,14 @@ export interface Inherited {
 }
 
 /** What opening a node gives. */
-export type Opened = Pick<GraphNode, 'descriptor' | 'frozen' | 'held' | 'group' | 'breakpoints'> &
+export type Opened = Pick<
+  GraphNode,
+  'descriptor' | 'frozen' | 'held' | 'group' | 'breakpoints' | 'isLocked'
+> &
   Partial<Pick<GraphNode, 'sequence'>>;
+
+/** Takes a child of a node that is being opened. @throws QmpError where the node cannot have it */
+export type Attach = (child: Child) => void;
 
 /** The graph that nodes are opened in. */
 export interface Nodes {
@@ -47,8 +53,8 @@ export interface Nodes {
     format: ImageFormat | undefined,
     follow: HeaderOptions['follow'],
   ): Promise<LayerHeader>;
-  /** A child by its name, or made for its parent. @param made takes it */
-  child(role: Child['role'], wanted: unknown, inherited: Inherited, made: Child[]): Promise<GraphNode>;
+  /** A child by its name, or made for its parent. @param attach is given it */
+  child(role: Child['role'], wanted: unknown, inherited: Inherited, attach: Attach): Promise<GraphNode>;
   /** An image by its file name. */
   image(
     path: string,
@@ -79,12 +85,12 @@ export class Drivers {
     return { descriptor: await this.#engine.run<NodeDescriptor>({ kind: 'open-layer', layer }) };
   }
 
-  /** Opens what the options say on nodes that it makes or finds. @param made takes these */
+  /** Opens what the options say on nodes that it makes or finds. @param attach is given these */
   async open(
     name: string,
     options: JsonObject,
     inherited: Inherited | undefined,
-    made: Child[],
+    attach: Attach,
   ): Promise<Opened> {
     const driver = String(options['driver']);
     const readOnly = (options['read-only'] ?? inherited?.readOnly ?? false) === true;
@@ -94,7 +100,7 @@ export class Drivers {
       throw new QmpError('force-share=on can only be used with read-only images');
     }
     const child = async (role: Child['role'], key: string = role): Promise<GraphNode> => {
-      const node = await this.#nodes.child(role, options[key], pass, made);
+      const node = await this.#nodes.child(role, options[key], pass, attach);
       checkTraits(options);
       return node;
     };
@@ -126,7 +132,7 @@ export class Drivers {
         });
       }
       case 'qcow2':
-        return await this.#openQcow2(name, options, pass, made);
+        return await this.#openQcow2(name, options, pass, attach);
       case 'throttle': {
         const { object, ...membership } = this.#objects.takeGroup(String(options['throttle-group']));
         try {
@@ -201,17 +207,16 @@ export class Drivers {
     options: JsonObject,
     readOnly: boolean,
     forceShare: boolean,
-  ): Promise<Pick<GraphNode, 'descriptor'>> {
+  ): Promise<Pick<GraphNode, 'descriptor' | 'isLocked'>> {
     const filename = String(options['filename']);
     checkKindOfFile(String(options['driver']), filename, readOnly);
-    const noLock = forceShare || options['locking'] === 'off';
-    const open = (asReadOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> =>
-      this.#layer({
-        driver: 'file',
-        path: filename.replace(/^file:/, ''),
-        readOnly: asReadOnly,
-        lock: noLock ? 'none' : asReadOnly ? 'read' : 'write',
-      });
+    const isLocked = !forceShare && options['locking'] !== 'off';
+    const path = filename.replace(/^file:/, '');
+    // Those who come to use it lock it.
+    const open = async (asReadOnly: boolean): Promise<Pick<GraphNode, 'descriptor' | 'isLocked'>> => ({
+      ...(await this.#layer({ driver: 'file', path, readOnly: asReadOnly, lock: 'none' })),
+      isLocked,
+    });
     try {
       return await open(readOnly);
     } catch (error) {
@@ -237,17 +242,19 @@ export class Drivers {
     }
   }
 
-  async #openQcow2(name: string, options: JsonObject, pass: Inherited, made: Child[]): Promise<Opened> {
-    const file = await this.#nodes.child('file', options['file'], pass, made);
+  async #openQcow2(name: string, options: JsonObject, pass: Inherited, attach: Attach): Promise<Opened> {
+    const file = await this.#nodes.child('file', options['file'], pass, attach);
     checkTraits(options);
     await checkImageFile(name, file, pass.readOnly);
+    if (file.descriptor.readOnly && !pass.readOnly) throw new QmpError('Block node is read-only');
     // Before its backing files, as QEMU lists them.
     const sequence = this.#nodes.nextSequence();
     const { backing: wanted, 'data-file': wantedData } = options;
     const follow = { backing: wanted === undefined, dataFile: wantedData === undefined };
     const header = await this.#header(file, follow);
     const data = wantedData ?? (header.dataFile && { driver: 'file', filename: header.dataFile });
-    const dataFile = data === undefined ? undefined : await this.#nodes.child('data-file', data, pass, made);
+    const dataFile =
+      data === undefined ? undefined : await this.#nodes.child('data-file', data, pass, attach);
     const below = { ...pass, readOnly: true };
     let backing: GraphNode | undefined;
     if (wanted === undefined) {
@@ -259,9 +266,9 @@ export class Drivers {
         } catch (error) {
           throw new QmpError(`Could not open backing file: ${qmpText(error)}`);
         }
-        made.push({ role: 'backing', node: backing });
+        attach({ role: 'backing', node: backing });
       }
-    } else if (wanted !== null) backing = await this.#nodes.child('backing', wanted, below, made);
+    } else if (wanted !== null) backing = await this.#nodes.child('backing', wanted, below, attach);
     const opened = await this.#layer({
       driver: 'qcow2',
       file: file.descriptor,

@@ -3,10 +3,11 @@ import type { DiskDescriptor } from '../block/disk.js';
 import { toStillframeError } from '../errors.js';
 import type { Engine, NbdServer } from '../index.js';
 import type { ListenAddress } from '../nbd/server/address.js';
+import { ALL_PERMISSIONS, CONSISTENT_READ, WRITE } from '../os/image-lock.js';
 import { QmpError, strerror, unresolvedText } from '../qmp/errors.js';
 import type { QmpEvent } from '../qmp/monitor.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
-import { checkUnshared } from './block-graph.js';
+import { checkUnshared, exportUser } from './block-graph.js';
 import type { Graph } from './graph.js';
 import type { GraphNode, User } from './graph-node.js';
 import { checkSameLength, checkUsableBelow, lengthenerOf } from './image-files.js';
@@ -141,7 +142,7 @@ export class Exports {
     checkUnshared(node, ['consistent-read', ...(writable ? (['write'] as const) : [])]);
     const server = this.#server?.server;
     if (server === undefined) throw new QmpError('NBD server not running');
-    const { 'allocation-depth': depth, description } = options;
+    const { description } = options;
     const name = String(options['name'] ?? node.name);
     for (const [what, text] of [
       ['export name', name],
@@ -157,6 +158,34 @@ export class Exports {
     this.checkWritable(node, writable);
     if (!writable) checkSameLength(node, asRoot(node));
     checkUsableBelow(node, writable);
+    const release = this.#claim(node, writable);
+    try {
+      await this.#serve(server, id, node, name, options);
+    } finally {
+      release();
+    }
+  }
+
+  /** As QEMU does, first for what it needs, and then for what it keeps others from. @throws QmpError */
+  #claim(node: GraphNode, writable: boolean): () => void {
+    const { locks } = this.#graph;
+    const needed = CONSISTENT_READ | (writable ? WRITE : 0);
+    const release = locks.claim([{ node, role: 'root', needed, shared: ALL_PERMISSIONS }]);
+    try {
+      return locks.claim(exportUser(node, writable).uses);
+    } finally {
+      release();
+    }
+  }
+
+  async #serve(
+    server: NbdServer,
+    id: string,
+    node: GraphNode,
+    name: string,
+    { description, 'allocation-depth': depth, ...options }: JsonObject,
+  ): Promise<void> {
+    const writable = options['writable'] === true;
     const bitmaps = Array.isArray(options['bitmaps']) ? options['bitmaps'] : [];
     const found = await Promise.all(bitmaps.map((wanted) => this.#bitmap(node, wanted, writable)));
     const disk = await this.#graph.disk(node);

@@ -3,10 +3,10 @@ import type { Changed } from '../block/live-changes.js';
 import type { NodeDescriptor, Qcow2Descriptor } from '../block/node.js';
 import type { Preallocation } from '../block/qcow2/index.js';
 import type { Links } from '../block/relink.js';
+import type { DiskHandle } from '../engine/disk.js';
 import { DrainedSection } from '../engine/drained-section.js';
 import type { Engine } from '../engine/engine.js';
 import { StillframeError } from '../errors.js';
-import type { LockMode } from '../os/image-lock.js';
 import { QmpError } from '../qmp/errors.js';
 import type { Graph } from './graph.js';
 import type { GraphNode } from './graph-node.js';
@@ -114,6 +114,21 @@ export class GraphChanges {
    */
   async replace(section: DrainedSection, node: GraphNode, by: GraphNode): Promise<void> {
     const [own, others] = [await this.#graph.disk(node), await this.#graph.disk(by)];
+    const release = this.#graph.locks.claimMoved(node, by);
+    try {
+      await this.#swap(section, node, by, own, others);
+    } finally {
+      release();
+    }
+  }
+
+  async #swap(
+    section: DrainedSection,
+    node: GraphNode,
+    by: GraphNode,
+    own: DiskHandle,
+    others: DiskHandle,
+  ): Promise<void> {
     await section.run({ kind: 'swap-bitmaps', one: own.descriptor, other: others.descriptor });
     node.disk = Promise.resolve(others);
     by.disk = Promise.resolve(own);
@@ -162,7 +177,12 @@ export class GraphChanges {
     };
     // An image that was written to is put in order while its file can be written to.
     if (!readOnly) await files();
-    await this.#open(section, node, readOnly);
+    const release = this.#graph.locks.claimChange(node, { descriptor: { readOnly } });
+    try {
+      await this.#open(section, node, readOnly);
+    } finally {
+      release();
+    }
     if (!readOnly || below.length === 0) return;
     await files();
     await this.relink(section, node);
@@ -173,14 +193,17 @@ export class GraphChanges {
     switch (descriptor.driver) {
       case 'file': {
         if (descriptor.readOnly === readOnly) return;
-        const unlocked = node.options['force-share'] === true || node.options['locking'] === 'off';
-        const lockOf = (asReadOnly: boolean): LockMode => (unlocked ? 'none' : asReadOnly ? 'read' : 'write');
-        const options = { readOnly, lock: lockOf(readOnly), lockWas: lockOf(!readOnly) };
-        node.descriptor = await section.run<NodeDescriptor>({
-          kind: 'reopen-file',
-          node: descriptor,
-          options,
-        });
+        const opened = await section.run<NodeDescriptor>({ kind: 'reopen-file', node: descriptor, readOnly });
+        let left = descriptor.fd;
+        try {
+          if (opened.driver !== 'file') throw new TypeError('a file stays one');
+          left = opened.fd;
+          this.#graph.locks.move(node, opened.fd);
+          node.descriptor = opened;
+          left = descriptor.fd;
+        } finally {
+          await section.run<void>({ kind: 'close-descriptor', fd: left });
+        }
         return;
       }
       case 'qcow2': {

@@ -43,6 +43,8 @@ export interface GraphNode {
   disk?: Promise<DiskHandle> | undefined;
   /** Somebody else has opened it and will close it. */
   readonly adopted?: true;
+  /** Of a file: it is locked for what it is used for. */
+  readonly isLocked?: boolean;
 }
 
 /** What a node is to somebody else; `chain`: one of those that a job within a backing chain rests on. */

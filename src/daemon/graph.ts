@@ -1,5 +1,5 @@
 import { resolve } from 'node:path';
-import { combineNames, IMAGE_FORMATS, type ImageFormat, imagePath } from '../block/graph.js';
+import { combineNames, fileIdentity, IMAGE_FORMATS, type ImageFormat, imagePath } from '../block/graph.js';
 import type { HeaderOptions, LayerHeader } from '../block/layers.js';
 import { leaveNbd } from '../block/nbd/control.js';
 import type { LiveDescriptor } from '../block/node.js';
@@ -9,7 +9,9 @@ import type { DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
 import { QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
-import { Drivers, type Inherited } from './drivers.js';
+import type { GraphUser } from './block-graph.js';
+import { type Attach, Drivers, type Inherited } from './drivers.js';
+import { FileLocks, type Release } from './file-locks.js';
 import { filenameOf } from './filenames.js';
 import { type Child, type GraphNode, type Held, type JobFilter, PASSING, type User } from './graph-node.js';
 import type { Objects } from './objects.js';
@@ -23,6 +25,8 @@ const NODE_NAME = /^[A-Za-z][A-Za-z0-9\-._]{0,30}$/;
 
 /** The nodes of a daemon by their names. */
 export class Graph {
+  /** Of the files of its nodes. */
+  readonly locks: FileLocks;
   readonly #engine: Engine;
   readonly #objects: Objects;
   readonly #nodes = new Map<string, GraphNode>();
@@ -31,8 +35,17 @@ export class Graph {
   #nextImplicit = 0;
   #nextSequence = 0;
 
-  /** @param folders from which image headers may open files; default: each image's own */
-  constructor(engine: Engine, objects: Objects, folders: readonly string[] | undefined) {
+  /**
+   * @param folders from which image headers may open files; default: each image's own
+   * @param users of nodes, beside other nodes
+   */
+  constructor(
+    engine: Engine,
+    objects: Objects,
+    folders: readonly string[] | undefined,
+    users: () => readonly GraphUser[],
+  ) {
+    this.locks = new FileLocks(engine.arena, () => [...this.#nodes.values()], users);
     this.#engine = engine;
     this.#objects = objects;
     this.#folders = folders;
@@ -42,7 +55,7 @@ export class Graph {
       disk: (node) => this.disk(node),
       live: (node) => this.#live(node),
       header: (node, format, follow) => this.header(node, format, follow),
-      child: (role, wanted, inherited, made) => this.#child(role, wanted, inherited, made),
+      child: (role, wanted, inherited, attach) => this.#child(role, wanted, inherited, attach),
       image: async (path, name, format, inherited) =>
         this.#make(await this.#imageOptions(path, name, format), inherited),
       nextSequence: () => this.#nextSequence++,
@@ -69,6 +82,22 @@ export class Graph {
     const node = this.find(name);
     if (node !== undefined) return node;
     throw new QmpError(`Cannot find device='${name}' nor node-name='${name}'`);
+  }
+
+  /**
+   * Files that are not locked may be parts of nodes all the same.
+   *
+   * @throws QmpError where a file that is about to be made anew is a node's that somebody has something on
+   */
+  checkUnused(filename: string): void {
+    const identity = fileIdentity(imagePath(filename));
+    const isUsed = [...this.#nodes.values()].some(
+      ({ descriptor, parents, users }) =>
+        descriptor.driver === 'file' &&
+        descriptor.identity === identity &&
+        (parents.size > 0 || users.size > 0),
+    );
+    if (isUsed) throw new QmpError('Failed to get "write" lock');
   }
 
   /** A device by one name, or a node by the other. @throws QmpError where there is none */
@@ -352,7 +381,7 @@ export class Graph {
     role: Child['role'],
     wanted: unknown,
     inherited: Inherited,
-    made: Child[],
+    attach: Attach,
   ): Promise<GraphNode> {
     let node: GraphNode;
     if (typeof wanted === 'string') {
@@ -361,7 +390,7 @@ export class Graph {
       if (!isObject(wanted)) throw new TypeError('the schema was not looked at');
       node = await this.#make(wanted, inherited);
     }
-    made.push({ role, node });
+    attach({ role, node });
     return node;
   }
 
@@ -374,14 +403,27 @@ export class Graph {
     const children: Child[] = [];
     const cache = inheritedCache({ cache: inherited?.cache }, options);
     const all = { discard: inherited?.discard, ...options, ...(cache === undefined ? {} : { cache }) };
+    const driver = String(options['driver']);
+    const claims: Release[] = [];
+    const isReadOnly = (options['read-only'] ?? inherited?.readOnly ?? false) === true;
+    const nobody = { size: 0 };
+    const draft = {
+      ...{ driver, options: all, children, parents: nobody, users: nobody },
+      descriptor: { readOnly: isReadOnly },
+    };
+    const attach: Attach = (child) => {
+      children.push(child);
+      claims.push(this.locks.claimChild(draft, child));
+    };
+    let node: GraphNode;
     try {
-      const opened = await this.#drivers.open(name, all, inherited, children);
+      const opened = await this.#drivers.open(name, all, inherited, attach);
       const { arena } = this.#engine;
       const marks = arena.alloc(WRITE_MARKS_BYTES, `marks of node '${name}'`);
       let { descriptor } = opened;
-      const node: GraphNode = {
+      node = {
         name,
-        driver: String(options['driver']),
+        driver,
         options: all,
         children,
         parents: new Set(),
@@ -400,11 +442,19 @@ export class Graph {
       };
       for (const child of children) child.node.parents.add(node);
       this.#nodes.set(name, node);
-      return node;
     } catch (error) {
+      for (const release of claims) release();
       await this.#release(undefined, children);
       throw error;
     }
+    for (const release of claims) release();
+    try {
+      this.locks.settle();
+    } catch (error) {
+      await this.#close(node);
+      throw error;
+    }
+    return node;
   }
 
   /** A node as another one's child that passes requests on: they go through what its jobs and bitmaps want to see. */

@@ -1,8 +1,10 @@
 import type { CreateImageOptions } from '../block/create.js';
 import type { Engine } from '../engine/engine.js';
 import { toStillframeError } from '../errors.js';
-import { QmpError, strerror } from '../qmp/errors.js';
+import { ALL_PERMISSIONS, CONSISTENT_READ, RESIZE, WRITE } from '../os/image-lock.js';
+import { QmpError, qmpText, strerror } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
+import type { FileLocks, Release } from './file-locks.js';
 import { filenameOf } from './filenames.js';
 import type { Graph } from './graph.js';
 import type { GraphNode } from './graph-node.js';
@@ -13,22 +15,24 @@ const KiB = 1024;
 const MAX_L1_BYTES = 32 * KiB * KiB;
 
 /** QMP `blockdev-create` of a file. @throws QmpError in QEMU's words */
-export async function createFile(engine: Engine, options: JsonObject): Promise<void> {
+export async function createFile(engine: Engine, graph: Graph, options: JsonObject): Promise<void> {
   const path = String(options['filename']);
   const preallocation = preallocationOf(options);
   if (preallocation === 'metadata') throw new QmpError('Unsupported preallocation mode: metadata');
   const length = Number(options['size']);
+  graph.checkUnused(path);
   try {
     await engine.createImage(path, { format: 'raw', length, exact: true, force: true, preallocation });
   } catch (error) {
     const words = strerror(toStillframeError(error));
-    throw words === undefined ? error : new QmpError(`Could not create '${path}': ${words}`);
+    throw new QmpError(words === undefined ? qmpText(error) : `Could not create '${path}': ${words}`);
   }
 }
 
 /** QMP `blockdev-create` of a qcow2 image, on nodes that are there or are made for it. @throws QmpError in QEMU's words */
 export async function createQcow2(engine: Engine, graph: Graph, options: JsonObject): Promise<void> {
   const made: GraphNode[] = [];
+  const claims: Release[] = [];
   const open = async (wanted: unknown): Promise<GraphNode> => {
     if (!isObject(wanted)) return graph.lookUp(String(wanted));
     const node = await graph.make(wanted);
@@ -43,7 +47,9 @@ export async function createQcow2(engine: Engine, graph: Graph, options: JsonObj
       const image = graph.nextImplicitName;
       throw conflict(file, 'resize', asChild(image, file, 'data-file'), asChild(image, file));
     }
-    for (const node of data === undefined ? [file] : [file, data]) checkFree(node);
+    const nodes = data === undefined ? [file] : [file, data];
+    for (const node of nodes) checkFree(node);
+    for (const node of nodes) claims.push(claim(graph.locks, node));
     await engine.run({
       kind: 'format',
       node: file.descriptor,
@@ -52,7 +58,20 @@ export async function createQcow2(engine: Engine, graph: Graph, options: JsonObj
       options: imageOptions(options, data),
     });
   } finally {
+    for (const release of claims) release();
     for (const node of made) await graph.closeUnused(node);
+  }
+}
+
+/** @throws QmpError where the file of a node cannot be locked for an image that is made in it, and opened then */
+function claim(locks: FileLocks, node: GraphNode): Release {
+  const changes = WRITE | RESIZE;
+  const release = locks.claim([{ node, role: 'root', needed: changes, shared: ALL_PERMISSIONS }]);
+  try {
+    const shared = ALL_PERMISSIONS & ~changes;
+    return locks.claim([{ node, role: 'root', needed: CONSISTENT_READ | changes, shared }]);
+  } finally {
+    release();
   }
 }
 

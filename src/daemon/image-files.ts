@@ -78,6 +78,7 @@ export async function checkImageFile(name: string, file: GraphNode, readOnly: bo
     const own = asChild(user, node);
     const direct = node === file;
     if (direct) checkNobodyWrites(node, own, user);
+    checkNoOtherImage(node, own, user, readOnly);
     if (!readOnly) {
       checkNobodyHolds(node, own, user, direct);
       await checkNoBitmaps(node);
@@ -105,6 +106,26 @@ function checkNobodyWrites(node: GraphNode, own: string, user: string): void {
     if (parent.name === user || FORMATS.has(parent.driver)) continue;
     if (usedThrough(parent) === 'written') throw conflict(node, 'write', own, asChild(parent.name, node));
   }
+}
+
+/** Two images may share a node where neither of them is written to. Who came last is who does not share, to QEMU. */
+function checkNoOtherImage(node: GraphNode, own: string, user: string, readOnly: boolean): void {
+  const between = [...node.parents].find(({ name }) => name === user);
+  for (const parent of writersOf(node)) {
+    const use = parent.name === user ? undefined : imageUse(parent);
+    if (use === undefined) continue;
+    const other = asChild(parent.name, node, roleOf(parent, node));
+    const isOlder = between === undefined || between.sequence > parent.sequence;
+    if (use === 'written' && (isOlder || readOnly)) throw conflict(node, 'write, resize', own, other);
+    if (!readOnly) throw conflict(node, 'write, resize', other, own);
+  }
+}
+
+/** What a node that is an image, or that images lie on, does with what is below it. */
+function imageUse(node: GraphNode): Used | undefined {
+  if (FORMATS.has(node.driver)) return node.descriptor.readOnly ? 'read' : 'written';
+  const uses = writersOf(node).map(imageUse);
+  return uses.find((use) => use === 'written') ?? uses.find((use) => use === 'read');
 }
 
 function checkNobodyHolds(node: GraphNode, own: string, user: string, direct: boolean): void {

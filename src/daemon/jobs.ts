@@ -47,11 +47,14 @@ interface Entry {
 export class Jobs {
   readonly #entries = new Map<string, Entry>();
   readonly #tell: (event: QmpEvent) => void;
+  readonly #settle: () => void;
   readonly #waiting = new Set<(id: string, status: JobStatus) => void>();
   readonly #ending = new Set<Promise<void>>();
 
-  constructor(tell: (event: QmpEvent) => void) {
+  /** @param settle is called when what a job has used is nobody's any more */
+  constructor(tell: (event: QmpEvent) => void, settle: () => void) {
     this.#tell = tell;
+    this.#settle = settle;
   }
 
   /** @throws QmpError where a job has that name */
@@ -135,6 +138,11 @@ export class Jobs {
     }
     await told;
     await entry.options.onEnd?.();
+    try {
+      this.#settle();
+    } catch (error) {
+      entry.error ??= jobErrorText(error);
+    }
     const end = progressOf(entry, handle);
     if (cancelled) this.#tell({ event: 'BLOCK_JOB_CANCELLED', data: end });
     else {
@@ -168,6 +176,7 @@ export class Jobs {
     to('created');
     to('running');
     const ending = body()
+      .finally(this.#settle)
       .then(
         () => {
           to('waiting');

@@ -2,6 +2,7 @@ import { checkGranularity, MIRROR_SYNC_MODES, type MirrorSyncMode } from '../bac
 import type { MirrorDescriptor } from '../block/filters/mirror.js';
 import type { TargetFormat } from '../block/graph.js';
 import type { Engine } from '../engine/engine.js';
+import { ALL_PERMISSIONS, CONSISTENT_READ, RESIZE, WRITE, WRITE_UNCHANGED } from '../os/image-lock.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
 import type { ArgumentsOf } from '../qmp/schema.js';
 import { backingOf, isFilter, unfiltered } from './chain.js';
@@ -114,6 +115,7 @@ export class Mirrors {
       throw new QmpError("Backing file not supported for file format 'raw'");
     }
     const { length } = await this.#graph.disk(node);
+    this.#graph.checkUnused(filename);
     const onBacking =
       backing === undefined
         ? {}
@@ -152,11 +154,16 @@ export class Mirrors {
     }
     const id = jobIdOf(given, node);
     this.#jobs.checkFree(id);
+    let unclaim: () => void;
     try {
       checkSpeed(given.speed);
       if (target.descriptor.readOnly) throw new QmpError('Block node is read-only');
       checkMirrorTarget(target, this.#exports.useOf(target));
       checkUsableBelow(target, true);
+      unclaim = this.#graph.locks.claim([
+        { node, role: 'main node', needed: CONSISTENT_READ, shared: ALL_PERMISSIONS & ~RESIZE },
+        { node: target, role: 'root', needed: WRITE, shared: WRITE_UNCHANGED },
+      ]);
     } catch (error) {
       this.#jobs.refused(id);
       throw error;
@@ -195,9 +202,11 @@ export class Mirrors {
         job: { type: 'mirror', driver: 'mirror_top' },
       });
       this.#exports.moved(node, filter);
+      unclaim();
       await this.#jobs.add([{ handle, options: listOptions(given, release) }]);
     } catch (error) {
       for (const used of [node, target]) used.users.delete(key);
+      unclaim();
       throw error;
     }
   }

@@ -46,7 +46,8 @@ export function checkMirrorTarget(node: GraphNode, exported: 'writable' | 'reada
   if (exported !== undefined) throw exportConflict(node, exported === 'writable');
   for (const parent of node.parents) {
     const role = roleOf(parent, node);
-    const permissions = role === 'backing' ? 'consistent read' : 'consistent read, write, resize';
+    const isRead = role === 'backing' || (FORMATS.has(parent.driver) && parent.descriptor.readOnly);
+    const permissions = isRead ? 'consistent read' : 'consistent read, write, resize';
     throw conflict(node, permissions, asRoot(node), asChild(parent.name, node, role));
   }
 }

@@ -5,11 +5,13 @@ import type { Preallocation } from '../block/qcow2/index.js';
 import type { Engine } from '../engine/engine.js';
 import type { GuestRequest } from '../engine/tasks.js';
 import { toStillframeError } from '../errors.js';
+import { ALL_PERMISSIONS, RESIZE, WRITE } from '../os/image-lock.js';
 import { BLOCKDEV } from '../qmp/blockdev-schema.js';
 import { jobErrorText, QmpError } from '../qmp/errors.js';
 import { parseKeyval } from '../qmp/keyval.js';
 import { coerce, isObject, type JsonObject, type Members } from '../qmp/types.js';
 import type { Breakpoints } from './breakpoints.js';
+import { LockError, type Release } from './file-locks.js';
 import { getopt } from './getopt.js';
 import type { Graph } from './graph.js';
 import type { GraphNode } from './graph-node.js';
@@ -51,8 +53,8 @@ interface Command {
   readonly summary: string;
   /** Least and most words; undefined: no most. */
   readonly count: readonly [least: number, most: number | undefined];
-  /** It changes the drive. */
-  readonly writes?: true;
+  /** Permissions on the drive, which it changes. */
+  readonly needs?: number;
   readonly run: (call: Call) => Promise<void>;
 }
 
@@ -123,14 +125,24 @@ export class QemuIo {
       this.#output.errors(`${wrongCount}\n`);
       return '';
     }
-    if (command.writes === true && node.descriptor.readOnly) return 'Block node is read-only';
+    if (command.needs !== undefined && node.descriptor.readOnly) return 'Block node is read-only';
+    let release: Release = () => undefined;
     try {
+      const needed = command.needs ?? 0;
+      if (needed !== 0) {
+        release = this.#graph.locks.claim([{ node, role: 'root', needed, shared: ALL_PERMISSIONS }]);
+      }
       await command.run({ node, name: known, words });
     } catch (error) {
+      if (error instanceof LockError) return `${error.message}\n${error.hint}`;
       if (error instanceof Answer) return error.message;
       if (!(error instanceof Wrong)) throw error;
       if (error.toErrors !== '') this.#output.errors(`${error.toErrors}\n`);
       if (error.message !== '') this.#output.out(`${error.message}\n`);
+    } finally {
+      // Some of its requests may still be under way.
+      if (this.#background.size === 0) release();
+      else void Promise.allSettled(this.#background).then(release);
     }
     return '';
   }
@@ -155,7 +167,7 @@ export class QemuIo {
         arguments: '[-Cfiquz] [-P pattern] off len [len..]',
         summary: 'asynchronously writes a number of bytes',
         count: vector,
-        writes: true,
+        needs: WRITE,
         run: async (call) => this.#aioWrite(call),
       },
       alloc: {
@@ -176,7 +188,7 @@ export class QemuIo {
         arguments: '[-Cq] off len',
         summary: 'discards a number of bytes at a specified offset',
         count: vector,
-        writes: true,
+        needs: WRITE,
         run: (call) => this.#discard(call),
       },
       flush: {
@@ -270,7 +282,7 @@ export class QemuIo {
         arguments: '[-m prealloc_mode] off',
         summary: 'truncates the current file at the given offset',
         count: [1, 3],
-        writes: true,
+        needs: WRITE | RESIZE,
         run: (call) => this.#truncate(call),
       },
       wait_break: {
@@ -287,14 +299,14 @@ export class QemuIo {
         arguments: '[-bcCfnquz] [-P pattern | -s source_file] off len',
         summary: 'writes a number of bytes at a specified offset',
         count: vector,
-        writes: true,
+        needs: WRITE,
         run: (call) => this.#write(call),
       },
       writev: {
         arguments: '[-Cfq] [-P pattern] off len [len..]',
         summary: 'writes a number of bytes at a specified offset',
         count: vector,
-        writes: true,
+        needs: WRITE,
         run: (call) => this.#writev(call),
       },
     };

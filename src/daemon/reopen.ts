@@ -1,6 +1,7 @@
 import type { DrainedSection } from '../engine/drained-section.js';
 import { QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
+import type { Release } from './file-locks.js';
 import type { Graph } from './graph.js';
 import type { GraphChanges } from './graph-changes.js';
 import type { Child, GraphNode } from './graph-node.js';
@@ -84,7 +85,30 @@ export async function reopenNodes(
     node,
     ...[...children.values()].flatMap((child) => child ?? []),
   ]);
+  const claims: Release[] = [];
   const left: GraphNode[] = [];
+  try {
+    for (const { node, options, readOnly, children } of reopenings) {
+      const below = node.children.flatMap((child) => (children.has(child.role as Role) ? [] : child));
+      const others = [...children].flatMap(([role, one]) => (one === undefined ? [] : { role, node: one }));
+      const wanted = { options, descriptor: { readOnly }, children: [...below, ...others] };
+      claims.push(graph.locks.claimChange(node, wanted));
+    }
+    await reopenAll(changes, reopenings, nodes, left);
+  } finally {
+    for (const release of claims) release();
+  }
+  for (const node of left) await graph.closeUnused(node);
+  await changes.settle(left);
+}
+
+/** @param left takes children that a node has no more */
+async function reopenAll(
+  changes: GraphChanges,
+  reopenings: readonly Reopening[],
+  nodes: readonly GraphNode[],
+  left: GraphNode[],
+): Promise<void> {
   await changes.change([...new Set(nodes)], async (section) => {
     const undo: (() => Promise<void>)[] = [];
     try {
@@ -109,8 +133,6 @@ export async function reopenNodes(
       }
     }
   });
-  for (const node of left) await graph.closeUnused(node);
-  await changes.settle(left);
 }
 
 /** A node with its options, and the nodes below it that have options in there. */

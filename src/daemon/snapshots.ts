@@ -89,6 +89,7 @@ export class Snapshots {
 
   async #create(filename: string, format: ImageFormat, node: GraphNode): Promise<void> {
     if (format !== 'qcow2') throw new QmpError(`Backing file not supported for file format '${format}'`);
+    this.#graph.checkUnused(filename);
     const { length } = await this.#graph.disk(node);
     const { driver } = node;
     try {

@@ -59,7 +59,7 @@ import { type Measured, type MeasureOptions, measureImage } from '../block/measu
 import { workingFor } from '../block/nbd/index.js';
 import type { FileDescriptor, NodeDescriptor, Qcow2Descriptor, StorageDescriptor } from '../block/node.js';
 import { changeBacking, type Preallocation, type RepairMode } from '../block/qcow2/index.js';
-import { type ReopenFileOptions, reopenFile } from '../block/raw/file.js';
+import { closeDescriptor, reopenFile } from '../block/raw/file.js';
 import { openRaw } from '../block/raw/raw.js';
 import { type RebaseOptions, rebaseImage } from '../block/rebase.js';
 import { type Links, relinkNode } from '../block/relink.js';
@@ -142,7 +142,9 @@ export type Task =
   /** Bytes of a node. */
   | { readonly kind: 'length'; readonly node: NodeDescriptor }
   | { readonly kind: 'relink'; readonly node: NodeDescriptor; readonly links: Links }
-  | { readonly kind: 'reopen-file'; readonly node: FileDescriptor; readonly options: ReopenFileOptions }
+  | { readonly kind: 'reopen-file'; readonly node: FileDescriptor; readonly readOnly: boolean }
+  /** A descriptor that {@link reopenFile} has left. */
+  | { readonly kind: 'close-descriptor'; readonly fd: number }
   | {
       readonly kind: 'reopen-image';
       readonly disk: DiskDescriptor;
@@ -426,7 +428,9 @@ export class TaskRunner {
       case 'relink':
         return relinkNode(this.#runtime, task.node, task.links);
       case 'reopen-file':
-        return reopenFile(task.node, task.options);
+        return reopenFile(task.node, task.readOnly);
+      case 'close-descriptor':
+        return closeDescriptor(task.fd);
       case 'reopen-image':
         return reopenImage(this.#runtime, task.disk, task.node, task.options);
       case 'resize-node':

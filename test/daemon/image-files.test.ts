@@ -72,6 +72,33 @@ describe.skipIf(!hasQemu())('a node below an image', () => {
     });
   });
 
+  it('is shared by images that are only read, and is open for writing where one is to be written to', async () => {
+    const other = (below: string, more: Message = {}): Step[] => [
+      ['blockdev-add', { driver: 'qcow2', 'node-name': 'o', file: below, ...more }],
+      del('o'),
+    ];
+    const both = (below: string): Step[] => [...other(below), ...other(below, { 'read-only': true })];
+    await same({
+      prepare,
+      steps: [
+        group,
+        file('f'),
+        filter('t', 'f'),
+        image('f', { 'read-only': true }),
+        ...['f', 't'].flatMap(both),
+        del('d'),
+        image('f'),
+        ...['f', 't'].flatMap(both),
+        del('d'),
+        image('t', { 'read-only': true }),
+        ...['f', 't'].flatMap(both),
+        ['blockdev-add', { driver: 'file', 'node-name': 'r', filename: 'f', 'read-only': true }],
+        del('d'),
+        ...both('r'),
+      ],
+    });
+  });
+
   it('keeps images away while it is exported, or what lies on it', async () => {
     const away = (node: string, writable: boolean): Step[] => [
       ['block-export-add', { ...exported(node), writable }],

@@ -16,7 +16,7 @@ import { StillframeError, systemError } from '../../errors.js';
 import type { Arena } from '../../kernels/arena.js';
 import { withLock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
-import { type LockMode, lockImage, unlockImage } from '../../os/image-lock.js';
+import { type LockMode, lockImage, shrinkLock, UNLOCKED } from '../../os/image-lock.js';
 import { syscalls } from '../../os/index.js';
 import { attachNbd, closeNbd } from '../nbd/index.js';
 import { NestedFile } from '../nested.js';
@@ -46,14 +46,6 @@ export interface OpenFileOptions {
    * for nobody else to read. Links are not followed.
    */
   readonly create?: 'truncate' | 'private' | undefined;
-}
-
-/** How an open file is opened anew. */
-export interface ReopenFileOptions {
-  readonly readOnly: boolean;
-  readonly lock: LockMode;
-  /** The lock it has. */
-  readonly lockWas: LockMode;
 }
 
 // Control block: length float64 at +0, lock int32 at +8.
@@ -149,35 +141,36 @@ export function openFile(runtime: Runtime, name: string, options: OpenFileOption
 }
 
 /**
- * Opens an open file anew, for reading or for writing, with the locks that go with it. The descriptor it had is closed,
- * so nobody may use it; where this throws it is what it was.
+ * Opens an open file anew, for reading or for writing. The descriptor it had stays open, with its locks: whoever has taken
+ * those over closes it, and nobody may use it.
  *
- * @throws StillframeError ERR_STILLFRAME_PERMISSION, …_READ_ONLY, …_LOCKED, …_IO
+ * @throws StillframeError ERR_STILLFRAME_PERMISSION, …_READ_ONLY, …_IO
  */
-export function reopenFile(
-  file: FileDescriptor,
-  { readOnly, lock, lockWas }: ReopenFileOptions,
-): FileDescriptor {
-  const { path } = file;
+export function reopenFile(file: FileDescriptor, readOnly: boolean): FileDescriptor {
   const access = readOnly ? constants.O_RDONLY : constants.O_RDWR;
-  let fd: number;
   try {
     // The name may lead to another file by now.
-    fd = openSync(`/proc/self/fd/${file.fd}`, access | constants.O_NONBLOCK);
+    const fd = openSync(`/proc/self/fd/${file.fd}`, access | constants.O_NONBLOCK);
+    return { ...file, fd, readOnly };
   } catch (error) {
-    throw systemError(`cannot open '${path}' for ${readOnly ? 'reading' : 'writing'}`, error);
+    throw systemError(`cannot open '${file.path}' for ${readOnly ? 'reading' : 'writing'}`, error);
   }
-  // Locks of ours on the descriptor as it was would be in our own way.
-  unlockImage(file.fd, lockWas);
-  try {
-    lockImage(fd, path, lock);
-  } catch (error) {
-    closeSync(fd);
-    lockImage(file.fd, path, lockWas);
-    throw error;
+}
+
+/**
+ * Looks whether others have made a file longer while it was not locked: it would be cut off at the length that is known when
+ * it grows. For any thread.
+ */
+export function noticeGrowth(arena: Arena, { fd, control, blockDevice }: FileDescriptor): void {
+  if (blockDevice) return;
+  const { size } = fstatSync(fd);
+  if (size > MAX_FILE_BYTES) return;
+  const bits = new BigInt64Array(Float64Array.of(size).buffer)[0] ?? 0n;
+  for (;;) {
+    const known = Atomics.load(arena.i64, control / 8);
+    // Bits of lengths are in the order of the lengths.
+    if (known >= bits || Atomics.compareExchange(arena.i64, control / 8, known, bits) === known) return;
   }
-  closeSync(file.fd);
-  return { ...file, fd, readOnly };
 }
 
 /** Length in bytes of a block device; its stat says 0. Without the FFI by looking for the last byte to be read. */
@@ -227,12 +220,16 @@ export function closeFile(runtime: Runtime, descriptor: StorageDescriptor): void
   if (descriptor.driver === 'nested') return;
   runtime.arena.free(descriptor.control);
   try {
-    // A program that is being started by this one has the descriptor too, for a moment, and would keep the locks.
-    unlockImage(descriptor.fd, 'write');
-    closeSync(descriptor.fd);
+    closeDescriptor(descriptor.fd);
   } catch (error) {
     throw systemError(`cannot close '${descriptor.path}'`, error);
   }
+}
+
+/** Gives back the locks of a descriptor, and it: a program that is being started has it too, for a moment, and would keep them. */
+export function closeDescriptor(fd: number): void {
+  shrinkLock(fd, UNLOCKED);
+  closeSync(fd);
 }
 
 /** Driver `file`. Reads beyond the end give zeroes; writes beyond it make the file longer. */
