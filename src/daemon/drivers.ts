@@ -18,6 +18,8 @@ import type { Objects } from './objects.js';
 import { checkQcow2Options } from './qcow2-options.js';
 import { checkTraits } from './traits.js';
 
+/** Drivers that take compressed writes, or pass them on. */
+const COMPRESSING: ReadonlySet<string> = new Set(['qcow2', 'vmdk', 'throttle', 'copy-on-read']);
 /** As the protocol has it. */
 const MAX_EXPORT_NAME_BYTES = 4096;
 
@@ -143,8 +145,13 @@ export class Drivers {
           throw error;
         }
       }
-      case 'compress':
-        return await this.#layer({ driver, child: await this.#nodes.live(await child('file')) });
+      case 'compress': {
+        const below = await child('file');
+        if (!COMPRESSING.has(below.driver)) {
+          throw new QmpError(`Compression is not supported for underlying format: ${below.driver}`);
+        }
+        return await this.#layer({ driver, child: await this.#nodes.live(below) });
+      }
       case 'preallocate':
         return await this.#openPreallocate(options, await child('file'));
       case 'copy-on-read': {

@@ -156,6 +156,10 @@ describe.skipIf(!hasQemu())('options of every node, beside QEMU', () => {
         listen('unix', { path: 'x'.repeat(120) }),
         listen('inet', { host: '127.0.0.1', port: 'nonsense' }),
         ['object-add', { 'qom-type': 'throttle-group', id: '0' }],
+        raw('a'),
+        ...['a', { driver: 'null-co' }, { driver: 'blkdebug', image: 'a' }].map((below) =>
+          add({ driver: 'compress', file: below }),
+        ),
       ],
     });
   });
