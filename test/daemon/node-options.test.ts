@@ -96,6 +96,19 @@ describe.skipIf(!hasQemu())('options of every node, beside QEMU', () => {
       ],
     }));
 
+  it('let others see at once what has become of data', () => {
+    const map = sh(
+      "qemu-img map --output=json -f raw 'nbd+unix:///a?socket=n.sock' | sed 's/, .offset.*}/}/'",
+    );
+    return same({
+      prepare,
+      steps: [
+        ...[onFile('raw', 'a', unmap, {}), ...serve('a'), map],
+        ...[guest('a', 'discard 128k 128k'), map, guest('a', 'write -zu 512k 128k'), map],
+      ],
+    });
+  });
+
   it('have to go together', () =>
     same({
       prepare,

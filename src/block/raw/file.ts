@@ -48,8 +48,9 @@ export interface OpenFileOptions {
   readonly create?: 'truncate' | 'private' | undefined;
 }
 
-// Control block: length float64 at +0, lock int32 at +8.
+// Control block: length float64 at +0, lock int32 at +8, int32 at +12 that changes whenever data becomes a hole.
 const CONTROL_BYTES = 16;
+const HOLES = 12;
 const LENGTH_LOCK = 8;
 /** Most bytes one system call moves. */
 const CALL_BYTES = 1 << 30;
@@ -122,6 +123,7 @@ export function openFile(runtime: Runtime, name: string, options: OpenFileOption
     }
     const control = runtime.arena.alloc(CONTROL_BYTES, `state of '${path}'`);
     runtime.arena.f64[control / 8] = length;
+    runtime.arena.i32[(control + HOLES) >> 2] = 0;
     return {
       driver: 'file',
       path,
@@ -240,10 +242,11 @@ export class HostFile implements FileNode {
   readonly backing = undefined;
   readonly fixedLength: boolean;
   readonly #arena: Arena;
-  // The last extent of data that was seen. Some file systems look at every page up to the next hole, and data
-  // that has become a hole meanwhile still reads right; the opposite could not be kept like this.
+  // The last extent of data that was seen, for as long as we make no holes. Some file systems look at every page up to
+  // the next hole, and data that others have made one meanwhile still reads right; the opposite could not be kept so.
   #dataStart = 0;
   #dataEnd = 0;
+  #holes = 0;
 
   constructor(arena: Arena, descriptor: FileDescriptor) {
     this.descriptor = descriptor;
@@ -349,11 +352,14 @@ export class HostFile implements FileNode {
     });
     if (offset >= this.length) return hole(end);
     if (syscalls === undefined || this.descriptor.blockDevice) return data(Math.min(end, this.length));
-    if (offset >= this.#dataStart && offset < this.#dataEnd) return data(this.#dataEnd);
+    const holes = Atomics.load(this.#arena.i32, (this.descriptor.control + HOLES) >> 2);
+    if (holes === this.#holes && offset >= this.#dataStart && offset < this.#dataEnd)
+      return data(this.#dataEnd);
     const firstData = this.#attempt('find data', offset, length, () => syscalls?.seekData(fd, offset));
     if (firstData === undefined) return hole(end);
     if (firstData > offset) return hole(firstData);
     const firstHole = this.#attempt('find a hole', offset, length, () => syscalls?.seekHole(fd, offset));
+    this.#holes = holes;
     this.#dataStart = offset;
     this.#dataEnd = firstHole !== undefined && firstHole > offset ? firstHole : end;
     return data(this.#dataEnd);
@@ -410,6 +416,11 @@ export class HostFile implements FileNode {
       this.#attempt('truncate to', length, 0, () => ftruncateSync(this.descriptor.fd, length));
       this.#arena.f64[this.descriptor.control / 8] = length;
     });
+    this.#madeHole();
+  }
+
+  #madeHole(): void {
+    Atomics.add(this.#arena.i32, (this.descriptor.control + HOLES) >> 2, 1);
   }
 
   /**
@@ -463,6 +474,7 @@ export class HostFile implements FileNode {
     try {
       if (mayUnmap) syscalls.punchHole(fd, offset, length);
       else syscalls.zeroRange(fd, offset, length);
+      this.#madeHole();
       return true;
     } catch (error) {
       if (isUnsupported(error)) return false;
