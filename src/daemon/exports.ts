@@ -275,11 +275,11 @@ export class Exports {
       const disk = await this.#graph.disk(owner);
       const bitmap = (await disk.bitmaps()).find((one) => one.name === name);
       if (bitmap === undefined) continue;
-      if (!writable && !node.descriptor.readOnly && bitmap.recording) {
-        throw new QmpError(`Enabled bitmap '${name}' incompatible with readonly export`);
-      }
       if (bitmap.busy) {
         throw new QmpError(`Bitmap '${name}' is currently in use by another operation and cannot be used`);
+      }
+      if (!writable && !node.descriptor.readOnly && bitmap.recording) {
+        throw new QmpError(`Enabled bitmap '${name}' incompatible with readonly export`);
       }
       return { disk: disk.descriptor, name };
     }

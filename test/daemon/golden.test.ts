@@ -46,8 +46,6 @@ describe.skipIf(!hasQemu())('a session', () => {
               { name: 'y', bitmaps: ['pb'] },
               { name: 'z', bitmaps: ['pb'], writable: true },
             ],
-            // In use, and enabled.
-            { id: 'e2', name: 'y', bitmaps: ['pb'] },
           ].map((more): Step => ['block-export-add', { type: 'nbd', id: 'e1', 'node-name': 'd', ...more }]),
           ['block-export-del', { id: 'e1' }],
           sh("qemu-img info 'nbd+unix:///nope?socket=n.sock'"),
