@@ -7,7 +7,7 @@ import { createEngine } from '#src/index.js';
 import { tryLock, unlock } from '#src/kernels/futex.js';
 import { ConnectionThread } from '#src/nbd/server/connection-thread.js';
 import type { ExportDescriptor } from '#src/nbd/server/exports.js';
-import { tagOf } from '#src/nbd/server/listener.js';
+import { Listener, tagOf } from '#src/nbd/server/listener.js';
 import { PHASE_OF, ServerState } from '#src/nbd/server/state.js';
 import { serverSockets } from '#src/os/server-sockets.js';
 import { sockets } from '#src/os/sockets.js';
@@ -65,6 +65,58 @@ describe.skipIf(plain === undefined || server === undefined)('a connection witho
       expect(free).toEqual([true]);
       for (const one of [fd, client]) plain.close(one);
       state.free();
+    } finally {
+      await engine.close();
+    }
+  });
+});
+
+describe.skipIf(plain === undefined || server === undefined)('the thread that lets clients in', () => {
+  it('leaves the listening sockets alone before it says that they may be closed', async () => {
+    if (plain === undefined || server === undefined) throw new Error('no sockets');
+    const engine = await createEngine();
+    const state = new ServerState(engine.arena, ServerState.allocate(engine.arena, 1), 1);
+    const done: string[] = [];
+    const sockets = {
+      ...plain,
+      ...server,
+      watch: (_: number, fd: number) => done.push(`watch ${fd}`),
+      unwatch: (_: number, fd: number) => done.push(`unwatch ${fd}`),
+      // It is told to close while it waits for clients, and that it may end when it waits for the last of them.
+      wait: () => {
+        state.phase = state.phase === PHASE_OF.serving ? PHASE_OF.closing : PHASE_OF.gone;
+        return [];
+      },
+    };
+    new Listener({
+      state,
+      sockets,
+      poller: -1,
+      wake: 5,
+      listeners: [6, 7],
+      connected: [],
+      tls: undefined,
+      handshakeMs: 1000,
+      more: () => undefined,
+      stoppedListening: () => done.push('stopped listening'),
+      finished: () => undefined,
+    }).run();
+    expect(done).toEqual([
+      ...['watch 5', 'watch 6', 'watch 7', 'unwatch 6', 'unwatch 7', 'stopped listening'],
+    ]);
+    state.free();
+    await engine.close();
+  });
+
+  it('has a server close without error that has just begun', async () => {
+    const engine = await createEngine();
+    try {
+      for (let waitMs = 0; waitMs < 120; waitMs += 10) {
+        const listen = `unix:${join(folder, `socket-${waitMs}`)}`;
+        const served = await engine.serveNbd({ listen, exports: [] });
+        await new Promise((resolve) => setTimeout(resolve, waitMs));
+        await served.close();
+      }
     } finally {
       await engine.close();
     }

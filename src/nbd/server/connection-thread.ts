@@ -26,10 +26,10 @@ const SLOW_US = availableParallelism() > 2 ? 60 : 250;
 const STAY_MS = 10_000;
 
 /**
- * What threads tell the host thread. `more`: there is more work than there are threads; `finished`: there are no clients
- * and nobody can come in any more.
+ * What threads tell the host thread. `more`: there is more work than there are threads; `stopped-listening`: the sockets
+ * that listen are of no use any more; `finished`: there are no clients and nobody can come in any more.
  */
-export type ThreadMessage = 'started' | 'more' | 'finished';
+export type ThreadMessage = 'started' | 'more' | 'stopped-listening' | 'finished';
 
 export interface ThreadContext {
   readonly runtime: Runtime;

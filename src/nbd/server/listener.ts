@@ -36,6 +36,8 @@ export interface ListenerContext {
   readonly handshakeMs: number;
   /** There is more work than there are threads. */
   readonly more: () => void;
+  /** The listening sockets are not used any more, once the server is closing. */
+  readonly stoppedListening: () => void;
   /** There are no clients, and nobody can come in any more. */
   readonly finished: () => void;
 }
@@ -64,6 +66,7 @@ export class Listener {
   readonly #newcomers = new Map<number, Newcomer>();
   #nextId = 0;
   #accepting = false;
+  #isDoorClosed = false;
   #pausedUntilMs = 0;
 
   constructor(context: ListenerContext) {
@@ -113,6 +116,8 @@ export class Listener {
   /** Nobody is let in any more, and those in the door have to go. */
   #closeDoor(): void {
     this.#setAccepting(false);
+    if (!this.#isDoorClosed) this.#context.stoppedListening();
+    this.#isDoorClosed = true;
     for (const newcomer of [...this.#newcomers.values()]) {
       // In the middle of something there is still an answer for: it is told by the rules of the handshake.
       if (newcomer.have === 0) this.#drop(newcomer);

@@ -42,6 +42,8 @@ export class Server {
   readonly finished: Promise<void>;
   #onFinished: () => void = () => undefined;
   #starting = 0;
+  /** The thread that lets clients in uses the listening sockets. */
+  #isListening = true;
   #failure: unknown;
   #closing: Promise<void> | undefined;
 
@@ -127,6 +129,7 @@ export class Server {
     this.#workers.add(worker);
     worker.on('message', (message: ThreadMessage) => {
       if (message === 'started') this.#starting--;
+      if (message === 'stopped-listening') this.#isListening = false;
       if (message === 'finished') this.#onFinished();
       else this.#growAsNeeded();
     });
@@ -184,8 +187,10 @@ export class Server {
     const state = this.#state;
     const { endReceiving, shutdown } = this.#sockets;
     state.phase = PHASE_OF.closing;
-    stopListening(this.#sockets, this.listening);
     this.#wake();
+    // Not before: the numbers of descriptors that are closed may be others' by then.
+    while (this.#isListening && this.#failure === undefined) await sleep(POLL_MS);
+    stopListening(this.#sockets, this.listening);
     state.forEachOpen(endReceiving);
     const patience = performance.now() + GRACE_MS;
     while (state.open > 0 && this.#failure === undefined) {

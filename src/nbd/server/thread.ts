@@ -29,6 +29,7 @@ if (data.role === 'listener') {
     tls: handshakes,
     handshakeMs,
     more: () => post('more'),
+    stoppedListening: () => post('stopped-listening'),
     finished: () => post('finished'),
   }).run();
   handshakes?.end();
