@@ -347,9 +347,10 @@ class GraphRound {
       await this.#execute('blockdev-snapshot-delete-internal-sync', { device: top.name, name });
   }
 
+  /** What lies below may be open for writing in the daemon. */
   async #contentOf({ name, format }: Layer, snapshot?: string): Promise<Uint8Array> {
     const disk = await this.#engine.openDisk(this.at(name), {
-      ...{ format, readOnly: true, forceShare: snapshot !== undefined },
+      ...{ format, readOnly: true, forceShare: true },
       ...(snapshot === undefined ? {} : { snapshot: { name: snapshot } }),
     });
     try {
