@@ -40,13 +40,16 @@ const reopen = (...options: readonly Message[]): Step => ['blockdev-reopen', { o
 
 /**
  * The bytes that are locked of each file, with how many have locked one where it is not one alone. Whoever writes keeps
- * other writers away (201) here, always, and in QEMU only where he says so: that counts as if it were the same.
+ * other writers away (201) here, always, and in QEMU only where he says so: that counts as if it were the same. The
+ * kernel's list is read in parts, and has locks twice where others have put theirs into it meanwhile: it has to say the same
+ * three times.
  */
 const locks = (...files: readonly string[]): Step =>
   sh(
-    `all=$(cat /proc/locks); for f in ${files.join(' ')}; do i=$(stat -c %i $f); echo $f: $(echo "$all" | ` +
+    `look() { all=$(cat /proc/locks); for f in ${files.join(' ')}; do i=$(stat -c %i $f); echo $f: $(echo "$all" | ` +
       `awk -v i=":$i$" '$6 ~ i { for (b = $7; b <= $8; b++) n[b]++ } END { n[201] = n[201] < n[101] ? n[101] : n[201]; ` +
-      'for (b = 100; b < 204; b++) if (n[b]) printf "%s ", (n[b] > 1 ? b "x" n[b] : b) }\'); done',
+      'for (b = 100; b < 204; b++) if (n[b]) printf "%s ", (n[b] > 1 ? b "x" n[b] : b) }\'); done; }; ' +
+      'for t in 1 2 3 4 5 6 7 8; do seen=$(look); [ "$seen" = "$(look)" ] && [ "$seen" = "$(look)" ] && break; done; echo "$seen"',
   );
 const images = (format: string, ...names: readonly string[]): string =>
   names.map((name) => `qemu-img create -q -f ${format} ${name}.${format} 4M;`).join(' ');

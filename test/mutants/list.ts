@@ -925,4 +925,28 @@ export const mutants: readonly Mutant[] = [
     replace: '',
     tests: commits,
   },
+  {
+    name: 'held-disk-waits-for-itself',
+    what: 'whoever keeps others from a disk is kept from it as well',
+    file: DISK,
+    find: 'if (this.#held) return this.use(body);',
+    replace: '',
+    tests: ['test/block/disk.test.ts'],
+  },
+  {
+    name: 'parked-while-taken',
+    what: 'an idle connection is left to the poller before others can read from it',
+    file: 'src/nbd/server/connection-thread.ts',
+    find: '          release();\n          this.#park(socket);',
+    replace: '          this.#park(socket);',
+    tests: ['test/nbd/connection-thread.test.ts'],
+  },
+  {
+    name: 'door-closed-early',
+    what: 'listening sockets are said to be free while they are watched',
+    file: 'src/nbd/server/listener.ts',
+    find: '    this.#setAccepting(false);\n    if (!this.#isDoorClosed) this.#context.stoppedListening();',
+    replace: '    if (!this.#isDoorClosed) this.#context.stoppedListening();\n    this.#setAccepting(false);',
+    tests: ['test/nbd/connection-thread.test.ts'],
+  },
 ];

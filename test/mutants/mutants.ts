@@ -107,6 +107,7 @@ try {
     'package.json',
     'tsconfig.json',
     'asconfig.json',
+    'rolldown.config.ts',
     'vitest.config.ts',
   ];
   for (const name of copied) cpSync(join(root, name), join(folder, name), { recursive: true });
