@@ -10,7 +10,7 @@ import { asUser, conflict, FORMATS, filterOver } from './permissions.js';
 
 const READ = CONSISTENT_READ;
 const UNCHANGED = WRITE_UNCHANGED;
-export const ALL = ALL_PERMISSIONS;
+const ALL = ALL_PERMISSIONS;
 /** Of who works by a filter, or by a backend of its own. */
 const NONE = { needed: 0, shared: ALL } as const;
 const NAMES = ['consistent-read', 'write', 'write-unchanged', 'resize'] as const;

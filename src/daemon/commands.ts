@@ -15,6 +15,7 @@ import { ChainJobs } from './chain-jobs.js';
 import { Chardevs } from './chardevs.js';
 import { Commits } from './commits.js';
 import { Exports } from './exports.js';
+import { type Release, whileClaimed } from './file-locks.js';
 import { Graph } from './graph.js';
 import { GraphChanges } from './graph-changes.js';
 import type { GraphNode } from './graph-node.js';
@@ -63,7 +64,7 @@ export class Daemon {
   readonly #chains: ChainJobs;
   readonly #commits: Commits;
   readonly #tell: (event: QmpEvent) => void;
-  readonly #frozen = new Map<string, { readonly frozen: FrozenDisk; readonly release: () => void }>();
+  readonly #frozen = new Map<string, { readonly frozen: FrozenDisk; readonly release: Release }>();
   #status: 'running' | 'paused' = 'running';
 
   constructor(engine: Engine, { tell, quit, allowBacking, qemuCompat = false }: DaemonOptions) {
@@ -481,14 +482,9 @@ export class Daemon {
     // Whoever looks at the file itself sees it as well.
     const nodes = [node, ...node.children.flatMap(({ role, node: child }) => (role === 'file' ? child : []))];
     const uses = [{ node, role: 'root', needed: RESIZE, shared: ALL_PERMISSIONS }];
-    const release = this.graph.locks.claim(uses);
-    try {
-      await this.#changes.change(nodes, (section) =>
-        this.#changes.resize(section, node, size, preallocation),
-      );
-    } finally {
-      release();
-    }
+    await whileClaimed(this.graph.locks.claim(uses), () =>
+      this.#changes.change(nodes, (section) => this.#changes.resize(section, node, size, preallocation)),
+    );
   }
 
   /** @throws QmpError where a node cannot have space ahead like that */

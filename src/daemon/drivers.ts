@@ -7,8 +7,9 @@ import type { LiveDescriptor, NodeDescriptor } from '../block/node.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
 import { toStillframeError } from '../errors.js';
+import { MAX_STRING_BYTES } from '../nbd/protocol/numbers.js';
 import { connectErrorText, openErrorText, QmpError, qmpText } from '../qmp/errors.js';
-import { isObject, type JsonObject } from '../qmp/types.js';
+import { isObject, type JsonObject, numberIn } from '../qmp/types.js';
 import { blkdebugOptions } from './blkdebug-options.js';
 import { Breakpoints } from './breakpoints.js';
 import { filenameOf } from './filenames.js';
@@ -20,8 +21,6 @@ import { checkTraits } from './traits.js';
 
 /** Drivers that take compressed writes, or pass them on. */
 const COMPRESSING: ReadonlySet<string> = new Set(['qcow2', 'vmdk', 'throttle', 'copy-on-read']);
-/** As the protocol has it. */
-const MAX_EXPORT_NAME_BYTES = 4096;
 
 /** What a node passes on to those that are made for it. */
 export interface Inherited {
@@ -216,9 +215,9 @@ export class Drivers {
     forceShare: boolean,
   ): Promise<Pick<GraphNode, 'descriptor' | 'isLocked'>> {
     const filename = String(options['filename']);
-    checkKindOfFile(String(options['driver']), filename, readOnly);
-    const isLocked = !forceShare && options['locking'] !== 'off';
     const path = filename.replace(/^file:/, '');
+    checkKindOfFile(String(options['driver']), path, readOnly);
+    const isLocked = !forceShare && options['locking'] !== 'off';
     // Those who come to use it lock it.
     const open = async (asReadOnly: boolean): Promise<Pick<GraphNode, 'descriptor' | 'isLocked'>> => ({
       ...(await this.#layer({ driver: 'file', path, readOnly: asReadOnly, lock: 'none' })),
@@ -234,7 +233,7 @@ export class Drivers {
   }
 
   async #openNbd(options: JsonObject, readOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> {
-    if (Buffer.byteLength(String(options['export'] ?? '')) > MAX_EXPORT_NAME_BYTES) {
+    if (Buffer.byteLength(String(options['export'] ?? '')) > MAX_STRING_BYTES) {
       throw new QmpError('export name too long to send to server');
     }
     const name = nbdName(options, this.#objects);
@@ -313,7 +312,7 @@ export class Drivers {
 
   async #openPreallocate(options: JsonObject, file: GraphNode): Promise<Pick<GraphNode, 'descriptor'>> {
     const number = (name: string): number | undefined => {
-      const value = options[name] === undefined ? undefined : Number(options[name]);
+      const value = numberIn(options, name);
       if (value === undefined || value >= 0) return value;
       throw new QmpError(`Parameter '${name}' expects a non-negative number below 2^64`);
     };
@@ -369,8 +368,7 @@ export function checkMinClusterSize(bytes: number | undefined): void {
  *
  * @throws QmpError where QEMU's driver would not take what is there
  */
-function checkKindOfFile(driver: string, filename: string, readOnly: boolean): void {
-  const path = filename.replace(/^file:/, '');
+function checkKindOfFile(driver: string, path: string, readOnly: boolean): void {
   if (path === '') throw new QmpError(`The '${driver}' block driver requires a file name`);
   let found: Stats | undefined;
   try {

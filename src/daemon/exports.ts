@@ -2,12 +2,14 @@ import { setTimeout } from 'node:timers/promises';
 import type { DiskDescriptor } from '../block/disk.js';
 import { toStillframeError } from '../errors.js';
 import type { Engine, NbdServer } from '../index.js';
+import { MAX_STRING_BYTES } from '../nbd/protocol/numbers.js';
 import type { ListenAddress } from '../nbd/server/address.js';
 import { ALL_PERMISSIONS, CONSISTENT_READ, WRITE } from '../os/image-lock.js';
 import { QmpError, strerror, unresolvedText } from '../qmp/errors.js';
 import type { QmpEvent } from '../qmp/monitor.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { checkUnshared, exportUser } from './block-graph.js';
+import { type Release, whileClaimed } from './file-locks.js';
 import type { Graph } from './graph.js';
 import type { GraphNode, User } from './graph-node.js';
 import { checkSameLength, checkUsableBelow, lengthenerOf } from './image-files.js';
@@ -33,8 +35,6 @@ const FILTERS = new Set([
 /** How long clients may take to be gone, and how often it is looked at, in milliseconds. */
 const LEAVING_MS = 200;
 const LEAVING_STEP_MS = 5;
-/** Of names and descriptions, as the protocol has it. */
-const MAX_STRING_BYTES = 4096;
 const DEFAULT_CONNECTIONS = 100;
 const MAX_CONNECTIONS = 10_000;
 
@@ -158,24 +158,16 @@ export class Exports {
     this.checkWritable(node, writable);
     if (!writable) checkSameLength(node, asRoot(node));
     checkUsableBelow(node, writable);
-    const release = this.#claim(node, writable);
-    try {
-      await this.#serve(server, id, node, name, options);
-    } finally {
-      release();
-    }
+    await whileClaimed(this.#claim(node, writable), () => this.#serve(server, id, node, name, options));
   }
 
   /** As QEMU does, first for what it needs, and then for what it keeps others from. @throws QmpError */
-  #claim(node: GraphNode, writable: boolean): () => void {
-    const { locks } = this.#graph;
+  #claim(node: GraphNode, writable: boolean): Release {
     const needed = CONSISTENT_READ | (writable ? WRITE : 0);
-    const release = locks.claim([{ node, role: 'root', needed, shared: ALL_PERMISSIONS }]);
-    try {
-      return locks.claim(exportUser(node, writable).uses);
-    } finally {
-      release();
-    }
+    return this.#graph.locks.claimInTurn(
+      [{ node, role: 'root', needed, shared: ALL_PERMISSIONS }],
+      exportUser(node, writable).uses,
+    );
   }
 
   async #serve(
@@ -332,7 +324,6 @@ function chainOf(node: GraphNode): GraphNode[] {
   return below === undefined ? [node] : [node, ...chainOf(below.node)];
 }
 
-/** An address of a command as servers take it. */
 function placeOf(address: JsonObject): string {
   return `${String(address['host'])}:${String(address['port'])}`;
 }
@@ -355,6 +346,7 @@ function listenErrorText(error: unknown, address: JsonObject): string {
   return known.message;
 }
 
+/** An address of a command as servers take it. */
 export function listenAddress(address: JsonObject): ListenAddress {
   switch (address['type']) {
     case 'unix': {

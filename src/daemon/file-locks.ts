@@ -1,6 +1,7 @@
 import { noticeGrowth } from '../block/raw/file.js';
 import type { Arena } from '../kernels/arena.js';
 import {
+  ALL_PERMISSIONS,
   copyLock,
   extendLock,
   type ImageLock,
@@ -10,7 +11,7 @@ import {
   WRITE,
 } from '../os/image-lock.js';
 import { openErrorText, QmpError } from '../qmp/errors.js';
-import { ALL, type GraphUser, needsBy, type Taker, usesOf } from './block-graph.js';
+import { type GraphUser, needsBy, type Taker, usesOf } from './block-graph.js';
 import type { Child, GraphNode } from './graph-node.js';
 
 /** A file cannot be locked for what it is wanted for. */
@@ -64,6 +65,16 @@ export class FileLocks {
       this.#claims.delete(user);
       this.#shrink();
     };
+  }
+
+  /** The same for one thing and then for another one, which takes its place. @throws LockError */
+  claimInTurn(first: GraphUser['uses'], then: GraphUser['uses']): Release {
+    const release = this.claim(first);
+    try {
+      return this.claim(then);
+    } finally {
+      release();
+    }
   }
 
   /** The same for what a node that is still to be needs of one of its children. @throws LockError */
@@ -146,8 +157,17 @@ export class FileLocks {
       const { needed, shared } = needsOf(node);
       // Whoever writes would not be seen by the bitmaps and instants of another node of the file.
       const others = (needed & WRITE) === 0 ? shared : shared & ~WRITE;
-      return [node, { used: needed, unshared: ALL & ~others }] as const;
+      return [node, { used: needed, unshared: ALL_PERMISSIONS & ~others }] as const;
     });
+  }
+}
+
+/** Runs `body`, and gives up what was claimed for it. */
+export async function whileClaimed<T>(release: Release, body: () => Promise<T>): Promise<T> {
+  try {
+    return await body();
+  } finally {
+    release();
   }
 }
 
@@ -156,7 +176,7 @@ function instantsOf(nodes: readonly GraphNode[]): GraphUser[] {
   return nodes.flatMap(({ frozen, children }) => {
     const node = children.find(({ role }) => role === 'file')?.node;
     if (frozen === undefined || node === undefined) return [];
-    const use = { node, role: 'file', needed: 0, shared: ALL & ~(WRITE | RESIZE) };
+    const use = { node, role: 'file', needed: 0, shared: ALL_PERMISSIONS & ~(WRITE | RESIZE) };
     return { type: 'block-backend', name: '', uses: [use] } as const;
   });
 }

@@ -8,6 +8,8 @@ import { DrainedSection } from '../engine/drained-section.js';
 import type { Engine } from '../engine/engine.js';
 import { StillframeError } from '../errors.js';
 import { QmpError } from '../qmp/errors.js';
+import { numberIn } from '../qmp/types.js';
+import { whileClaimed } from './file-locks.js';
 import type { Graph } from './graph.js';
 import type { GraphNode } from './graph-node.js';
 import { lengthenerOf } from './image-files.js';
@@ -114,12 +116,9 @@ export class GraphChanges {
    */
   async replace(section: DrainedSection, node: GraphNode, by: GraphNode): Promise<void> {
     const [own, others] = [await this.#graph.disk(node), await this.#graph.disk(by)];
-    const release = this.#graph.locks.claimMoved(node, by);
-    try {
-      await this.#swap(section, node, by, own, others);
-    } finally {
-      release();
-    }
+    await whileClaimed(this.#graph.locks.claimMoved(node, by), () =>
+      this.#swap(section, node, by, own, others),
+    );
   }
 
   async #swap(
@@ -177,12 +176,9 @@ export class GraphChanges {
     };
     // An image that was written to is put in order while its file can be written to.
     if (!readOnly) await files();
-    const release = this.#graph.locks.claimChange(node, { descriptor: { readOnly } });
-    try {
-      await this.#open(section, node, readOnly);
-    } finally {
-      release();
-    }
+    await whileClaimed(this.#graph.locks.claimChange(node, { descriptor: { readOnly } }), () =>
+      this.#open(section, node, readOnly),
+    );
     if (!readOnly || below.length === 0) return;
     await files();
     await this.relink(section, node);
@@ -225,16 +221,12 @@ export class GraphChanges {
       case 'raw': {
         const { file } = await this.#graph.linksOf(node);
         if (file === undefined) throw new TypeError('a raw image lies on a file');
-        const number = (name: string): number | undefined => {
-          const value = node.options[name];
-          return value === undefined ? undefined : Number(value);
-        };
         const layer = {
           driver: 'raw',
           file,
           readOnly,
-          offset: number('offset'),
-          size: number('size'),
+          offset: numberIn(node.options, 'offset'),
+          size: numberIn(node.options, 'size'),
         } as const;
         node.descriptor = await section.run<NodeDescriptor>({ kind: 'open-layer', layer });
         return;

@@ -3,7 +3,7 @@ import type { Engine } from '../engine/engine.js';
 import { toStillframeError } from '../errors.js';
 import { ALL_PERMISSIONS, CONSISTENT_READ, RESIZE, WRITE } from '../os/image-lock.js';
 import { QmpError, qmpText, strerror } from '../qmp/errors.js';
-import { isObject, type JsonObject } from '../qmp/types.js';
+import { isObject, type JsonObject, numberIn } from '../qmp/types.js';
 import type { FileLocks, Release } from './file-locks.js';
 import { filenameOf } from './filenames.js';
 import type { Graph } from './graph.js';
@@ -66,20 +66,14 @@ export async function createQcow2(engine: Engine, graph: Graph, options: JsonObj
 /** @throws QmpError where the file of a node cannot be locked for an image that is made in it, and opened then */
 function claim(locks: FileLocks, node: GraphNode): Release {
   const changes = WRITE | RESIZE;
-  const release = locks.claim([{ node, role: 'root', needed: changes, shared: ALL_PERMISSIONS }]);
-  try {
-    const shared = ALL_PERMISSIONS & ~changes;
-    return locks.claim([{ node, role: 'root', needed: CONSISTENT_READ | changes, shared }]);
-  } finally {
-    release();
-  }
+  return locks.claimInTurn(
+    [{ node, role: 'root', needed: changes, shared: ALL_PERMISSIONS }],
+    [{ node, role: 'root', needed: CONSISTENT_READ | changes, shared: ALL_PERMISSIONS & ~changes }],
+  );
 }
 
 function imageOptions(options: JsonObject, data: GraphNode | undefined): CreateImageOptions {
-  const number = (name: string): number | undefined => {
-    const value = options[name];
-    return value === undefined ? undefined : Number(value);
-  };
+  const number = (name: string): number | undefined => numberIn(options, name);
   const text = (name: string): string | undefined => {
     const value = options[name];
     return typeof value === 'string' ? value : undefined;

@@ -1,6 +1,6 @@
 import type { Qcow2Descriptor } from '../block/node.js';
 import { QmpError } from '../qmp/errors.js';
-import type { JsonObject } from '../qmp/types.js';
+import { type JsonObject, numberIn } from '../qmp/types.js';
 
 /** Seconds; QEMU keeps them in 32 bits. */
 const MAX_INTERVAL = 2 ** 32 - 1;
@@ -15,10 +15,7 @@ export function checkQcow2Options(
   options: JsonObject,
   { clusterBits, version }: Pick<Qcow2Descriptor, 'clusterBits' | 'version'>,
 ): void {
-  const number = (name: string): number | undefined => {
-    const value = options[name];
-    return value === undefined ? undefined : Number(value);
-  };
+  const number = (name: string): number | undefined => numberIn(options, name);
   const [all, l2, refcounts] = [number('cache-size'), number('l2-cache-size'), number('refcount-cache-size')];
   if (all !== undefined) {
     if (l2 !== undefined && refcounts !== undefined) {

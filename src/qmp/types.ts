@@ -89,6 +89,12 @@ export function isObject(value: unknown): value is JsonObject {
   return typeof value === 'object' && value !== null && !Array.isArray(value);
 }
 
+/** A number that has been left out where it is undefined. */
+export function numberIn(options: JsonObject, name: string): number | undefined {
+  const value = options[name];
+  return value === undefined ? undefined : Number(value);
+}
+
 export function isEnumeration(kind: Kind): kind is readonly string[] {
   return Array.isArray(kind);
 }

@@ -1,5 +1,6 @@
 import { resolve } from 'node:path';
 import { StillframeError } from '../../errors.js';
+import { MAX_STRING_BYTES } from '../../nbd/protocol/numbers.js';
 
 /** Where an export is and how it is to be used, from its name. */
 export interface NbdTarget {
@@ -43,7 +44,6 @@ export interface NbdTls {
 
 /** The port of NBD. */
 const PORT = 10809;
-const MAX_NAME_BYTES = 4096;
 const MAX_CONNECTIONS = 16;
 const DEFAULTS = {
   reconnectDelayMs: 0,
@@ -228,8 +228,8 @@ function decode(name: string, text: string): string {
 
 function checkExportName(name: string, exportName: string): void {
   if (exportName.includes('\0')) throw invalid(name, 'has a NUL byte in the name of the export');
-  if (Buffer.byteLength(exportName) > MAX_NAME_BYTES) {
-    throw invalid(name.slice(0, 80), `has a name of the export of more than ${MAX_NAME_BYTES} bytes`);
+  if (Buffer.byteLength(exportName) > MAX_STRING_BYTES) {
+    throw invalid(name.slice(0, 80), `has a name of the export of more than ${MAX_STRING_BYTES} bytes`);
   }
 }
 
