@@ -184,9 +184,13 @@ async function playOnce(who: 'stillframe' | Peer, place: string, session: Sessio
   });
   const events: Message[] = [];
   try {
-    let since = client.messages.length;
+    await within('qmp_capabilities', () => client.execute('qmp_capabilities'));
+    // The emulator may take commands before it has told that it runs.
+    await within('start', () => running(client));
+    const begun = client.messages.length;
+    let since = begun;
     const last: readonly Step[] = session.end === undefined ? [['quit']] : [];
-    for (const step of [['qmp_capabilities'] as const, ...session.steps, ...last]) {
+    for (const step of [...session.steps, ...last]) {
       if ('sh' in step) {
         answers.push({ sh: step.sh, ...(await shell(place, step.sh)) });
       } else if ('job' in step) {
@@ -206,7 +210,7 @@ async function playOnce(who: 'stillframe' | Peer, place: string, session: Sessio
     }
     if (session.end !== undefined) daemon.kill(session.end);
     answers.push({ ended: await within('end', () => ended) });
-    events.push(...client.messages.filter((message) => 'event' in message));
+    events.push(...client.messages.slice(begun).filter((message) => 'event' in message));
   } catch (error) {
     const Failure = error instanceof Hung ? Hung : Error;
     throw new Failure(
@@ -279,6 +283,12 @@ function pause(timeoutMs: number): Promise<void> {
   return new Promise((resolve) => {
     setTimeout(resolve, timeoutMs).unref();
   });
+}
+
+async function running(client: QmpClient): Promise<boolean> {
+  const status = (await client.execute('query-status').catch(() => undefined)) as Message | undefined;
+  // A storage daemon has no machine to ask for.
+  return status === undefined || status['running'] === true;
 }
 
 /** Whether a job has one of these statuses, and monitors were told of it. */
