@@ -44,6 +44,11 @@ const HEADERS = ['simple', 'structured', 'extended'] as const;
 /** How long the handshake may take in milliseconds; that of a connection beside others is given up sooner. */
 const HANDSHAKE_MS = 30_000;
 const FURTHER_MS = 5_000;
+/**
+ * How long the server may take for each answer in milliseconds once the export is being closed: what it was asked for it
+ * can do without us, and whoever waits has other files to close.
+ */
+const LEAVING_MS = 5_000;
 /** Pause between two attempts to connect, in milliseconds. */
 const RETRY_MS = 100;
 
@@ -127,12 +132,20 @@ export class Connections {
       const at = this.#slot(slot);
       const untilMs = this.#load(LEAVING) === 0 ? reconnectUntilMs : 0;
       if (load(this.#arena, at + FD) < 0 && !this.#connect(slot, untilMs)) continue;
+      const fd = load(this.#arena, at + FD);
+      if (this.#load(LEAVING) !== 0) this.#sockets.setTimeout(fd, this.timeoutMs);
       return {
         slot,
-        stream: new SocketStream(load(this.#arena, at + FD), 0),
+        stream: new SocketStream(fd, 0),
         headers: HEADERS[load(this.#arena, at + HEADERS_AT)] ?? 'simple',
       };
     }
+  }
+
+  /** How long the server may take for an answer, in milliseconds. */
+  get timeoutMs(): number {
+    const { timeoutMs } = this.#export.target;
+    return this.#load(LEAVING) === 0 ? timeoutMs : Math.min(timeoutMs, LEAVING_MS);
   }
 
   /** A slot that is this thread's from now on, with a connection in it or not; under the lock. */

@@ -17,7 +17,7 @@ import type { NbdDescriptor } from '../node.js';
  *     +28  open         int32   connections that are there or being made
  *     +32  written      float64 counts writes that were carried out
  *     +40  flushed      float64 the number of those that are durable
- *     +48  leaving      int32   nobody waits for the server to come back any more
+ *     +48  leaving      int32   nobody waits for the server to come back any more, or for long for an answer
  *     +64  slots        16 × 64 bytes: one for each connection
  *
  * A slot:
@@ -57,7 +57,7 @@ export const HEADERS_AT = 20;
 export const CONTEXTS = 24;
 export const READY = 48;
 
-/** The export is about to be closed: where its server is gone nobody waits for it to come back. */
+/** The export is about to be closed: nobody waits for a server that is gone to come back, or for long for one that hangs. */
 export function leaveNbd(arena: Arena, { control }: NbdDescriptor): void {
   store(arena, control + LEAVING, 1);
 }

@@ -505,7 +505,7 @@ export class NbdNode implements FileNode {
           path,
           taken.stream,
           this.#session(taken),
-          target.timeoutMs,
+          connections.timeoutMs,
           connections.cookie(taken),
         );
         const failure = exchange.run(requestsOn(taken));
