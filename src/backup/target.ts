@@ -185,6 +185,12 @@ function openExisting(
   try {
     checkTargetCompression(descriptor, options.compress);
     checkLengths(source, descriptor, path);
+    if (options.sync === 'none' && descriptor.driver !== 'qcow2') {
+      throw new StillframeError(
+        'ERR_STILLFRAME_BACKING_UNSUPPORTED',
+        `Driver '${descriptor.driver}' of node '${path}' does not support backing files: sync mode 'none' needs one; use a target of the format qcow2`,
+      );
+    }
   } catch (error) {
     closeNode(runtime, descriptor);
     throw error;

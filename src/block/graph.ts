@@ -441,7 +441,7 @@ function attachDriver(runtime: Runtime, descriptor: Exclude<NodeDescriptor, Stor
       return new NullNode(runtime, descriptor);
     case 'snapshot-access': {
       const disk = liveDisk(runtime, descriptor.disk);
-      return new SnapshotAccess(runtime, disk, disk.attachFrame(descriptor.frame));
+      return new SnapshotAccess(runtime, disk, disk.attachFrame(descriptor.frame), descriptor.readOnly);
     }
     case 'throttle':
       return new ThrottleNode(runtime, descriptor, attachNode(runtime, descriptor.child));

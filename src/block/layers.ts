@@ -84,7 +84,12 @@ export type Layer =
       readonly size: number | undefined;
       readonly align: number | undefined;
     }
-  | { readonly driver: 'snapshot-access'; readonly disk: DiskDescriptor; readonly frame: FrameDescriptor };
+  | {
+      readonly driver: 'snapshot-access';
+      readonly disk: DiskDescriptor;
+      readonly frame: FrameDescriptor;
+      readonly readOnly: boolean;
+    };
 
 /** What the header of an image says of the nodes below it. */
 export interface LayerHeader {
@@ -146,9 +151,9 @@ export function openNodeLayer(runtime: Runtime, layer: Layer): NodeDescriptor {
       return { ...filterOf(runtime, child), driver: 'blkdebug', child, rules, limits, state };
     }
     case 'snapshot-access': {
-      const { disk, frame } = layer;
+      const { disk, frame, readOnly } = layer;
       const { path } = disk.node;
-      return { driver: 'snapshot-access', path, readOnly: true, length: disk.length, disk, frame };
+      return { driver: 'snapshot-access', path, readOnly, length: disk.length, disk, frame };
     }
     default:
       return openForeignLayer(runtime, layer.driver, storageOf(runtime, layer.file));

@@ -305,7 +305,7 @@ export interface NullDescriptor extends DescriptorBase {
   readonly latencyMs: number;
 }
 
-/** A live disk as a frame holds it (QEMU: `snapshot-access`). */
+/** A live disk as a frame holds it (QEMU: `snapshot-access`). Where it is not read-only, it can be discarded. */
 export interface SnapshotAccessDescriptor extends DescriptorBase {
   readonly driver: 'snapshot-access';
   readonly disk: DiskDescriptor;

@@ -174,7 +174,7 @@ export class Drivers {
           throw new QmpError(`Node '${below.name}' holds no instant: it is no copy-before-write node`);
         }
         const { disk, descriptor } = below.frozen;
-        return await this.#layer({ driver, disk: disk.descriptor, frame: descriptor.frame });
+        return await this.#layer({ driver, disk: disk.descriptor, frame: descriptor.frame, readOnly });
       }
       case 'vmdk':
       case 'vhdx':

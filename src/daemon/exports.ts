@@ -270,7 +270,8 @@ export class Exports {
       if (bitmap.busy) {
         throw new QmpError(`Bitmap '${name}' is currently in use by another operation and cannot be used`);
       }
-      if (!writable && !node.descriptor.readOnly && bitmap.recording) {
+      // QEMU does not look at those that are named with their node.
+      if (!writable && !node.descriptor.readOnly && bitmap.recording && !isObject(wanted)) {
         throw new QmpError(`Enabled bitmap '${name}' incompatible with readonly export`);
       }
       return { disk: disk.descriptor, name };

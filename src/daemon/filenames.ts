@@ -10,7 +10,10 @@ export function filenameOf(node: GraphNode): string {
   const { filename } = node.options;
   if (typeof filename === 'string') return filename;
   const [child] = node.children;
-  if (child === undefined) return withoutSettings(node.descriptor.path);
+  if (child === undefined) {
+    const plain = withoutSettings(node.descriptor.path);
+    return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
+  }
   const plain = filenameOf(child.node);
   if (NAMED_AS_BELOW.has(node.driver) || node.job?.isUnnamed === true) return plain;
   return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
@@ -19,7 +22,9 @@ export function filenameOf(node: GraphNode): string {
 /** Filters that go by the name of what is below them. */
 const NAMED_AS_BELOW: ReadonlySet<string> = new Set(['copy-before-write', 'mirror_top', 'commit_top']);
 
-/** @param filename of the node below */
+const NULL: ReadonlySet<string> = new Set(['null-co', 'null-aio']);
+
+/** @param filename of the node below, or of the node itself where nothing is below it */
 function needsOptions(node: GraphNode, filename: string): boolean {
   if (filename.startsWith('json:')) return true;
   switch (node.driver) {
@@ -28,6 +33,9 @@ function needsOptions(node: GraphNode, filename: string): boolean {
     case 'throttle':
     case 'copy-on-read':
       return true;
+    case 'null-co':
+    case 'null-aio':
+      return node.options['size'] !== undefined || node.options['read-zeroes'] !== undefined;
     default:
       return hasOtherBacking(node, filename);
   }
@@ -47,12 +55,16 @@ export function hasOtherBacking({ driver, descriptor, children }: GraphNode, fil
 function optionsToOpen(node: GraphNode): JsonObject {
   const { driver, children, options } = node;
   const [child] = children;
+  if (child === undefined && NULL.has(driver)) {
+    const { size, 'read-zeroes': zeroes } = options;
+    return defined({ 'read-zeroes': zeroes, driver, size });
+  }
   if (child === undefined)
     return { driver, filename: options['filename'] ?? withoutSettings(node.descriptor.path) };
   const file = optionsToOpen(child.node);
   const backing = children.find(({ role }) => role === 'backing')?.node;
   const { offset, size, 'throttle-group': group } = options;
-  const all = {
+  return defined({
     'throttle-group': driver === 'throttle' ? group : undefined,
     offset: driver === 'raw' ? offset : undefined,
     backing: hasOtherBacking(node, filenameOf(child.node))
@@ -63,8 +75,11 @@ function optionsToOpen(node: GraphNode): JsonObject {
     driver,
     size: driver === 'raw' ? size : undefined,
     file,
-  };
-  return Object.fromEntries(Object.entries(all).filter(([, value]) => value !== undefined));
+  });
+}
+
+function defined(options: JsonObject): JsonObject {
+  return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined));
 }
 
 /** An NBD URI as far as it says what is opened, and not how. */

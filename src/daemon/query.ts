@@ -7,6 +7,7 @@ import type { Exports } from './exports.js';
 import { filenameOf } from './filenames.js';
 import type { Graph } from './graph.js';
 import type { GraphNode, Held } from './graph-node.js';
+import { FORMATS } from './permissions.js';
 
 const NO_LIMITS = { bps: 0, bps_rd: 0, bps_wr: 0, iops: 0, iops_rd: 0, iops_wr: 0 };
 
@@ -47,6 +48,12 @@ const FILTERS = [
 
 /** Drivers that say nothing of how an image is kept. */
 const UNTOLD = ['snapshot-access', 'nbd', 'null-co', 'null-aio'];
+
+/** Whether it is known how the image is kept: of what passes requests on, that of what is below. */
+function isTold({ driver, children: [child] }: GraphNode): boolean {
+  if (child === undefined || FORMATS.has(driver) || UNTOLD.includes(driver)) return !UNTOLD.includes(driver);
+  return isTold(child.node);
+}
 
 /** What a node shows where it has nothing of its own. */
 function backingOf(node: GraphNode): GraphNode | undefined {
@@ -98,8 +105,7 @@ export class Queries {
       ...NO_LIMITS,
       detect_zeroes: detectZeroes,
       image: await this.#image(node, flat),
-      // Nothing can be written to an instant, and all the same it is not what QEMU calls read-only.
-      ro: node.descriptor.readOnly && node.driver !== 'snapshot-access',
+      ro: node.descriptor.readOnly,
       'node-name': node.name,
       backing_file_depth: depth,
       drv: node.driver,
@@ -163,7 +169,7 @@ export class Queries {
       ...(info.clusterSize === undefined ? {} : { 'cluster-size': info.clusterSize }),
       format: node.driver,
       ...(info.allocated === undefined ? {} : { 'actual-size': info.allocated }),
-      ...(UNTOLD.includes(node.driver) ? {} : { 'dirty-flag': false }),
+      ...(isTold(node) ? { 'dirty-flag': false } : {}),
     };
   }
 

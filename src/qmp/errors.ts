@@ -64,6 +64,7 @@ const SHORTER: readonly RegExp[] = [
   /^Bitmap '.*' is inconsistent and cannot be used(?=: )/s,
   /^Bitmaps are of different sizes .* can't be merged/s,
   /^Backing file not supported for file format '[^']*'(?=: )/,
+  /^Driver '[^']*' of node '.*' does not support backing files(?=: )/s,
 ];
 
 /** Those that QEMU says in other words. */

@@ -250,6 +250,34 @@ describe.skipIf(!hasQemu())('dirty bitmaps', () => {
     },
   );
 
+  it('that do not count any more are empty to who asks for their bits', async () => {
+    await same(
+      session(
+        guest('d', 'write -P 2 1M 64k', 'flush'),
+        sh('cp d.qcow2 c.qcow2'),
+        qcow2('c'),
+        ...['kept', 'fine'].map((name) => sha256(name, 'c')),
+        bitmap('enable', 'kept', { node: 'c' }),
+        del('c'),
+      ),
+    );
+  });
+
+  it('that record writes are exported for reading where they are named with their node', async () => {
+    const share = (id: string, bitmaps: unknown): Step => [
+      'block-export-add',
+      { ...exported('t'), id, bitmaps },
+    ];
+    await same(
+      session(
+        bitmap('add', 'b', { node: 't' }),
+        share('a', ['b']),
+        share('b', [{ node: 't', name: 'b' }]),
+        share('c', [{ node: 'r', name: 'b' }]),
+      ),
+    );
+  });
+
   it('do not come back as they were once they are removed', async () => {
     const folder = mkdtempSync(join(tmpdir(), 'stillframe-bitmaps-'));
     try {

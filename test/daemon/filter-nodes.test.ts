@@ -183,6 +183,31 @@ describe.skipIf(!hasQemu())('an instant that is held', () => {
     });
   });
 
+  it('can be given up by who reads it, and not written to', async () => {
+    await same({
+      drains: true,
+      prepare,
+      steps: [
+        ...[raw('s'), raw('r'), qcow2('t')],
+        add('copy-before-write', 'cbw', { file: 'r', target: 's' }),
+        add('snapshot-access', 'sa', { file: 'cbw', discard: 'unmap' }),
+        add('snapshot-access', 'kept', { file: 'cbw' }),
+        add('snapshot-access', 'ro', { file: 'cbw', 'read-only': true }),
+        ...serve('sa', 'kept', 'ro', 'cbw'),
+        ...['write 0 64k', 'write -z 0 64k', 'flush', 'discard 512k 64k', 'discard 0 128k'].flatMap(
+          (command) => [guest('kept', command), guest('sa', command)],
+        ),
+        guest('cbw', 'write -P 2 0 1M'),
+        guest('sa', 'read 0 64k', 'read 512k 64k', 'read -P 0 128k 64k'),
+        backup({ device: 'sa' }),
+        over,
+        backup({ device: 't', target: 'sa' }),
+        over,
+        nodes,
+      ],
+    });
+  });
+
   it('is backed up from there while a guest writes', async () => {
     await same({
       drains: true,

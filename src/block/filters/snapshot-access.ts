@@ -23,16 +23,18 @@ const STATUS_BYTES = 64 * 1024 * 1024;
 export class SnapshotAccess implements BlockNode {
   readonly descriptor: NodeDescriptor;
   readonly length: number;
-  readonly readOnly = true;
+  readonly readOnly: boolean;
   readonly clusterSize = undefined;
   readonly backing = undefined;
   readonly #runtime: Runtime;
   readonly #disk: Disk;
   readonly #frame: Frame;
 
-  constructor(runtime: Runtime, disk: Disk, frame: Frame) {
+  /** @param readOnly nothing of it may be discarded either */
+  constructor(runtime: Runtime, disk: Disk, frame: Frame, readOnly = true) {
     this.descriptor = disk.descriptor.node;
     this.length = frame.descriptor.length;
+    this.readOnly = readOnly;
     this.#runtime = runtime;
     this.#disk = disk;
     this.#frame = frame;
@@ -150,6 +152,7 @@ export class SnapshotAccess implements BlockNode {
     throw new StillframeError(
       'ERR_STILLFRAME_READ_ONLY',
       `'${this.#disk.descriptor.node.path}', as it is frozen, cannot be written to; write to the live disk`,
+      { errno: 'ENOTSUP' },
     );
   }
 }

@@ -3,11 +3,12 @@ import { WIRE_ERROR, type WireError } from '../protocol/numbers.js';
 
 /** What a client is told of something that went wrong. */
 export function wireError(error: unknown): { readonly error: WireError; readonly text: string } {
-  const { code, message } = toStillframeError(error);
-  return { error: numberOf(code), text: message };
+  const { code, message, errno } = toStillframeError(error);
+  return { error: numberOf(code, errno), text: message };
 }
 
-function numberOf(code: string): WireError {
+function numberOf(code: string, errno: string | undefined): WireError {
+  if (errno === 'ENOTSUP') return WIRE_ERROR.ENOTSUP;
   switch (code) {
     case 'ERR_STILLFRAME_READ_ONLY':
       return WIRE_ERROR.EPERM;
@@ -17,6 +18,8 @@ function numberOf(code: string): WireError {
       return WIRE_ERROR.ENOMEM;
     case 'ERR_STILLFRAME_OUT_OF_RANGE':
     case 'ERR_STILLFRAME_INVALID_ARGUMENT':
+    // There is no number for it on the wire.
+    case 'ERR_STILLFRAME_PERMISSION':
       return WIRE_ERROR.EINVAL;
     default:
       return WIRE_ERROR.EIO;
