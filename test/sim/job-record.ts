@@ -1,3 +1,5 @@
+import type { FrameDescriptor } from '#src/block/filters/copy-before-write.js';
+
 const TEXT_BYTES = 65536;
 const Word = {
   Active: 0,
@@ -8,6 +10,7 @@ const Word = {
   Thawed: 5,
   FrameText: 6,
   EndedText: 7,
+  FrozenAt: 8,
 } as const;
 const TEXTS_AT = 64;
 const FROZEN_AT = TEXTS_AT + 2 * TEXT_BYTES;
@@ -66,7 +69,14 @@ export class JobRecord {
     return (this.#words[Word.States] ?? 0) + (cluster >> 5) * 8;
   }
 
-  freeze(drive: Uint8Array, unknown: Uint8Array, states: number, clusterSize: number, control: number): void {
+  /** @param stamp the moment */
+  freeze(
+    drive: Uint8Array,
+    unknown: Uint8Array,
+    { states, clusterSize, control }: Pick<FrameDescriptor, 'states' | 'clusterSize' | 'control'>,
+    stamp: number,
+  ): void {
+    this.#words[Word.FrozenAt] = stamp;
     this.frozen.set(drive);
     this.unknown.set(unknown);
     this.#words[Word.Frozen] = 1;
@@ -80,6 +90,11 @@ export class JobRecord {
   thaw(stamp: number): void {
     this.#words[Word.Active] = 0;
     this.#words[Word.Thawed] = stamp;
+  }
+
+  /** The moment of {@link freeze}; 0 before it. */
+  get frozenAt(): number {
+    return this.#words[Word.FrozenAt] ?? 0;
   }
 
   /** The moment of {@link thaw}; 0 before it. */

@@ -1,6 +1,7 @@
 /** What is wrong with a run that is over. */
 import { BackupJob, beginBackup } from '#src/backup/backup-job.js';
-import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
+import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '#src/block/disk.js';
+import { closeDiskBitmaps, findBitmap, openDiskBitmaps } from '#src/block/disk-bitmaps.js';
 import { type FrameDescriptor, freeFrame } from '#src/block/filters/copy-before-write.js';
 import { closeNode, openImage } from '#src/block/graph.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
@@ -9,8 +10,8 @@ import { arena, buffer, copyBuffer, files, oracle, runtime, type Setup, TARGETS,
 import type { JobRecord } from './job-record.js';
 import { INVARIANTS } from './oracle.js';
 import { checkQcow2 } from './qcow2-check.js';
-import { type Job, jobsOf, type Scenario } from './scenario.js';
-import { EMPTY_USED, emptyArena, layerPath, OLD_TARGET, readImage } from './stage.js';
+import { type Job, jobsOf, type Range, type Scenario } from './scenario.js';
+import { BITMAP, EMPTY_USED, emptyArena, layerPath, OLD_TARGET, previousOf, readImage } from './stage.js';
 import { POWER_CUT, REDUNDANT, VIOLATED } from './world.js';
 
 interface Ended {
@@ -72,6 +73,11 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
     return `${INVARIANTS.brokenNeverCompletes}: the job's outcome is '${ended.outcome}'`;
   });
   if (unnoticed !== undefined) return unnoticed;
+  const [first] = cases;
+  const lost = first && judgeBitmap(first, setup);
+  if (lost !== undefined) return `${INVARIANTS.bitmap}: ${lost}`;
+  const bits = bitsOf(scenario, setup.disk);
+  closeDiskBitmaps(runtime, setup.disk);
   for (const control of setup.controls) arena.free(control);
   arena.free(setup.words);
   const live = readNode(disk);
@@ -96,6 +102,10 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   if (closed) {
     const stored = oracle.difference(readImage(path, scenario.source.format));
     if (stored !== undefined) return `${INVARIANTS.source}: once closed, ${stored}`;
+    const kept = withStoredBitmap(scenario, (disk) =>
+      bitsOf(scenario, disk)?.equals(bits ?? Buffer.alloc(0)),
+    );
+    if (kept === false) return `${INVARIANTS.bitmap}: once closed, the image has other bits`;
   }
   const image = scenario.source.format === 'qcow2' ? checkQcow2(files.content(path)) : undefined;
   if (image !== undefined && image.errors.length > 0)
@@ -103,6 +113,96 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   if (image !== undefined && image.leaks > 0 && !faulty)
     return `${INVARIANTS.format}: source: ${image.leaks} clusters leak`;
   return firstFlaw(cases, judgeTarget);
+}
+
+/** A byte for each granule of the scenario's bitmap: whether it is dirty. */
+function bitsOf(scenario: Scenario, disk: DiskDescriptor): Buffer | undefined {
+  if (scenario.bitmap === undefined) return undefined;
+  const bitmap = findBitmap(runtime, disk, BITMAP, ['busy', 'inconsistent']);
+  const bits = Buffer.alloc(bitmap.bits);
+  for (let granule = 0; granule < bits.length; granule++) {
+    bits[granule] = bitmap.test(granule * bitmap.granularity) ? 1 : 0;
+  }
+  return bits;
+}
+
+/** The next backup that goes by the bitmap copies all that it has to, and no more than what may have changed. */
+function judgeBitmap({ scenario, job, record, target, ended }: Case, setup: Setup): string | undefined {
+  const { bitmap, source, writers } = scenario;
+  const bits = bitsOf(scenario, setup.disk);
+  if (bitmap === undefined || bits === undefined) return undefined;
+  if (!findBitmap(runtime, setup.disk, BITMAP, []).enabled) return 'it does not record any more';
+  const settles = ended !== undefined && job.bitmapMode !== undefined && job.bitmapMode !== 'never';
+  const isRenewed = settles && ended.outcome === 'completed';
+  const isPartial = settles && ended.outcome !== 'completed' && job.bitmapMode === 'always';
+  const initial = oracle.initial.subarray(0, source.length);
+  const before = isRenewed
+    ? record.frozen
+    : isPartial && job.target === 'existing'
+      ? readImage(target, job.format)
+      : previousOf(initial, bitmap);
+  const since = isRenewed || isPartial ? record.frozenAt : 0;
+  const changes = writers.flat().filter(({ kind }) => kind !== 'read' && kind !== 'flush');
+  for (const [granule, isDirty] of bits.entries()) {
+    const low = granule * bitmap.granularity;
+    const high = Math.min(low + bitmap.granularity, source.length);
+    const within = ({ offset, length }: Pick<Range, 'offset' | 'length'>): boolean =>
+      offset < high && low < offset + length;
+    const changed = changes.filter((op) => within(op) && oracle.changedSince(op, since));
+    if (isDirty === 0) {
+      const missed = changed.find((op) => op.kind !== 'discard' && oracle.isDone(op));
+      if (missed !== undefined) return `${missed.kind} ${missed.id} has left the granule at ${low} clean`;
+      const flaw = oracle.differenceFrom(before, low, high, isRenewed ? record : undefined);
+      if (flaw !== undefined) return `the granule at ${low} is clean, but ${flaw}`;
+    } else if (!isPartial && changed.length === 0 && (isRenewed || !bitmap.dirty.some(within))) {
+      return `the granule at ${low} is dirty, where nothing was changed`;
+    }
+  }
+  return undefined;
+}
+
+/** Looks at what the image of the drive has of the bitmap, where it keeps one. */
+function withStoredBitmap<T>(scenario: Scenario, look: (disk: DiskDescriptor) => T): T | undefined {
+  const { source, bitmap } = scenario;
+  if (bitmap?.persistent !== true) return undefined;
+  const node = openImage(runtime, layerPath(scenario, source.backing.length), {
+    format: 'qcow2',
+    readOnly: true,
+    lock: 'none',
+  });
+  const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
+  const disk: DiskDescriptor = {
+    id: 3,
+    control,
+    node,
+    length: source.length,
+    readOnly: true,
+    discard: 'unmap',
+  };
+  try {
+    openDiskBitmaps(runtime, disk);
+    return look(disk);
+  } finally {
+    closeDiskBitmaps(runtime, disk);
+    arena.free(control);
+    closeNode(runtime, node);
+  }
+}
+
+/** What is wrong with the bitmap in the image after a cut, unless it says itself that it does not count. */
+function judgeBitmapAfterCut(scenario: Scenario, drive: Uint8Array): string | undefined {
+  const { bitmap } = scenario;
+  return withStoredBitmap(scenario, (disk) => {
+    if (bitmap === undefined || findBitmap(runtime, disk, BITMAP, []).inconsistent) return undefined;
+    const previous = previousOf(oracle.initial.subarray(0, drive.length), bitmap);
+    for (const [granule, isDirty] of (bitsOf(scenario, disk) ?? []).entries()) {
+      const [low, high] = [granule * bitmap.granularity, (granule + 1) * bitmap.granularity];
+      if (isDirty === 1 || Buffer.compare(drive.subarray(low, high), previous.subarray(low, high)) === 0)
+        continue;
+      return `the granule at ${low} is clean after the cut, but changed`;
+    }
+    return undefined;
+  });
 }
 
 function readNode(disk: Disk): Uint8Array | undefined {
@@ -171,6 +271,8 @@ function judgeAfterCut(scenario: Scenario): string | undefined {
   const drive = readImage(path, format);
   const wrong = oracle.differenceAfterCut(drive, scenario);
   if (wrong !== undefined) return `${INVARIANTS.source}: after the cut ${wrong}`;
+  const lost = judgeBitmapAfterCut(scenario, drive);
+  if (lost !== undefined) return `${INVARIANTS.bitmap}: ${lost}`;
   return firstFlaw(casesOf(scenario), judgeTargetAfterCut) ?? backupAgain(scenario, drive);
 }
 

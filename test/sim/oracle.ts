@@ -2,6 +2,7 @@
  * What must be true of a run: a drive in plain memory beside the simulated one, frozen at the instant, and the
  * invariants of the design, each named in the check of it. Shared by all threads of the world.
  */
+import type { FrameDescriptor } from '#src/block/filters/copy-before-write.js';
 import type { BlockNode, Extent, NodeDescriptor } from '#src/block/node.js';
 import type { Arena } from '#src/kernels/arena.js';
 import { Random } from '../support/data.js';
@@ -22,6 +23,7 @@ export const INVARIANTS = {
   guest: 'a guest reads what was written',
   errors: 'no error without a cause',
   format: 'an image is consistent at every moment',
+  bitmap: 'a dirty bitmap knows all that is not in the backup before',
 } as const;
 
 /** Bytes of a drive at most. */
@@ -129,7 +131,7 @@ export class Oracle {
   // ---- The instant --------------------------------------------------------------------------------------------
 
   /** The frame of a job is being armed: this is its instant. */
-  freeze(job: JobRecord, states: number, clusterSize: number, control: number): void {
+  freeze(job: JobRecord, frame: FrameDescriptor): void {
     if (this.#get(Word.Mutations) !== 0) {
       this.#world.violate(
         INVARIANTS.instant,
@@ -137,17 +139,23 @@ export class Oracle {
       );
     }
     const drive = this.drive.subarray(0, this.#get(Word.Length));
-    job.freeze(drive, this.unknown, states, clusterSize, control);
+    job.freeze(drive, this.unknown, frame, this.#stamp());
   }
 
   /** Whether a guest changed the drive after the job's frame was taken off it. */
   changedSinceThaw(scenario: Scenario, job: JobRecord): boolean {
-    return scenario.writers.flat().some(({ id }) => {
-      const state = this.#op(id, OpWord.State);
-      return (
-        this.#op(id, OpWord.Applied) > job.thawed || (state === FAILED && this.#op(id, OpWord.Called) > 0)
-      );
-    });
+    return scenario.writers.flat().some((op) => this.changedSince(op, job.thawed));
+  }
+
+  /** Whether a request has changed the drive after a moment, or has failed, so that it may have. */
+  changedSince({ id }: GuestOp, stamp: number): boolean {
+    const failed = this.#op(id, OpWord.State) === FAILED && this.#op(id, OpWord.Called) > 0;
+    return failed || this.#op(id, OpWord.Applied) > stamp;
+  }
+
+  /** Whether a request has come to its end, and well. */
+  isDone({ id }: GuestOp): boolean {
+    return this.#op(id, OpWord.State) === DONE;
   }
 
   /** A job begins, or ends, to drain the requests of the disk. */
@@ -318,6 +326,22 @@ export class Oracle {
     for (let at = 0; at < data.length; at++) {
       if (data[at] === bytes[at] || unknown[Math.floor(at / SECTOR)] === 1) continue;
       return `byte ${at} is ${data[at]}, not ${bytes[at]}`;
+    }
+    return undefined;
+  }
+
+  /** @returns where the drive is another now than `before` was, which is the drive at the instant of a job or not */
+  differenceFrom(
+    before: Uint8Array,
+    low: number,
+    high: number,
+    job: JobRecord | undefined,
+  ): string | undefined {
+    if (Buffer.compare(before.subarray(low, high), this.drive.subarray(low, high)) === 0) return undefined;
+    for (let at = low; at < high; at++) {
+      const sector = Math.floor(at / SECTOR);
+      if (before[at] === this.drive[at] || this.unknown[sector] === 1 || job?.unknown[sector] === 1) continue;
+      return `byte ${at} is ${this.drive[at]} now and was ${before[at]}`;
     }
     return undefined;
   }

@@ -80,6 +80,8 @@ export function checkQcow2(bytes: Uint8Array): Qcow2Report {
     }
   }
 
+  for (const { offset, length, what } of version === 2 ? [] : bitmapParts(bytes)) refer(offset, length, what);
+
   const perBlock = (clusterSize * 8) / refcountBits;
   const refcount = (cluster: number): bigint => {
     const block = blocks[Math.floor(cluster / perBlock)] ?? 0;
@@ -109,4 +111,39 @@ export function checkQcow2(bytes: Uint8Array): Qcow2Report {
     }
   }
   return { errors, leaks };
+}
+
+interface Part {
+  readonly offset: number;
+  readonly length: number;
+  readonly what: string;
+}
+
+const BITMAPS_EXTENSION = 0x23852875;
+
+/** Where the bitmaps extension of the header has the directory of bitmaps, their tables and their bits. */
+function bitmapParts(bytes: Uint8Array): Part[] {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const clusterSize = 2 ** view.getUint32(20);
+  let at = view.getUint32(100);
+  while (view.getUint32(at) !== BITMAPS_EXTENSION) {
+    if (view.getUint32(at) === 0) return [];
+    at += 8 + roundUp8(view.getUint32(at + 4));
+  }
+  const [size, directory] = [Number(view.getBigUint64(at + 16)), Number(view.getBigUint64(at + 24))];
+  const parts: Part[] = [{ offset: directory, length: size, what: 'the directory of bitmaps' }];
+  for (let entry = directory; entry < directory + size; ) {
+    const [table, length] = [Number(view.getBigUint64(entry)), view.getUint32(entry + 8)];
+    parts.push({ offset: table, length: length * 8, what: 'a bitmap (table)' });
+    for (let index = 0; index < length; index++) {
+      const offset = Number(view.getBigUint64(table + index * 8) & OFFSET);
+      if (offset !== 0) parts.push({ offset, length: clusterSize, what: `a bitmap (entry ${index})` });
+    }
+    entry += roundUp8(24 + view.getUint16(entry + 18) + view.getUint32(entry + 20));
+  }
+  return parts;
+}
+
+function roundUp8(length: number): number {
+  return Math.ceil(length / 8) * 8;
 }

@@ -17,6 +17,8 @@ export interface Scenario {
   /** Ranges that are written before anything else, of the images from the bottom up. */
   readonly fill: readonly Range[];
   readonly writers: readonly (readonly GuestOp[])[];
+  /** A dirty bitmap that records since the backup before the first job's. */
+  readonly bitmap?: Bitmap | undefined;
   readonly job: Job;
   /** A second job, with an instant of its own. */
   readonly second?: Job | undefined;
@@ -29,8 +31,19 @@ export interface Scenario {
   readonly strategy: number;
 }
 
+export interface Bitmap {
+  /** Bytes. */
+  readonly granularity: number;
+  /** The image keeps it. */
+  readonly persistent: boolean;
+  /** What has changed since the backup before, at the beginning. */
+  readonly dirty: readonly Pick<Range, 'offset' | 'length'>[];
+}
+
 export interface Job {
-  readonly sync: 'full' | 'top' | 'none';
+  readonly sync: 'full' | 'top' | 'none' | 'incremental' | 'bitmap';
+  /** Of the scenario's bitmap, which the job goes by, or makes anew; none: it has nothing to do with it. */
+  readonly bitmapMode?: 'on-success' | 'never' | 'always' | undefined;
   readonly format: 'raw' | 'qcow2';
   readonly targetClusterSize: number;
   /** Clusters are compressed. */
@@ -73,6 +86,39 @@ const KIB = 1024;
 
 /** The scenario of a seed. */
 export function makeScenario(seed: number): Scenario {
+  const scenario = makeCopies(seed);
+  return seed % 4 === 3 && scenario.job.sync !== 'none' ? withBitmap(scenario, seed) : scenario;
+}
+
+/** The same with a dirty bitmap for the first job. */
+function withBitmap(scenario: Scenario, seed: number): Scenario {
+  const random = new Random(seed + 2 ** 30);
+  const { job, source } = scenario;
+  const sync = random.pick<Job['sync']>(['incremental', 'incremental', 'bitmap', 'bitmap', job.sync]);
+  const isPlanned = sync === 'incremental' || sync === 'bitmap';
+  const target = isPlanned ? random.pick<Job['target']>(['new', 'new', 'existing']) : job.target;
+  const mode = random.pick<Job['bitmapMode']>(
+    sync === 'bitmap' ? ['on-success', 'never', 'always'] : ['on-success', 'always'],
+  );
+  const dirty = Array.from({ length: random.between(0, 4) }, () => range(random, source.length, 100 * KIB));
+  return {
+    ...scenario,
+    bitmap: {
+      granularity: 2 ** random.between(9, 17),
+      persistent: source.format === 'qcow2' && source.version === 3 && random.chance(0.7),
+      dirty,
+    },
+    job: {
+      ...job,
+      sync,
+      target,
+      format: isPlanned && target === 'new' ? 'qcow2' : job.format,
+      bitmapMode: sync === 'incremental' ? 'on-success' : mode,
+    },
+  };
+}
+
+function makeCopies(seed: number): Scenario {
   const random = new Random(seed);
   const sync = random.pick<Job['sync']>(['full', 'full', 'top', 'none']);
   const sourceFormat = sync === 'top' ? 'qcow2' : random.pick<'raw' | 'qcow2'>(['raw', 'qcow2']);
@@ -238,6 +284,9 @@ export function partsOf(scenario: Scenario): readonly string[] {
   scenario.fill.forEach((_, index) => {
     parts.push(`d${index}`);
   });
+  scenario.bitmap?.dirty.forEach((_, index) => {
+    parts.push(`b${index}`);
+  });
   for (let helper = 0; helper < scenario.job.helpers; helper++) parts.push(`h${helper}`);
   if (scenario.second !== undefined) parts.push('s');
   return parts;
@@ -253,6 +302,14 @@ export function without(scenario: Scenario, dropped: ReadonlySet<string>): Scena
     faults: scenario.faults.filter((_, index) => kept(`f${index}`)),
     fill: scenario.fill.filter((_, index) => kept(`d${index}`)),
     second: kept('s') ? scenario.second : undefined,
+    ...(scenario.bitmap === undefined
+      ? {}
+      : {
+          bitmap: {
+            ...scenario.bitmap,
+            dirty: scenario.bitmap.dirty.filter((_, index) => kept(`b${index}`)),
+          },
+        }),
     job: {
       ...scenario.job,
       helpers: Array.from({ length: scenario.job.helpers }, (_, helper) => `h${helper}`).filter(kept).length,

@@ -1,14 +1,18 @@
 /** How the world is before a run: the arena, the files, the drive. */
 import { createImage } from '#src/block/create.js';
 import { DISK_CONTROL_BYTES, type DiskDescriptor } from '#src/block/disk.js';
+import { editDiskBitmap, findBitmap } from '#src/block/disk-bitmaps.js';
 import { attachNode, closeNode, openImage } from '#src/block/graph.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
 import { ARENA_BASE } from '#src/kernels/arena.js';
 import { arena, buffer, files, oracle, runtime, type Setup, TARGETS, world } from './context.js';
 import { FOLDER, type SavedFiles } from './files.js';
 import { dataOf } from './oracle.js';
-import { jobsOf, type Scenario } from './scenario.js';
+import { type Bitmap, type Job, jobsOf, type Scenario } from './scenario.js';
 
+/** The bitmap of a scenario, and the backup that it has recorded since. */
+export const BITMAP = 'b';
+export const PREVIOUS = `${FOLDER}/previous`;
 export const OLD_TARGET = new Uint8Array(1536).fill(0x6f);
 
 /** Bytes of the arena in use when only the threads' buffers are taken from it. */
@@ -86,6 +90,34 @@ export function readImage(path: string, format: 'raw' | 'qcow2'): Uint8Array {
   }
 }
 
+/** Whether what a job copies comes to lie on the backup before. */
+export function isOnPrevious({ sync, target }: Job): boolean {
+  return (sync === 'incremental' || sync === 'bitmap') && target === 'new';
+}
+
+/** The backup before: the drive as it was before what its bitmap says was changed. */
+export function previousOf(drive: Uint8Array, { dirty }: Bitmap): Uint8Array {
+  const previous = drive.slice();
+  dirty.forEach(({ offset, length }, index) => {
+    previous.set(dataOf(900 + index, offset, length), offset);
+  });
+  return previous;
+}
+
+function addBitmap(disk: DiskDescriptor, { granularity, persistent, dirty }: Bitmap): void {
+  editDiskBitmap(runtime, disk, { action: 'add', name: BITMAP, granularity, persistent }).keep();
+  const bitmap = findBitmap(runtime, disk, BITMAP, []);
+  for (const { offset, length } of dirty) bitmap.set(offset, length);
+}
+
+/** The image keeps the bitmap before anybody opens it. */
+function storeBitmap(path: string, length: number, bitmap: Bitmap): void {
+  const node = openImage(runtime, path, { format: 'qcow2', readOnly: false });
+  const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
+  addBitmap({ id: 0, control, node, length, readOnly: false, discard: 'unmap' }, bitmap);
+  closeNode(runtime, node);
+}
+
 /** The world as it was when a scenario had been set up, for the next run of the same one. */
 interface Still {
   readonly scenario: string;
@@ -113,7 +145,11 @@ export function setUp(scenario: Scenario): Setup {
   const path = layerPath(scenario, scenario.source.backing.length);
   const drive = readImage(path, format);
   oracle.drive.set(drive);
-  makeTarget(scenario);
+  const { bitmap } = scenario;
+  const previous = bitmap && previousOf(drive, bitmap);
+  if (previous !== undefined) writeFile(PREVIOUS, previous);
+  makeTarget(scenario, previous);
+  if (bitmap?.persistent === true) storeBitmap(path, length, bitmap);
   // What follows gets memory that nobody had before.
   emptyArena();
   const node = openImage(runtime, path, { format, readOnly: false });
@@ -128,19 +164,21 @@ export function setUp(scenario: Scenario): Setup {
   });
   files.settle();
   const disk: DiskDescriptor = { id: 1, control, node, length, readOnly: false, discard: 'unmap' };
+  if (bitmap?.persistent === false) addBitmap(disk, bitmap);
   const setup: Setup = { disk, controls, words: arena.alloc(64, 'simulator') };
   oracle.diskText = JSON.stringify(setup);
   if (world.exploring) still = save(text, setup, drive, unit);
   return setup;
 }
 
-function makeTarget({ source: { length }, job }: Scenario): void {
+/** @param previous what an existing target holds; default: nothing of the drive */
+function makeTarget({ source: { length }, job }: Scenario, previous: Uint8Array | undefined): void {
   if (job.target === 'replace') writeFile(TARGET, OLD_TARGET);
   if (job.target !== 'existing') return;
   const { format, targetClusterSize: clusterSize } = job;
   createImage(runtime, TARGET, { format, length, ...(format === 'qcow2' ? { clusterSize } : {}) });
   const descriptor = openImage(runtime, TARGET, { format, readOnly: false });
-  arena.u8.fill(0x65, buffer, buffer + length);
+  arena.u8.set(previous ?? new Uint8Array(length).fill(0x65), buffer);
   attachNode(runtime, descriptor).write(0, buffer, length);
   closeNode(runtime, descriptor);
 }

@@ -33,7 +33,7 @@ import type { JobRecord } from './job-record.js';
 import { judge, outcomeOf } from './judge.js';
 import { dataOf, GuestNode, INVARIANTS } from './oracle.js';
 import { type GuestOp, type Job, jobsOf, type Scenario, type Verb } from './scenario.js';
-import { setUp } from './stage.js';
+import { BITMAP, isOnPrevious, PREVIOUS, setUp } from './stage.js';
 import { beginExploring } from './visible.js';
 import { VIOLATED, WorldEnded } from './world.js';
 
@@ -57,8 +57,7 @@ Frame.arm = (of, frame) => {
   // Frames are numbered as the jobs are, from 1 on.
   const record = oracle.jobs[frame.id - 1];
   // Where one frame copies what another one holds, that one makes the instant.
-  if (record !== undefined && world.running && frame.holder === undefined)
-    oracle.freeze(record, frame.states, frame.clusterSize, frame.control);
+  if (record !== undefined && world.running && frame.holder === undefined) oracle.freeze(record, frame);
   arm.call(Frame, of, frame);
 };
 
@@ -211,6 +210,9 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
       {
         target: TARGETS[which] ?? '',
         sync: job.sync,
+        bitmap: job.bitmapMode && BITMAP,
+        bitmapMode: job.bitmapMode,
+        backing: isOnPrevious(job) ? PREVIOUS : undefined,
         format: job.format,
         existing: job.target === 'existing',
         force: job.target === 'replace',
