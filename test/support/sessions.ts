@@ -184,7 +184,8 @@ async function playOnce(who: 'stillframe' | Peer, place: string, session: Sessio
   });
   const events: Message[] = [];
   try {
-    await within('qmp_capabilities', () => client.execute('qmp_capabilities'));
+    const negotiated = await within('qmp_capabilities', () => client.execute('qmp_capabilities'));
+    answers.push({ negotiated });
     // The emulator may take commands before it has told that it runs.
     await within('start', () => running(client));
     const begun = client.messages.length;
