@@ -185,7 +185,8 @@ function openExisting(
   try {
     checkTargetCompression(descriptor, options.compress);
     checkLengths(source, descriptor, path);
-    if (options.sync === 'none' && descriptor.driver !== 'qcow2') {
+    // What a server does with what it is given is its own affair.
+    if (options.sync === 'none' && descriptor.driver !== 'qcow2' && !isNbdName(path)) {
       throw new StillframeError(
         'ERR_STILLFRAME_BACKING_UNSUPPORTED',
         `Driver '${descriptor.driver}' of node '${path}' does not support backing files: sync mode 'none' needs one; use a target of the format qcow2`,

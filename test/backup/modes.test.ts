@@ -285,11 +285,11 @@ describe('sync mode none', () => {
     qemuAgrees(at('target.qcow2'), 'qcow2', truth);
   });
 
-  it('is refused for a new raw target', async () => {
+  it.each([false, true])('is refused for a raw target (existing: %s)', async (existing) => {
     const { disk } = await makeChain();
-    await expect(disk.backup({ target: at('t.raw'), format: 'raw', sync: 'none' })).rejects.toMatchObject({
-      code: 'ERR_STILLFRAME_BACKING_UNSUPPORTED',
-    });
+    if (existing) await engine.createImage(at('t.raw'), { format: 'raw', length: disk.length });
+    const wanted = { target: at('t.raw'), format: 'raw', sync: 'none', existing } as const;
+    await expect(disk.backup(wanted)).rejects.toMatchObject({ code: 'ERR_STILLFRAME_BACKING_UNSUPPORTED' });
     await disk.close();
   });
 });
