@@ -479,6 +479,12 @@ export class Daemon {
       throw new QmpError('The new size must be a multiple of 512');
     }
     await this.#checkPreallocation(node, size, preallocation);
+    const [file] = node.driver === 'raw' ? node.children : [{ node }];
+    if (file?.node.driver === 'nbd') {
+      // An export stays as long as it is, and who wants less of it has that.
+      if (size > (await this.graph.disk(node)).length) throw new QmpError('Cannot grow NBD nodes');
+      return;
+    }
     // Whoever looks at the file itself sees it as well.
     const nodes = [node, ...node.children.flatMap(({ role, node: child }) => (role === 'file' ? child : []))];
     const uses = [{ node, role: 'root', needed: RESIZE, shared: ALL_PERMISSIONS }];

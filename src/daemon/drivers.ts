@@ -7,7 +7,6 @@ import type { LiveDescriptor, NodeDescriptor } from '../block/node.js';
 import type { DiskHandle } from '../engine/disk.js';
 import type { Engine } from '../engine/engine.js';
 import { toStillframeError } from '../errors.js';
-import { MAX_STRING_BYTES } from '../nbd/protocol/numbers.js';
 import { connectErrorText, openErrorText, QmpError, qmpText } from '../qmp/errors.js';
 import { isObject, type JsonObject, numberIn } from '../qmp/types.js';
 import { blkdebugOptions } from './blkdebug-options.js';
@@ -15,6 +14,7 @@ import { Breakpoints } from './breakpoints.js';
 import { filenameOf } from './filenames.js';
 import { type Child, type GraphNode, PASSING } from './graph-node.js';
 import { checkImageFile, checkWhole } from './image-files.js';
+import { checkNbdNames, nbdName } from './nbd-names.js';
 import type { Objects } from './objects.js';
 import { checkQcow2Options } from './qcow2-options.js';
 import { checkTraits } from './traits.js';
@@ -224,23 +224,21 @@ export class Drivers {
       isLocked,
     });
     try {
-      return await open(readOnly);
+      return await openAsMayBe(open, readOnly, options);
     } catch (error) {
-      const mayFall = !readOnly && options['auto-read-only'] === true && isReadOnlyError(error);
-      if (mayFall) return await open(true);
       throw new QmpError(openErrorText(error, filename));
     }
   }
 
   async #openNbd(options: JsonObject, readOnly: boolean): Promise<Pick<GraphNode, 'descriptor'>> {
-    if (Buffer.byteLength(String(options['export'] ?? '')) > MAX_STRING_BYTES) {
-      throw new QmpError('export name too long to send to server');
-    }
+    checkNbdNames(options);
     const name = nbdName(options, this.#objects);
     const { server } = options;
+    const passphrase = this.#objects.passphraseOf(options['tls-creds']);
+    const open = (reading: boolean): Promise<Pick<GraphNode, 'descriptor'>> =>
+      this.#layer({ driver: 'nbd', name, readOnly: reading, passphrase });
     try {
-      const passphrase = this.#objects.passphraseOf(options['tls-creds']);
-      return await this.#layer({ driver: 'nbd', name, readOnly, passphrase });
+      return await openAsMayBe(open, readOnly, options);
     } catch (error) {
       if (!isObject(server)) throw error;
       const place = server['path'] ?? `${String(server['host'])}:${String(server['port'])}`;
@@ -386,42 +384,21 @@ function checkKindOfFile(driver: string, path: string, readOnly: boolean): void 
   }
 }
 
+/** Opens for reading where it cannot be written to, and that will do. */
+async function openAsMayBe<T>(
+  open: (readOnly: boolean) => Promise<T>,
+  readOnly: boolean,
+  options: JsonObject,
+): Promise<T> {
+  try {
+    return await open(readOnly);
+  } catch (error) {
+    if (readOnly || options['auto-read-only'] !== true || !isReadOnlyError(error)) throw error;
+    return await open(true);
+  }
+}
+
 function isReadOnlyError(error: unknown): boolean {
   if (!(error instanceof Error) || !('code' in error)) return false;
   return error.code === 'ERR_STILLFRAME_PERMISSION' || error.code === 'ERR_STILLFRAME_READ_ONLY';
-}
-
-/** The URI of an export, from the options of its node. */
-function nbdName(options: JsonObject, objects: Objects): string {
-  const uri = options['x-uri'];
-  if (typeof uri === 'string') return uri;
-  const { server, export: name = '', 'tls-creds': creds } = options;
-  if (!isObject(server)) throw new TypeError('the schema was not looked at');
-  const parameters = typeof creds === 'string' ? objects.clientTlsOf(creds) : new URLSearchParams();
-  const set = (key: string, value: unknown): void => {
-    if (value !== undefined) parameters.set(key, String(value));
-  };
-  set('x-reconnect-delay', options['reconnect-delay']);
-  // Who waits for a server to come back takes it as it comes.
-  if (Number(options['reconnect-delay'] ?? 0) > 0) set('x-trusted', 1);
-  set('x-open-timeout', options['open-timeout']);
-  set('x-dirty-bitmap', options['x-dirty-bitmap']);
-  set('tls-hostname', options['tls-hostname']);
-  const scheme = typeof creds === 'string' ? 'nbds' : 'nbd';
-  const path = encodeURIComponent(String(name));
-  if (server['type'] === 'unix') {
-    set('socket', server['path']);
-    return `${scheme}+unix:///${path}?${parameters}`;
-  }
-  if (server['type'] !== 'inet') {
-    throw new QmpError(
-      server['type'] === 'fd'
-        ? 'only QEMU supports file descriptor passing'
-        : `an NBD server of type '${String(server['type'])}' is not supported; use inet or unix`,
-    );
-  }
-  const host = String(server['host']);
-  const place = host.includes(':') ? `[${host}]` : host;
-  const query = parameters.size === 0 ? '' : `?${parameters}`;
-  return `${scheme}://${place}:${String(server['port'])}/${path}${query}`;
 }

@@ -13,7 +13,8 @@ import { type Release, whileClaimed } from './file-locks.js';
 import type { Graph } from './graph.js';
 import type { GraphNode, User } from './graph-node.js';
 import { checkSameLength, checkUsableBelow, lengthenerOf } from './image-files.js';
-import type { DaemonObject, Objects } from './objects.js';
+import { unixName } from './nbd-names.js';
+import type { Objects } from './objects.js';
 import { asChild, asRoot, checkExportable, conflict, FORMATS, filterOver, roleOf } from './permissions.js';
 
 interface Export {
@@ -45,7 +46,7 @@ export class Exports {
   readonly #objects: Objects;
   readonly #tell: (event: QmpEvent) => void;
   readonly #exports = new Map<string, Export>();
-  #server: { readonly server: NbdServer; readonly tls: DaemonObject | undefined } | undefined;
+  #server: NbdServer | undefined;
 
   constructor(engine: Engine, graph: Graph, objects: Objects, tell: (event: QmpEvent) => void) {
     this.#engine = engine;
@@ -56,7 +57,7 @@ export class Exports {
 
   /** Takes a server that somebody else has started, and what it exports, as the daemon's. */
   adopt(server: NbdServer, exported: readonly { readonly name: string; readonly node: GraphNode }[]): void {
-    this.#server = { server, tls: undefined };
+    this.#server = server;
     for (const { name, node } of exported) {
       this.#exports.set(name, { id: name, name, node, writable: false });
       node.users.set(this.#key(name), 'export');
@@ -64,7 +65,7 @@ export class Exports {
   }
 
   get server(): NbdServer | undefined {
-    return this.#server?.server;
+    return this.#server;
   }
 
   /** @param options address, with its members beside its type, and what the server is to be like */
@@ -72,18 +73,15 @@ export class Exports {
     if (this.#server !== undefined) throw new QmpError('NBD server already running');
     const creds = options['tls-creds'];
     const tls = typeof creds === 'string' ? this.#objects.tlsOf(creds) : undefined;
-    const object = typeof creds === 'string' ? this.#objects.get(creds) : undefined;
     const wanted = Number(options['max-connections'] ?? DEFAULT_CONNECTIONS);
     const listen = listenAddress(address);
     try {
-      const server = await this.#engine.serveNbd({
+      this.#server = await this.#engine.serveNbd({
         listen: [listen],
         exports: [],
         tls,
         maxConnections: wanted === 0 ? MAX_CONNECTIONS : Math.min(wanted, MAX_CONNECTIONS),
       });
-      if (object !== undefined) object.users++;
-      this.#server = { server, tls: object };
     } catch (error) {
       throw new QmpError(listenErrorText(error, address));
     }
@@ -96,16 +94,15 @@ export class Exports {
   }
 
   async #close(): Promise<void> {
-    const { server, tls } = this.#server ?? {};
+    const server = this.#server;
     this.#server = undefined;
     await server?.close();
-    if (tls !== undefined) tls.users--;
   }
 
   /** QMP `block-export-add` */
   async add(options: JsonObject): Promise<void> {
     const id = String(options['id']);
-    if (!/^[A-Za-z][A-Za-z0-9\-._]*$/.test(id)) throw new QmpError('Invalid block export id');
+    checkId(id);
     if (this.#exports.has(id)) throw new QmpError(`Block export id '${id}' is already in use`);
     const nodeName = String(options['node-name']);
     const node = this.#graph.get(nodeName);
@@ -126,6 +123,7 @@ export class Exports {
     const name = String(options['name'] ?? device);
     const node = this.#graph.lookUp(device);
     const { bitmap, writable = false, description } = options;
+    checkId(name);
     if (this.#exports.has(name)) throw new QmpError(`Block export id '${name}' is already in use`);
     await this.#add(name, node, {
       name,
@@ -140,7 +138,7 @@ export class Exports {
     const writable = options['writable'] === true;
     checkExportable(node, writable);
     checkUnshared(node, ['consistent-read', ...(writable ? (['write'] as const) : [])]);
-    const server = this.#server?.server;
+    const server = this.#server;
     if (server === undefined) throw new QmpError('NBD server not running');
     const { description } = options;
     const name = String(options['name'] ?? node.name);
@@ -279,10 +277,10 @@ export class Exports {
     throw new QmpError(`Bitmap '${name}' is not found`);
   }
 
-  /** Whether no client is there, or comes to be: one that has said goodbye a moment ago is still being seen off. */
-  async #isLeft(): Promise<boolean> {
+  /** Whether an export has no client, or comes to: one that has said goodbye a moment ago is still being seen off. */
+  async #isLeft({ name }: Export): Promise<boolean> {
     for (const end = performance.now() + LEAVING_MS; ; await setTimeout(LEAVING_STEP_MS)) {
-      if ((this.#server?.server.connections ?? 0) === 0) return true;
+      if ((this.#server?.connectionsTo(name) ?? 0) === 0) return true;
       if (performance.now() > end) return false;
     }
   }
@@ -291,10 +289,10 @@ export class Exports {
   async remove(id: string, safe = false): Promise<void> {
     const found = this.#exports.get(id);
     if (found === undefined) throw new QmpError(`Export '${id}' is not found`);
-    if (safe && !(await this.#isLeft())) throw new QmpError(`export '${id}' still in use`);
+    if (safe && !(await this.#isLeft(found))) throw new QmpError(`export '${id}' still in use`);
     if (this.#exports.get(id) !== found) throw new QmpError(`Export '${id}' is not found`);
     this.#exports.delete(id);
-    await this.#server?.server.removeExport(found.name);
+    await this.#server?.removeExport(found.name);
     found.node.users.delete(this.#key(id));
     this.#keys.delete(id);
     await this.#graph.closeUnused(found.node);
@@ -316,6 +314,10 @@ export class Exports {
     }
     this.#exports.clear();
   }
+}
+
+function checkId(id: string): void {
+  if (!/^[A-Za-z][A-Za-z0-9\-._]*$/.test(id)) throw new QmpError('Invalid block export id');
 }
 
 /** A node, and what is below it as long as that is where its data comes from. */
@@ -350,10 +352,8 @@ function listenErrorText(error: unknown, address: JsonObject): string {
 /** An address of a command as servers take it. */
 export function listenAddress(address: JsonObject): ListenAddress {
   switch (address['type']) {
-    case 'unix': {
-      const path = String(address['path']);
-      return { type: 'unix', path: address['abstract'] === true ? `\0${path}` : path };
-    }
+    case 'unix':
+      return { type: 'unix', path: unixName(address) };
     case 'inet': {
       const port = Number(address['port']);
       if (!Number.isInteger(port) || port < 0 || port > 65535) {

@@ -1,6 +1,7 @@
 import { combineNames } from '../block/graph.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import type { GraphNode } from './graph-node.js';
+import { nbdFilename } from './nbd-names.js';
 
 /**
  * The name by which people know a node and can open it again: that of the file at its bottom, as it was given; `json:` and
@@ -11,7 +12,7 @@ export function filenameOf(node: GraphNode): string {
   if (typeof filename === 'string') return filename;
   const [child] = node.children;
   if (child === undefined) {
-    const plain = withoutSettings(node.descriptor.path);
+    const plain = nbdFilename(node.options) ?? withoutSettings(node.descriptor.path);
     return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
   }
   const plain = filenameOf(child.node);

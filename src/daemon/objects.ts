@@ -1,5 +1,3 @@
-import { createPrivateKey } from 'node:crypto';
-import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { setLimits, THROTTLE_GROUP_BYTES } from '../block/filters/throttle.js';
 import { changeLimits, type ThrottleLimits, UNLIMITED } from '../block/filters/throttle-limits.js';
@@ -7,6 +5,7 @@ import type { Engine, TlsOptions } from '../index.js';
 import { QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { contentOf } from './secrets.js';
+import { checkCredentials, DEFAULT_USERNAME } from './tls-credentials.js';
 
 /** An object that nodes and servers refer to (QMP `object-add`). */
 export interface DaemonObject {
@@ -20,7 +19,7 @@ export interface DaemonObject {
   readonly secret?: Buffer;
   /** What an `iothread` was told by `qom-set`. */
   readonly settings?: Map<string, number>;
-  /** How many nodes and servers use it. */
+  /** How many nodes use it. */
   users: number;
 }
 
@@ -64,12 +63,12 @@ export class Objects {
         return { settings: new Map() };
       case 'secret':
         return { secret: contentOf(options, (id) => this.#secret(id)) };
-      case 'tls-creds-x509': {
+      case 'tls-creds-x509':
+      case 'tls-creds-psk': {
         const { passwordid } = options;
-        if (typeof passwordid !== 'string') return {};
-        const secret = this.#secret(passwordid);
-        checkKey(options, secret.toString());
-        return { secret };
+        const secret = typeof passwordid === 'string' ? this.#secret(passwordid) : undefined;
+        checkCredentials(type, options, secret?.toString());
+        return secret === undefined ? {} : { secret };
       }
       default:
         return {};
@@ -125,17 +124,19 @@ export class Objects {
 
   /** TLS of a server, from credentials. */
   tlsOf(id: string): TlsOptions {
-    const object = this.#objects.get(id);
-    if (object === undefined) throw new QmpError(`No TLS credentials with id '${id}'`);
-    if (object.type !== 'tls-creds-x509' && object.type !== 'tls-creds-psk') {
-      throw new QmpError(`Object with id '${id}' is not TLS credentials`);
-    }
+    const object = this.#credentials(id);
     const { dir, endpoint, 'verify-peer': verifyPeer = true } = object.options;
     if (endpoint !== 'server') throw new QmpError('Expecting TLS credentials with a server endpoint');
-    if (typeof dir !== 'string') throw new QmpError("Property 'dir' is needed");
     return object.type === 'tls-creds-psk'
-      ? { pskFile: join(dir, 'keys.psk') }
-      : { certificates: dir, verifyPeer: verifyPeer === true, passphrase: object.secret?.toString() };
+      ? { pskFile: join(String(dir), 'keys.psk') }
+      : { certificates: String(dir), verifyPeer: verifyPeer === true, passphrase: object.secret?.toString() };
+  }
+
+  #credentials(id: string): DaemonObject {
+    const object = this.#objects.get(id);
+    if (object === undefined) throw new QmpError(`No TLS credentials with id '${id}'`);
+    if (object.type === 'tls-creds-x509' || object.type === 'tls-creds-psk') return object;
+    throw new QmpError(`Object with id '${id}' is not TLS credentials`);
   }
 
   /** What the key of a client's credentials is encrypted with. */
@@ -145,17 +146,16 @@ export class Objects {
 
   /** Parameters of an NBD URI for a client's credentials. */
   clientTlsOf(id: string): URLSearchParams {
-    const object = this.#objects.get(id);
-    if (object === undefined) throw new QmpError(`No TLS credentials with id '${id}'`);
-    const { dir, endpoint = 'client', username, 'verify-peer': verifyPeer } = object.options;
-    if (endpoint !== 'client') throw new QmpError('Expecting TLS credentials with a client endpoint');
+    const object = this.#credentials(id);
+    const { dir, endpoint = 'client', username = DEFAULT_USERNAME } = object.options;
+    if (endpoint !== 'client') throw new QmpError('Expected TLS credentials for a client endpoint');
     const parameters = new URLSearchParams();
     if (object.type === 'tls-creds-psk') {
       parameters.set('tls-psk-file', join(String(dir), 'keys.psk'));
-      if (typeof username === 'string') parameters.set('tls-username', username);
+      parameters.set('tls-username', String(username));
     } else {
-      if (typeof dir === 'string') parameters.set('tls-certificates', dir);
-      if (verifyPeer === false) parameters.set('tls-verify-peer', 'false');
+      parameters.set('tls-certificates', String(dir));
+      if (object.options['verify-peer'] === false) parameters.set('tls-verify-peer', 'false');
     }
     return parameters;
   }
@@ -175,17 +175,5 @@ function limitsOf(limits: ThrottleLimits, given: (name: string) => unknown): Thr
   } catch (error) {
     if (error instanceof RangeError) throw new QmpError(error.message);
     throw error;
-  }
-}
-
-/** @throws QmpError where the key of credentials is encrypted with something else */
-function checkKey({ dir, endpoint = 'client' }: JsonObject, passphrase: string): void {
-  if (typeof dir !== 'string') throw new QmpError("Missing 'dir' property value");
-  const [cert, key] = ['cert', 'key'].map((what) => join(dir, `${String(endpoint)}-${what}.pem`));
-  if (key === undefined || !existsSync(key)) return;
-  try {
-    createPrivateKey({ key: readFileSync(key), passphrase });
-  } catch {
-    throw new QmpError(`Cannot load certificate '${cert}' & key '${key}': Decryption has failed.`);
   }
 }

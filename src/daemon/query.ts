@@ -160,7 +160,7 @@ export class Queries {
     const nested = backing === undefined ? {} : { 'backing-image': await this.#image(backing, flat) };
     const info = await this.#engine.run<NodeInfo>({ kind: 'node-info', node: node.descriptor, filename });
     if (info.image !== undefined && node.driver === info.image.format) {
-      return { ...nested, 'dirty-flag': false, ...info.image };
+      return { ...nested, ...(isTold(node) ? { 'dirty-flag': false } : {}), ...info.image };
     }
     return {
       ...nested,

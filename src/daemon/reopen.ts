@@ -239,7 +239,7 @@ function prepare(
   for (const [name, value] of Object.entries(options)) {
     if (isOwn(name) || isChild(name)) continue;
     if (JSON.stringify(value) !== JSON.stringify(name === 'driver' ? driver : node.options[name])) {
-      throw new QmpError(`Cannot change the option '${name}'`);
+      throw new QmpError(`Cannot change the option '${changedName(name, value, node.options[name])}'`);
     }
   }
   const device = node.options['x-device'];
@@ -249,6 +249,15 @@ function prepare(
     readOnly: options['read-only'] === true,
     children,
   };
+}
+
+/** The option that is different, or the first of its members that is. */
+function changedName(name: string, value: unknown, before: unknown): string {
+  if (!isObject(value) || !isObject(before)) return name;
+  const changed = Object.entries(value).find(
+    ([key, one]) => JSON.stringify(one) !== JSON.stringify(before[key]),
+  );
+  return changed === undefined ? name : changedName(`${name}.${changed[0]}`, changed[1], before[changed[0]]);
 }
 
 /** The child that a node is to have from then on; undefined for none. @param before what becomes of others first */

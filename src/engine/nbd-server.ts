@@ -106,6 +106,11 @@ export class NbdServer {
     return this.#server.connections;
   }
 
+  /** Clients that have chosen this export; 0 where there is none of that name. */
+  connectionsTo(name: string): number {
+    return this.#server.connectionsTo(name);
+  }
+
   /** Threads that serve them. */
   get threads(): number {
     return this.#server.threads;

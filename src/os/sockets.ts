@@ -144,14 +144,14 @@ function loadSockets(): Sockets {
     },
     unixAddress(path) {
       const name = new TextEncoder().encode(path);
-      if (name.length > MAX_UNIX_PATH_BYTES) {
+      const abstract = name[0] === 0;
+      if (name.length > MAX_UNIX_PATH_BYTES + (abstract ? 1 : 0)) {
         throw new SocketError(
           'connect',
           'ENAMETOOLONG',
           `a socket's name has at most ${MAX_UNIX_PATH_BYTES} bytes`,
         );
       }
-      const abstract = name[0] === 0;
       const bytes = new Uint8Array(2 + name.length + (abstract ? 0 : 1));
       new DataView(bytes.buffer).setUint16(0, AF_UNIX, true);
       bytes.set(name, 2);

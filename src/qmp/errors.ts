@@ -86,10 +86,15 @@ export function qmpText(error: unknown): string {
 
 /** An error of connecting to an NBD server, in QEMU's words. @param place of the server, as the command has it */
 export function connectErrorText(error: unknown, place: string): string {
-  const { message } = toStillframeError(error);
+  const { code, message } = toStillframeError(error);
+  if (code === 'ERR_STILLFRAME_READ_ONLY') return 'Could not open image: Permission denied';
+  if (code === 'ERR_STILLFRAME_BITMAP_NOT_FOUND') return 'Could not open image: Invalid argument';
   if (message.includes('the server has no such export')) return 'Requested export not available';
+  if (message.includes('the server wants TLS')) return 'TLS negotiation required before option 7 (go)';
+  if (message.includes('the server refuses TLS (error 2)')) return 'Denied by server for option 5 (starttls)';
   if (message.includes(': ENOTFOUND: ')) return unresolvedText(place);
   const [, errno = ''] = /cannot connect to .*?: (E[A-Z]+)/s.exec(message) ?? [];
+  if (errno === 'ENAMETOOLONG') return `UNIX socket path '${place}' is too long`;
   const words = STRERROR[errno];
   return words === undefined ? message : `Failed to connect to '${place}': ${words}`;
 }

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { OPTION, OPTION_ERROR, REPLY } from '#src/nbd/protocol/numbers.js';
+import { EXPORT, OPTION, OPTION_ERROR, REPLY } from '#src/nbd/protocol/numbers.js';
 import { type Offer, ServerHandshake, type Step } from '#src/nbd/protocol/server-handshake.js';
 
 const disk: Offer = {
@@ -9,7 +9,8 @@ const disk: Offer = {
   flags: 0b1101,
   contexts: ['base:allocation', 'qemu:allocation-depth', 'qemu:dirty-bitmap:monday'],
 };
-const other: Offer = { ...disk, name: 'ö', description: '', length: 512 };
+const flags = EXPORT.hasFlags | EXPORT.multiConn;
+const other: Offer = { ...disk, name: 'ö', description: '', length: 512, flags };
 
 interface Reply {
   readonly option: number;
@@ -23,11 +24,12 @@ class Client {
   last: Step = { send: [], next: 'continue' };
   closing = false;
 
-  constructor(rules: { tls?: 'none' | 'required'; flags?: number } = {}) {
+  constructor(rules: { tls?: 'none' | 'required'; flags?: number; single?: boolean } = {}) {
     this.handshake = new ServerHandshake({
       offers: () => [disk, other],
       tls: rules.tls ?? 'none',
       closing: () => this.closing,
+      single: rules.single ?? false,
     });
     this.say(uint32(rules.flags ?? 3));
   }
@@ -193,6 +195,15 @@ describe('options', () => {
     expect(extended.types(OPTION.structuredReply)).toEqual([OPTION_ERROR.extendedHeadersRequired]);
     extended.option(OPTION.go, ...plainGo);
     expect(extended.last).toMatchObject({ agreement: { headers: 'extended', flags: 0b1000010001101 } });
+  });
+
+  it('speaks of several connections only where there is room for a second one', () => {
+    const offered = [false, true].map((single) => {
+      const client = new Client({ single });
+      client.option(OPTION.go, counted('ö'), uint16(0));
+      return client.last.next === 'transmission' ? client.last.agreement.flags : undefined;
+    });
+    expect(offered).toEqual([flags, EXPORT.hasFlags]);
   });
 
   it('never gives an export by name alone to who wants extended headers', () => {

@@ -16,7 +16,7 @@ export { type Owner, workingFor } from './owner.js';
  *
  * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT (the name), …_NBD_CONNECTION (the server cannot be reached, or
  *   does not answer in time), …_NBD_REFUSED (it has no such export, or wants TLS), …_NBD_PROTOCOL, …_READ_ONLY,
- *   …_UNSUPPORTED_FEATURE
+ *   …_BITMAP_NOT_FOUND (`x-dirty-bitmap`), …_UNSUPPORTED_FEATURE
  */
 export function openNbd(
   runtime: Runtime,
@@ -39,6 +39,13 @@ export function openNbd(
   try {
     const session = connections.open();
     const { length, minBlock, maxBlock, flags } = session;
+    const missing = target.contexts.find((context) => !session.contexts.has(context));
+    if (missing !== undefined) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_BITMAP_NOT_FOUND',
+        `'${name}': the server does not have '${missing}'; see 'nbdinfo --list' for what it has`,
+      );
+    }
     if (!readOnly && (flags & EXPORT.readOnly) !== 0) {
       throw new StillframeError(
         'ERR_STILLFRAME_READ_ONLY',

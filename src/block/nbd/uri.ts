@@ -195,7 +195,7 @@ function milliseconds(
 ): number | undefined {
   const text = parameters.get(key);
   if (text === undefined) return undefined;
-  if (!/^\d{1,7}(\.\d+)?$/.test(text))
+  if (!/^\d{1,10}(\.\d+)?$/.test(text))
     throw invalid(name, `has ${key}=${text}, which should be a number of seconds`);
   return Number(text) * 1000;
 }
@@ -208,7 +208,8 @@ function connectionsOf(name: string, text: string | undefined): number {
 }
 
 function contextsOf(bitmap: string | undefined): readonly string[] {
-  if (bitmap === undefined) return [];
+  // That one is asked for anyway.
+  if (bitmap === undefined || bitmap === 'base:allocation') return [];
   return [bitmap.startsWith('qemu:') ? bitmap : `qemu:dirty-bitmap:${bitmap}`];
 }
 

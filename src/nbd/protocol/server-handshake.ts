@@ -34,6 +34,8 @@ export interface HandshakeRules {
   readonly tls: 'none' | 'required';
   /** No new work is taken on. */
   readonly closing: () => boolean;
+  /** There is no room for a second connection: who counted on one would wait for itself. */
+  readonly single: boolean;
 }
 
 /** Block sizes that every offer has, in bytes: least, preferred, most. */
@@ -312,7 +314,8 @@ export class ServerHandshake {
       headers !== 'simple' && this.#chosen?.exportName === offer.name ? this.#chosen.contexts : [];
     const df = headers === 'simple' ? 0 : EXPORT.df;
     const payload = headers === 'extended' ? EXPORT.blockStatusPayload : 0;
-    return { offer, headers, contexts, flags: offer.flags | EXPORT.hasFlags | df | payload };
+    const offered = this.#rules.single ? offer.flags & ~EXPORT.multiConn : offer.flags;
+    return { offer, headers, contexts, flags: offered | EXPORT.hasFlags | df | payload };
   }
 
   #offerOf(reader: OptionReader): Offer {

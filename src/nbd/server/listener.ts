@@ -3,7 +3,7 @@ import type { Sockets } from '../../os/sockets.js';
 import { ServerHandshake, type Step } from '../protocol/server-handshake.js';
 import { IDLE_MS } from './client-socket.js';
 import { type HandshakeStream, PlainHandshakeStream, TlsHandshakeStream } from './handshake-stream.js';
-import { PHASE_OF, type ServerState } from './state.js';
+import { type ConnectionState, PHASE_OF, type ServerState } from './state.js';
 import type { TlsHandshakes } from './tls.js';
 
 /** Most steps of one handshake before others get their turn. */
@@ -55,6 +55,8 @@ interface Newcomer {
   /** What is still to be sent, and what comes then. */
   unsent: Uint8Array[];
   after: Step | undefined;
+  /** Its place among the connections, from when it has chosen an export. */
+  connection: ConnectionState | undefined;
 }
 
 /**
@@ -173,6 +175,7 @@ export class Listener {
       offers: () => state.exports.flatMap((exported) => exported?.offer ?? []),
       tls: tls === undefined ? 'none' : 'required',
       closing: () => state.phase !== PHASE_OF.serving,
+      single: state.maxConnections === 1,
     });
     const newcomer: Newcomer = {
       id,
@@ -184,6 +187,7 @@ export class Listener {
       have: 0,
       unsent: [ServerHandshake.greeting()],
       after: undefined,
+      connection: undefined,
     };
     this.#newcomers.set(id, newcomer);
     this.#guard(newcomer, () => {
@@ -201,8 +205,10 @@ export class Listener {
     }
   }
 
-  #drop({ id, stream }: Newcomer): void {
-    if (this.#newcomers.delete(id)) stream.close();
+  #drop({ id, stream, connection }: Newcomer): void {
+    if (!this.#newcomers.delete(id)) return;
+    if (connection !== undefined) this.#context.state.cancelConnection(connection);
+    stream.close();
   }
 
   /** Sends and reads as far as that goes without waiting. */
@@ -232,11 +238,30 @@ export class Listener {
       if (newcomer.have < newcomer.bytes.length) continue;
       newcomer.have = 0;
       newcomer.after = newcomer.handshake.take(newcomer.bytes);
+      if (!this.#place(newcomer, newcomer.after)) {
+        this.#drop(newcomer);
+        return;
+      }
       newcomer.unsent.push(...newcomer.after.send);
     }
     // What has come already the socket does not tell of, but it can be written to as a rule.
     const what = newcomer.stream.hasPending ? 'writable' : 'readable';
     sockets.rewatch(poller, newcomer.fd, HANDSHAKE_TAG + newcomer.id, what);
+  }
+
+  /**
+   * Gives a client that has chosen an export its place: before it is told, so that it uses the export once it knows.
+   *
+   * @returns false where there is none
+   */
+  #place(newcomer: Newcomer, step: Step): boolean {
+    if (step.next !== 'transmission') return true;
+    const { state } = this.#context;
+    const { agreement } = step;
+    const index = state.exports.findIndex((exported) => exported?.offer.name === agreement.offer.name);
+    if (index < 0) return false;
+    newcomer.connection = state.openConnection(newcomer.fd, index, agreement, newcomer.stream.channel);
+    return newcomer.connection !== undefined;
   }
 
   /** @returns whether everything was taken */
@@ -267,21 +292,15 @@ export class Listener {
         newcomer.handshake.secured();
         return true;
       case 'transmission':
-        this.#admit(newcomer, step);
+        this.#admit(newcomer);
         return false;
     }
   }
 
-  #admit(newcomer: Newcomer, { agreement }: Extract<Step, { next: 'transmission' }>): void {
+  #admit({ id, fd, stream, connection }: Newcomer): void {
     const { state, sockets, poller, more } = this.#context;
-    const { id, fd, stream } = newcomer;
-    const index = state.exports.findIndex((exported) => exported?.offer.name === agreement.offer.name);
+    if (connection === undefined) throw new Error('invariant: who has chosen an export has a place');
     sockets.setReceiveTimeout(fd, IDLE_MS);
-    const connection = index < 0 ? undefined : state.openConnection(fd, index, agreement, stream.channel);
-    if (connection === undefined) {
-      this.#drop(newcomer);
-      return;
-    }
     this.#newcomers.delete(id);
     // Its first request may have come with the rest of the handshake, and the socket does not tell of that any more.
     if (!stream.hasPending) sockets.rewatch(poller, fd, tagOf(connection), 'readable');

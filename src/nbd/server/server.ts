@@ -103,6 +103,13 @@ export class Server {
     return this.#state.open;
   }
 
+  /** Clients that have chosen this export. */
+  connectionsTo(name: string): number {
+    const state = this.#state;
+    const index = state.exports.findIndex((exported) => exported?.offer.name === name);
+    return index < 0 ? 0 : state.forEachOpen(() => undefined, index);
+  }
+
   /** Whether clients speak TLS with it. */
   get secure(): boolean {
     return this.#tls !== undefined;

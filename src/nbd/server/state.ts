@@ -201,6 +201,15 @@ export class ServerState {
     return found;
   }
 
+  /** Takes the place of a connection back that nobody serves yet. Its socket is not closed. */
+  cancelConnection(connection: ConnectionState): void {
+    this.#locked(() => {
+      this.arena.free(connection.buffer);
+      connection.set(STATE, FREE);
+    });
+    Atomics.sub(this.arena.i32, (this.control + OPEN) >> 2, 1);
+  }
+
   /**
    * Does something with the descriptor of every connection that is open.
    *
