@@ -178,6 +178,8 @@ export class MirrorJob extends Job {
     }
     this.#plan();
     for (;;) {
+      // Before: a job that is cancelled is asked to end as well.
+      const isEnding = this.#isEnding();
       if (control.cancelled) return 'cancelled';
       if (control.paused) this.pause();
       else if (this.#zeroed !== undefined) this.#attempt(() => this.#zero());
@@ -186,7 +188,7 @@ export class MirrorJob extends Job {
       else if (!this.#isReady) {
         if (this.#caughtUp) this.#becomeReady();
         else this.#copy();
-      } else if (!this.#isEnding()) {
+      } else if (!isEnding) {
         if (this.#mirror.dirty) this.#copy();
         else this.#wait();
       } else if (this.#mirror.count() > REST_BYTES) this.#copy();

@@ -94,7 +94,8 @@ export class Simulator {
       });
       return worker;
     });
-    await Promise.all(workers.map((worker) => new Promise((resolve) => worker.once('online', resolve))));
+    // Each says so once its modules are loaded, which look at the arena.
+    await Promise.all(workers.map((worker) => new Promise((resolve) => worker.once('message', resolve))));
     return new Simulator(new World(memory, -1), workers);
   }
 

@@ -6,6 +6,7 @@
 // Before all others: production modules take hold of what they find when they are loaded.
 import './atomics.js';
 
+import { parentPort } from 'node:worker_threads';
 import { BackupJob, beginBackup, helpCopying } from '#src/backup/backup-job.js';
 import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
 import { Frame, type FrameDescriptor } from '#src/block/filters/copy-before-write.js';
@@ -335,6 +336,7 @@ function partOf(scenario: Scenario, setup: Setup): () => void {
   return () => runJob(scenario, setup, second, 1);
 }
 
+parentPort?.postMessage('ready');
 for (;;) {
   const scenario: Scenario = JSON.parse(world.awaitTurn());
   files.faults = scenario.faults;
