@@ -73,6 +73,10 @@ export class Exports {
     if (this.#server !== undefined) throw new QmpError('NBD server already running');
     const creds = options['tls-creds'];
     const tls = typeof creds === 'string' ? this.#objects.tlsOf(creds) : undefined;
+    if (tls !== undefined && options['tls-authz'] !== undefined) {
+      // Whoever asks for it counts on others being kept out.
+      throw new QmpError("'tls-authz' is not supported: whoever the credentials let in is served");
+    }
     const wanted = Number(options['max-connections'] ?? DEFAULT_CONNECTIONS);
     const listen = listenAddress(address);
     try {
@@ -173,7 +177,7 @@ export class Exports {
     id: string,
     node: GraphNode,
     name: string,
-    { description, 'allocation-depth': depth, ...options }: JsonObject,
+    { description, 'allocation-depth': depth, writethrough, ...options }: JsonObject,
   ): Promise<void> {
     const writable = options['writable'] === true;
     const bitmaps = Array.isArray(options['bitmaps']) ? options['bitmaps'] : [];
@@ -187,6 +191,7 @@ export class Exports {
       bitmaps: found,
       holdBitmaps: true,
       allocationDepth: depth === true,
+      writethrough: writethrough === true,
     });
     this.#exports.set(id, { id, name, node, writable });
     node.users.set(this.#key(id, writable), 'export');

@@ -2,11 +2,11 @@
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, describe, it } from 'vitest';
+import { afterAll, describe, expect, it } from 'vitest';
 import { makeCertificates } from '../support/certificates.js';
 import { hasPeer } from '../support/peers.js';
 import type { Message } from '../support/qmp.js';
-import { del, hasQemu, nodes, type Step, same, sh } from '../support/sessions.js';
+import { del, event, hasQemu, nodes, play, type Step, same, sh } from '../support/sessions.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'stillframe-nbd-sessions-'));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
@@ -29,7 +29,12 @@ const start = (more: Message = {}): Step => [
   'nbd-server-start',
   { addr: { type: 'unix', data: { path: 'n.sock' } }, ...more },
 ];
-const exported = (id: string): Step => ['block-export-add', { type: 'nbd', id, 'node-name': 'd', name: id }];
+const exported = (id: string, more: Message = {}): Step => [
+  'block-export-add',
+  { type: 'nbd', id, 'node-name': 'd', name: id, ...more },
+];
+/** The answer may come before. */
+const deleted = (id: string): Step => event('BLOCK_EXPORT_DELETED', { id });
 /** Stays until it is killed. */
 const client = (name: string): Step =>
   sh(`
@@ -85,14 +90,17 @@ describe.skipIf(!hasQemu())('a session', () => {
         start(),
         ['nbd-server-add', { device: 'd', name: '' }],
         ['nbd-server-add', { device: 'd', name: 'b c' }],
-        ...['a', 'b', 'c'].map(exported),
+        ...['a', 'b', 'c'].map((id) => exported(id)),
         client('a'),
         ['nbd-server-remove', { name: 'a' }],
         ['nbd-server-remove', { name: 'b' }],
+        deleted('b'),
         ['block-export-del', { id: 'c' }],
+        deleted('c'),
         ['block-export-del', { id: 'a' }],
         ['query-block-exports'],
         ['block-export-del', { id: 'a', mode: 'hard' }],
+        deleted('a'),
         ['query-block-exports'],
         ['nbd-server-stop'],
         // Who counted on several connections would wait for itself.
@@ -101,6 +109,30 @@ describe.skipIf(!hasQemu())('a session', () => {
         ...(hasPeer('nbdinfo') ? [sh("nbdinfo 'nbd+unix:///a?socket=n.sock'")] : []),
       ],
       after,
+    });
+  });
+
+  it('with exports the data of which is durable before that is said', async () => {
+    const write = (name: string, what: string): Step =>
+      sh(`qemu-io -t writeback -f raw -c '${what}' 'nbd+unix:///${name}?socket=n.sock'`);
+    const file = { driver: 'file', filename: 'd.raw' };
+    const rule = { event: 'none', iotype: 'flush', errno: 28 };
+    await same({
+      // Nothing of it can be made durable in the end.
+      end: 'SIGKILL',
+      prepare: 'qemu-img create -q -f raw d.raw 4M',
+      steps: [
+        ['blockdev-add', { driver: 'blkdebug', 'node-name': 'd', image: file, 'inject-error': [rule] }],
+        start(),
+        ...[exported('a', { writable: true }), exported('b', { writable: true, writethrough: true })],
+        ...[
+          'write -P 1 0 64k',
+          'write -P 2 1M 2M',
+          'write -z 64k 64k',
+          'discard 128k 64k',
+          'read 0 64k',
+        ].flatMap((what) => [write('a', what), write('b', what)]),
+      ],
     });
   });
 
@@ -160,4 +192,20 @@ describe.skipIf(!hasQemu())('a session', () => {
       after,
     });
   });
+});
+
+it('a server that was to ask somebody else whom it may serve is none', async () => {
+  const { answers } = await play('stillframe', join(folder, 'authz'), {
+    prepare: 'mkdir keys; echo qemu:0123456789abcdef > keys/keys.psk',
+    steps: [
+      ['object-add', { 'qom-type': 'tls-creds-psk', id: 't', endpoint: 'server', dir: 'keys' }],
+      start({ 'tls-creds': 't', 'tls-authz': 'a' }),
+      ['nbd-server-stop'],
+    ],
+  });
+  const told = answers.filter((one) => String((one as Message)['execute']).startsWith('nbd-server-'));
+  expect(told).toMatchObject([
+    { answer: { error: { desc: expect.stringContaining("'tls-authz' is not supported") } } },
+    { answer: { error: { desc: 'NBD server not running' } } },
+  ]);
 });

@@ -157,7 +157,7 @@ export class ConnectionThread {
           this.#writeLarge(socket, session, bytes, release);
           return true;
         }
-        const slow = state.slowness > SLOW_US || Session.isSlow(request);
+        const slow = state.slowness > SLOW_US || session.isSlow(request);
         const data = this.#payload(socket, session, bytes, slow);
         if (slow) {
           session.flush();

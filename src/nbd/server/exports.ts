@@ -17,6 +17,8 @@ export interface ExportDescriptor {
   readonly frozen: FrozenDescriptor | undefined;
   /** In the order of the offer's contexts. */
   readonly contexts: readonly ContextKind[];
+  /** What is written is durable before that is answered. */
+  readonly writethrough: boolean;
   /** Its dirty bitmaps are kept for it. */
   readonly holdsBitmaps: boolean;
 }

@@ -26,6 +26,8 @@ export interface ExportOptions {
     | undefined;
   /** Nobody else may use or change these bitmaps meanwhile (QMP `block-export-add`). Default false. */
   readonly holdBitmaps?: boolean | undefined;
+  /** What is written and zeroed is durable before that is answered, whether clients ask for it or not. Default false. */
+  readonly writethrough?: boolean | undefined;
   /** Clients can read how deep in the backing chain data is, as `qemu:allocation-depth`. Default true. */
   readonly allocationDepth?: boolean | undefined;
 }
@@ -46,6 +48,7 @@ export function makeExport(
   options: ExportOptions,
 ): ExportDescriptor {
   const { name = '', description = '', bitmaps, holdBitmaps = false, allocationDepth = true } = options;
+  const { writethrough = false } = options;
   const readOnly = frozen !== undefined || (options.readOnly ?? disk.readOnly);
   for (const text of [name, description]) {
     if (Buffer.byteLength(text) <= MAX_STRING_BYTES && !text.includes('\0')) continue;
@@ -83,6 +86,7 @@ export function makeExport(
     disk,
     frozen,
     contexts: contexts.map(([, kind]) => kind),
+    writethrough,
     holdsBitmaps: holdBitmaps,
   };
 }

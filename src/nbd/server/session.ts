@@ -43,6 +43,7 @@ export class Session {
   readonly socket: ClientSocket;
   readonly #runtime: Runtime;
   readonly #drive: Drive;
+  readonly #writethrough: boolean;
   readonly #contexts: ReadonlyMap<number, ContextKind>;
   readonly #answers: number;
   readonly #pipe: FilePipe;
@@ -54,7 +55,7 @@ export class Session {
   constructor(
     runtime: Runtime,
     socket: ClientSocket,
-    { offer, contexts }: ExportDescriptor,
+    { offer, contexts, writethrough }: ExportDescriptor,
     drive: Drive,
     answers: number,
     pipe: FilePipe,
@@ -70,6 +71,7 @@ export class Session {
     };
     this.#runtime = runtime;
     this.#drive = drive;
+    this.#writethrough = writethrough;
     this.#contexts = new Map(
       chosen.flatMap((number) => {
         const context = contexts[number - 1];
@@ -111,8 +113,9 @@ export class Session {
   }
 
   /** Whether it takes long, whatever was seen of late. */
-  static isSlow({ command, flags, length }: Request): boolean {
-    if (command === COMMAND.flush || (flags & COMMAND_FLAG.fua) !== 0) return true;
+  isSlow(request: Request): boolean {
+    const { command, length } = request;
+    if (command === COMMAND.flush || this.#isDurable(request)) return true;
     return command !== COMMAND.blockStatus && length > DATA_BYTES;
   }
 
@@ -161,10 +164,16 @@ export class Session {
 
   /** Makes what was changed durable where that is asked for, and answers that it is done. */
   finish(request: Request): void {
-    const changes = request.command !== COMMAND.read && request.command !== COMMAND.flush;
-    if (changes && (request.flags & COMMAND_FLAG.fua) !== 0) this.#drive.flush();
+    if (this.#isDurable(request)) this.#drive.flush();
     const at = this.#room(MAX_PLAIN_BYTES);
     this.#collected += encodeDone(this.#view, at, this.rules.headers, request);
+  }
+
+  #isDurable({ command, flags }: Request): boolean {
+    // Whether space was given up is nobody's data.
+    const writes = command === COMMAND.write || command === COMMAND.writeZeroes;
+    const changes = command !== COMMAND.read && command !== COMMAND.flush;
+    return (writes && this.#writethrough) || (changes && (flags & COMMAND_FLAG.fua) !== 0);
   }
 
   /** Answers what went wrong. */
