@@ -82,6 +82,7 @@ export function createImage(runtime: Runtime, name: string, options: CreateImage
   const backing = options.unsafeBacking === true ? undefined : lookAtBacking(runtime, path, options);
   const length = options.exact === true ? (options.length ?? 0) : roundUp(options.length ?? backing);
   checkCreation(path, length, options);
+  checkFiles(path, options);
   const isFile = !isNbdName(path);
   const file = isFile
     ? openFile(runtime, path, { readOnly: false, lock: 'write', create: 'truncate' })
@@ -89,7 +90,7 @@ export function createImage(runtime: Runtime, name: string, options: CreateImage
   let dataFile: FileDescriptor | undefined;
   let done = false;
   try {
-    dataFile = makeDataFile(runtime, path, options);
+    dataFile = makeDataFile(runtime, path, options.dataFile);
     formatFile(runtime, file, dataFile, length, options);
     done = true;
     return length;
@@ -172,28 +173,27 @@ export function formatNode(
   formatFile(runtime, file, dataNode && storageOf(runtime, dataNode), size, options);
 }
 
-/**
- * Makes the external data file that the options name, empty and locked.
- *
- * @param path of the image
- */
-export function makeDataFile(
-  runtime: Runtime,
-  path: string,
-  options: Pick<CreateImageOptions, 'dataFile' | 'backingFile' | 'force'>,
-): FileDescriptor | undefined {
-  const { dataFile: name, backingFile } = options;
-  if (name === undefined) return undefined;
-  if (/^[^/]*:/.test(name)) {
+/** Refuses what would empty a file that the new image needs, before anything is touched. */
+function checkFiles(path: string, options: CreateImageOptions): void {
+  const { backingFile, dataFile } = options;
+  const image = fileIdentity(path);
+  const backing = backingFile === undefined ? undefined : fileIdentity(resolveBackingName(path, backingFile));
+  if (image !== undefined && image === backing) {
     throw new StillframeError(
-      'ERR_STILLFRAME_INVALID_ARGUMENT',
-      `'${name}' cannot be a data file: a name with a colon is a protocol's; put './' before it if it is a file`,
+      'ERR_STILLFRAME_SAME_NODE',
+      `'${path}' would be its own backing file; name another backing file`,
     );
   }
-  const place = resolveBackingName(path, name);
+  if (dataFile === undefined) return;
+  if (/^[^/]*:/.test(dataFile)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_INVALID_ARGUMENT',
+      `'${dataFile}' cannot be a data file: a name with a colon is a protocol's; put './' before it if it is a file`,
+    );
+  }
+  const place = resolveBackingName(path, dataFile);
   const identity = fileIdentity(place);
-  const others = [path, ...(backingFile === undefined ? [] : [resolveBackingName(path, backingFile)])];
-  if (identity !== undefined && others.some((other) => fileIdentity(other) === identity)) {
+  if (place === resolve(path) || (identity !== undefined && [image, backing].includes(identity))) {
     throw new StillframeError(
       'ERR_STILLFRAME_SAME_NODE',
       `the data file '${place}' is the image itself or its backing file; give it a name of its own`,
@@ -205,7 +205,20 @@ export function makeDataFile(
       `the data file '${place}' exists; use --force to replace it`,
     );
   }
-  return openFile(runtime, place, { readOnly: false, lock: 'write', create: 'truncate' });
+}
+
+/**
+ * Makes the external data file that the options name, empty and locked.
+ *
+ * @param path of the image
+ */
+function makeDataFile(runtime: Runtime, path: string, name: string | undefined): FileDescriptor | undefined {
+  if (name === undefined) return undefined;
+  return openFile(runtime, resolveBackingName(path, name), {
+    readOnly: false,
+    lock: 'write',
+    create: 'truncate',
+  });
 }
 
 function roundUp(length: number | undefined): number {

@@ -1,4 +1,4 @@
-import { mkdtempSync, readFileSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs';
+import { linkSync, mkdtempSync, readFileSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeEach, describe, expect, it } from 'vitest';
@@ -189,6 +189,18 @@ describe('create -o refuses', () => {
     expect(stillframe(args, { cwd: folder }).status).toBe(1);
     const raw = ['create', '--force', '-f', 'raw', '-o', 'preallocation=metadata', 'precious.img', '1M'];
     expect(stillframe(raw, { cwd: folder }).status).toBe(1);
+    expect(readFileSync(at('precious.img'), 'utf8')).toBe('precious');
+  });
+
+  it.each([
+    [['-b', 'link.img', '-F', 'raw']],
+    [['-o', 'data_file=./precious.img']],
+  ])('to replace, with %j, a file that the image needs', (options) => {
+    writeFileSync(at('precious.img'), 'precious');
+    rmSync(at('link.img'), { force: true });
+    linkSync(at('precious.img'), at('link.img'));
+    const args = ['create', '--force', '-f', 'qcow2', ...options, 'precious.img', '1M'];
+    expect(stillframe(args, { cwd: folder }).stderr).toContain('[ERR_STILLFRAME_SAME_NODE]');
     expect(readFileSync(at('precious.img'), 'utf8')).toBe('precious');
   });
 
