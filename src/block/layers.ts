@@ -107,6 +107,8 @@ export interface LayerHeader {
   readonly backingName: string | undefined;
   /** Path of the external data file. */
   readonly dataFile: string | undefined;
+  /** Its name as the header has it, looked for or not. */
+  readonly dataFileName: string | undefined;
 }
 
 /** Opens one node. Nodes below it stay their owners'. @throws StillframeError what the driver throws */
@@ -182,7 +184,13 @@ export function readLayerHeader(
   const file = attachFile(runtime, storageOf(runtime, node));
   const found = format ?? probe(file);
   if (found !== 'qcow2') {
-    return { format: found, backing: undefined, backingName: undefined, dataFile: undefined };
+    return {
+      format: found,
+      backing: undefined,
+      backingName: undefined,
+      dataFile: undefined,
+      dataFileName: undefined,
+    };
   }
   const header = readHeader(runtime, file);
   const { path } = node;
@@ -191,6 +199,7 @@ export function readLayerHeader(
   return {
     format: found,
     backingName: backingFile,
+    dataFileName: dataFile,
     backing:
       backingFile === undefined || !follow.backing
         ? undefined

@@ -288,6 +288,9 @@ export class Drivers {
         if (wantedData !== undefined && !descriptor.hasDataFile) {
           throw new QmpError("'data-file' can only be set for images with an external data file");
         }
+        if (dataFile === undefined && descriptor.hasDataFile) {
+          throw new QmpError("'data-file' is required for this image");
+        }
       } catch (error) {
         await this.#engine.run<void>({ kind: 'close-layer', node: descriptor });
         throw error;
@@ -297,14 +300,21 @@ export class Drivers {
   }
 
   async #header(file: GraphNode, follow: HeaderOptions['follow']): Promise<LayerHeader> {
+    const read = (which: HeaderOptions['follow']) => this.#nodes.header(file, 'qcow2', which);
     try {
-      return await this.#nodes.header(file, 'qcow2', follow);
+      return await read(follow);
     } catch (error) {
-      if (!follow.backing || toStillframeError(error).code !== 'ERR_STILLFRAME_BACKING_MISSING') throw error;
-      const { backingName } = await this.#nodes.header(file, 'qcow2', { ...follow, backing: false });
-      if (backingName === undefined) throw error;
-      const name = combineNames(filenameOf(file), backingName);
-      throw new QmpError(`Could not open backing file: Could not open '${name}': No such file or directory`);
+      if (toStillframeError(error).code !== 'ERR_STILLFRAME_BACKING_MISSING') throw error;
+      const { backingName, dataFileName } = await read({ backing: false, dataFile: false });
+      const noData = await read({ ...follow, backing: false }).then(
+        () => false,
+        () => true,
+      );
+      const name = noData ? dataFileName : backingName;
+      if (name === undefined) throw error;
+      const which = noData ? '' : 'Could not open backing file: ';
+      const path = combineNames(filenameOf(file), name);
+      throw new QmpError(`${which}Could not open '${path}': No such file or directory`);
     }
   }
 

@@ -71,6 +71,9 @@ const SHORTER: readonly RegExp[] = [
 const OTHERWISE: readonly (readonly [ours: RegExp, theirs: string])[] = [
   [/^'.*' is not a qcow2 image: /s, 'Image is not in qcow2 format'],
   [/^Compression not supported for this file format: /, 'Compression is not supported for this drive '],
+  [/^cannot resize '.*': Can't resize a v2 image /s, "Can't resize a v2 image which has snapshots"],
+  [/^cannot resize '.*': \d+ bytes are too many /s, 'Failed to grow the L1 table: File too large'],
+  [/^cannot truncate .*: EFBIG: /s, 'Could not resize file: File too large'],
 ];
 
 /** What a client is told of an error of ours. */

@@ -192,17 +192,17 @@ describe('create -o refuses', () => {
     expect(readFileSync(at('precious.img'), 'utf8')).toBe('precious');
   });
 
-  it.each([
-    [['-b', 'link.img', '-F', 'raw']],
-    [['-o', 'data_file=./precious.img']],
-  ])('to replace, with %j, a file that the image needs', (options) => {
-    writeFileSync(at('precious.img'), 'precious');
-    rmSync(at('link.img'), { force: true });
-    linkSync(at('precious.img'), at('link.img'));
-    const args = ['create', '--force', '-f', 'qcow2', ...options, 'precious.img', '1M'];
-    expect(stillframe(args, { cwd: folder }).stderr).toContain('[ERR_STILLFRAME_SAME_NODE]');
-    expect(readFileSync(at('precious.img'), 'utf8')).toBe('precious');
-  });
+  it.each([[['-b', 'link.img', '-F', 'raw']], [['-o', 'data_file=./precious.img']]])(
+    'to replace, with %j, a file that the image needs',
+    (options) => {
+      writeFileSync(at('precious.img'), 'precious');
+      rmSync(at('link.img'), { force: true });
+      linkSync(at('precious.img'), at('link.img'));
+      const args = ['create', '--force', '-f', 'qcow2', ...options, 'precious.img', '1M'];
+      expect(stillframe(args, { cwd: folder }).stderr).toContain('[ERR_STILLFRAME_SAME_NODE]');
+      expect(readFileSync(at('precious.img'), 'utf8')).toBe('precious');
+    },
+  );
 
   it('a backing file that is not there, unless told not to look', () => {
     const args = ['create', '-f', 'qcow2', '-b', 'gone.img', '-F', 'raw', 'x.img', '1M'];
