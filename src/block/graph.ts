@@ -22,6 +22,7 @@ import {
   openForeign,
   PROBE_BYTES,
   probeForeign,
+  probeUnsupported,
 } from './foreign/index.js';
 import { openNbd } from './nbd/index.js';
 import { isNbdName, nbdIdentity, parseNbdName } from './nbd/uri.js';
@@ -313,11 +314,22 @@ export function fileIdentity(path: string): string | undefined {
   return stat && identityOf(stat);
 }
 
-/** The format whose header the file starts with, else `raw`. */
+/**
+ * The format whose header the file starts with, else `raw`.
+ *
+ * @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE (a format that is known and not supported)
+ */
 export function probe(file: FileNode): ImageFormat {
   const head = new Uint8Array(PROBE_BYTES);
   file.readBytes(0, head);
-  return probeQcow2(head) ? 'qcow2' : (probeForeign(head) ?? 'raw');
+  const format = probeQcow2(head) ? 'qcow2' : probeForeign(head);
+  if (format !== undefined) return format;
+  const unsupported = probeUnsupported(head);
+  if (unsupported === undefined) return 'raw';
+  throw new StillframeError(
+    'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+    `'${file.descriptor.path}' has the format ${unsupported}, which is not supported; say format 'raw' to take it as it is`,
+  );
 }
 
 /** The format that a header says its backing file has. @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE */

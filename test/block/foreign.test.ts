@@ -484,3 +484,16 @@ describe('files that headers name', () => {
     });
   });
 });
+
+describe.skipIf(!peers)('formats without support', () => {
+  it.each(['qcow', 'qed', 'parallels', 'luks'])('%s is never taken for raw unasked', (format) => {
+    const name = `unsupported.${format}`;
+    // Making one of LUKS takes seconds, for its key.
+    if (format === 'luks') writeFileSync(at(name), Buffer.from('LUKS\u{ba}\u{be}\0\u{1}', 'latin1'));
+    else qemuImg('create', '-q', '-f', format, name, '1M');
+    expect(() => withImage(name, () => undefined)).toThrow(
+      `has the format ${format}, which is not supported`,
+    );
+    withImage(name, (node) => expect(imageOf(node).driver).toBe('raw'), { format: 'raw' });
+  });
+});

@@ -24,6 +24,7 @@ import { NO_PARENT } from './vmdk-descriptor.js';
 import { openVpc, probeVpc, VpcLocator } from './vpc.js';
 
 export { PROBE_BYTES } from './contract.js';
+export { probeUnsupported } from './unsupported.js';
 
 /** Formats that are read and not written, by the names that `-f` has for them. */
 export const FOREIGN_NAMES: readonly ForeignName[] = ['vmdk', 'vhdx', 'vpc', 'vdi'];
