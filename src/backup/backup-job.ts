@@ -385,6 +385,8 @@ export class BackupJob extends Job {
     const isSpoilt = keep ? this.#frame.unusable : this.#frame.lost && this.#options.asQemu !== true;
     if (failure === undefined && isSpoilt) failure = brokenFrameError('the backup has failed');
     if (holder !== undefined) closeScratch(this.#runtime, holder);
+    /** What was copied is in the target for good. */
+    let isKept = false;
     if (keep && failure === undefined) {
       try {
         if (!this.#leavesFlushing) commitTarget(this.#runtime, this.#target);
@@ -392,23 +394,39 @@ export class BackupJob extends Job {
         failure = toStillframeError(error);
       }
     } else {
-      abandonTarget(this.#runtime, this.#target);
+      isKept = abandonTarget(this.#runtime, this.#target) && this.#flushesPart();
     }
-    this.#settleBitmap(outcome === 'completed' && failure === undefined);
+    this.#settleBitmap(outcome === 'completed' && failure === undefined, isKept);
     return failure;
   }
 
-  /** What the bitmap says from now on (QAPI `BitmapSyncMode`). */
-  #settleBitmap(success: boolean): void {
+  /** Flushes what a bitmap is to say that it was copied, to a target that stays open. @returns whether that went well */
+  #flushesPart(): boolean {
+    const { bitmapMode } = this.#options;
+    if (bitmapMode !== 'always' || this.#target.borrowed !== true || this.#leavesFlushing) return true;
+    try {
+      this.#frame.target.flush();
+      return true;
+    } catch {
+      return false;
+    }
+  }
+
+  /**
+   * What the bitmap says from now on (QAPI `BitmapSyncMode`).
+   *
+   * @param isKept where the job has not succeeded: what it has copied stays in the target
+   */
+  #settleBitmap(success: boolean, isKept: boolean): void {
     const bitmap = this.#bitmap;
     if (bitmap === undefined) return;
     const { bitmapMode = 'on-success' } = this.#options;
     // Its node may have got an overlay, which the disk is on now.
     const set = BitmapSet.of(this.#runtime, bitmap);
     if (bitmapMode === 'always' && !success) {
-      // A new target that was removed has taken with it what was copied.
-      const lost = this.#target.partialPath !== undefined;
-      set.unfreeze(bitmap, 'abdicate', () => this.#frame.markUncopied(bitmap, lost));
+      // Else there is no backup but the one before.
+      const how = isKept ? 'abdicate' : 'reclaim';
+      set.unfreeze(bitmap, how, () => this.#frame.markUncopied(bitmap, !isKept));
       return;
     }
     set.unfreeze(bitmap, success && bitmapMode !== 'never' ? 'abdicate' : 'reclaim');

@@ -406,9 +406,11 @@ function syncFolder(path: string): void {
 /**
  * Gives up on a target: closes it, and removes it where we made it. Never throws: what cannot be removed or closed
  * properly keeps its name of an unfinished one, and the resources are back all the same.
+ *
+ * @returns whether what was written to it is still there, and durable unless somebody else has it open
  */
-export function abandonTarget(runtime: Runtime, target: Target): void {
-  if (target.borrowed === true) return;
+export function abandonTarget(runtime: Runtime, target: Target): boolean {
+  if (target.borrowed === true) return true;
   if (target.partialPath !== undefined) {
     try {
       rmSync(target.partialPath, { force: true });
@@ -421,7 +423,9 @@ export function abandonTarget(runtime: Runtime, target: Target): void {
   }
   try {
     closeNode(runtime, target.descriptor);
+    return target.partialPath === undefined;
   } catch {
     // Whatever could not be flushed was given up on just now.
+    return false;
   }
 }

@@ -737,9 +737,17 @@ export const mutants: readonly Mutant[] = [
     name: 'uncopied-forgotten',
     what: "under 'always' what was not copied is not dirty afterwards",
     file: JOB,
-    find: 'this.#frame.markUncopied(bitmap, lost)',
+    find: 'this.#frame.markUncopied(bitmap, !isKept)',
     replace: 'undefined',
     tests: bitmaps,
+  },
+  {
+    name: 'unflushed-taken-for-copied',
+    what: "under 'always' what a target lost at its last flush is not dirty afterwards",
+    file: JOB,
+    find: 'const how = isKept ?',
+    replace: 'isKept ||= this.#target.partialPath === undefined;\n      const how = isKept ?',
+    tests: ['test/sim/sim.test.ts'],
   },
   {
     name: 'not-claimed',

@@ -74,9 +74,8 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   });
   if (unnoticed !== undefined) return unnoticed;
   const [first] = cases;
-  const lost = first && judgeBitmap(first, setup);
+  const lost = first && judgeBitmap(first, setup.disk);
   if (lost !== undefined) return `${INVARIANTS.bitmap}: ${lost}`;
-  const bits = bitsOf(scenario, setup.disk);
   closeDiskBitmaps(runtime, setup.disk);
   for (const control of setup.controls) arena.free(control);
   arena.free(setup.words);
@@ -102,10 +101,8 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   if (closed) {
     const stored = oracle.difference(readImage(path, scenario.source.format));
     if (stored !== undefined) return `${INVARIANTS.source}: once closed, ${stored}`;
-    const kept = withStoredBitmap(scenario, (disk) =>
-      bitsOf(scenario, disk)?.equals(bits ?? Buffer.alloc(0)),
-    );
-    if (kept === false) return `${INVARIANTS.bitmap}: once closed, the image has other bits`;
+    const forgotten = withStoredBitmap(scenario, (kept) => first && judgeBitmap(first, kept));
+    if (forgotten !== undefined) return `${INVARIANTS.bitmap}: once closed, ${forgotten}`;
   }
   const image = scenario.source.format === 'qcow2' ? checkQcow2(files.content(path)) : undefined;
   if (image !== undefined && image.errors.length > 0)
@@ -127,11 +124,14 @@ function bitsOf(scenario: Scenario, disk: DiskDescriptor): Buffer | undefined {
 }
 
 /** The next backup that goes by the bitmap copies all that it has to, and no more than what may have changed. */
-function judgeBitmap({ scenario, job, record, target, ended }: Case, setup: Setup): string | undefined {
+function judgeBitmap(
+  { scenario, job, record, target, ended }: Case,
+  disk: DiskDescriptor,
+): string | undefined {
   const { bitmap, source, writers } = scenario;
-  const bits = bitsOf(scenario, setup.disk);
+  const bits = bitsOf(scenario, disk);
   if (bitmap === undefined || bits === undefined) return undefined;
-  if (!findBitmap(runtime, setup.disk, BITMAP, []).enabled) return 'it does not record any more';
+  if (!disk.readOnly && !findBitmap(runtime, disk, BITMAP, []).enabled) return 'it does not record any more';
   const settles = ended !== undefined && job.bitmapMode !== undefined && job.bitmapMode !== 'never';
   const isRenewed = settles && ended.outcome === 'completed';
   const isPartial = settles && ended.outcome !== 'completed' && job.bitmapMode === 'always';
