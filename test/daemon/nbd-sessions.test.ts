@@ -136,6 +136,28 @@ describe.skipIf(!hasQemu())('a session', () => {
     });
   });
 
+  it('with errors of the system that clients are told', async () => {
+    const errors = [1, 12, 13, 22, 27, 28];
+    await same({
+      prepare: '',
+      steps: [
+        start(),
+        ...errors.flatMap((errno): Step[] => {
+          const rules = ['read', 'write'].map((iotype) => ({ event: 'none', iotype, errno }));
+          const image = { driver: 'null-co', size: 1 << 20, 'read-zeroes': true };
+          const name = `e${errno}`;
+          return [
+            ['blockdev-add', { driver: 'blkdebug', 'node-name': name, image, 'inject-error': rules }],
+            ['block-export-add', { type: 'nbd', id: name, 'node-name': name, writable: true }],
+          ];
+        }),
+        ...errors.map((errno) =>
+          sh(`qemu-io -f raw -c 'write 0 64k' -c 'read 0 64k' 'nbd+unix:///e${errno}?socket=n.sock'`),
+        ),
+      ],
+    });
+  });
+
   it('with TLS, where the files say whether there can be any', async () => {
     const pki = makeCertificates(join(folder, 'pki'));
     const other = makeCertificates(join(folder, 'other'));

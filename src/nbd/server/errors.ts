@@ -7,8 +7,18 @@ export function wireError(error: unknown): { readonly error: WireError; readonly
   return { error: numberOf(code, errno), text: message };
 }
 
+/** Errors of the system that the protocol has a number for, or one that means the same. */
+const NUMBERS: Readonly<Record<string, WireError>> = {
+  EFBIG: WIRE_ERROR.ENOSPC,
+  EINVAL: WIRE_ERROR.EINVAL,
+  ENOMEM: WIRE_ERROR.ENOMEM,
+  ENOTSUP: WIRE_ERROR.ENOTSUP,
+  EPERM: WIRE_ERROR.EPERM,
+};
+
 function numberOf(code: string, errno: string | undefined): WireError {
-  if (errno === 'ENOTSUP') return WIRE_ERROR.ENOTSUP;
+  const number = NUMBERS[errno ?? ''];
+  if (number !== undefined) return number;
   switch (code) {
     case 'ERR_STILLFRAME_READ_ONLY':
       return WIRE_ERROR.EPERM;
