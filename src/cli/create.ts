@@ -46,6 +46,9 @@ export const create: Command = {
         'a backing file needs its format, since guessing it is unsafe: add -F raw or -F qcow2',
       );
     }
+    if (backingFile === undefined && backingFormat !== undefined) {
+      throw usageError('Backing format cannot be used without backing file: name it with -b');
+    }
     const engine = await createEngine({ workers: 1 });
     try {
       const length = await engine.createImage(file, {

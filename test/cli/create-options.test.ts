@@ -171,6 +171,7 @@ describe('create -o refuses', () => {
     ['data_file=d.raw,data_file_raw=on,backing_file=precious.img,backing_fmt=raw', 'exclude each other'],
     ['preallocation=full,backing_file=precious.img,backing_fmt=raw', 'exclude each other'],
     ['size=2M', 'only once'],
+    ['backing_fmt=raw', 'without backing file'],
   ])('%s', (options, message) => {
     writeFileSync(at('precious.img'), 'precious');
     const args = ['create', '-f', 'qcow2', '-o', options, 'x.img', '1M'];
