@@ -148,7 +148,7 @@ function findJobBitmap(
 ): DirtyBitmap | undefined {
   const invalid = (message: string): StillframeError =>
     new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', message);
-  if (sync === 'incremental' || sync === 'bitmap') {
+  if (isBitmapSync(sync)) {
     if (name === undefined) throw invalid(`must provide a valid bitmap name for '${sync}' sync mode`);
     if (sync === 'incremental' && bitmapMode !== undefined && bitmapMode !== 'on-success') {
       throw invalid(`Bitmap sync mode must be 'on-success' when using sync mode 'incremental'`);

@@ -11,11 +11,10 @@ export function filenameOf(node: GraphNode): string {
   const { filename } = node.options;
   if (typeof filename === 'string') return filename;
   const [child] = node.children;
-  if (child === undefined) {
-    const plain = nbdFilename(node.options) ?? withoutSettings(node.descriptor.path);
-    return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
-  }
-  const plain = filenameOf(child.node);
+  const plain =
+    child === undefined
+      ? (nbdFilename(node.options) ?? withoutSettings(node.descriptor.path))
+      : filenameOf(child.node);
   if (NAMED_AS_BELOW.has(node.driver) || node.job?.isUnnamed === true) return plain;
   return needsOptions(node, plain) ? `json:${spacedJson(optionsToOpen(node))}` : plain;
 }
@@ -28,15 +27,14 @@ const NULL: ReadonlySet<string> = new Set(['null-co', 'null-aio']);
 /** @param filename of the node below, or of the node itself where nothing is below it */
 function needsOptions(node: GraphNode, filename: string): boolean {
   if (filename.startsWith('json:')) return true;
+  if (NULL.has(node.driver))
+    return node.options['size'] !== undefined || node.options['read-zeroes'] !== undefined;
   switch (node.driver) {
     case 'raw':
       return node.options['offset'] !== undefined || node.options['size'] !== undefined;
     case 'throttle':
     case 'copy-on-read':
       return true;
-    case 'null-co':
-    case 'null-aio':
-      return node.options['size'] !== undefined || node.options['read-zeroes'] !== undefined;
     default:
       return hasOtherBacking(node, filename);
   }

@@ -1,10 +1,8 @@
 import { MAX_STRING_BYTES } from '../nbd/protocol/numbers.js';
+import { MAX_UNIX_PATH_BYTES } from '../os/sockets.js';
 import { QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import type { Objects } from './objects.js';
-
-/** Longest name of the abstract namespace, in bytes, without the NUL byte in front of it. */
-const MAX_ABSTRACT_BYTES = 107;
 
 /**
  * The name of a unix socket as the system takes it: one of the abstract namespace has a NUL byte in front, and others
@@ -14,7 +12,7 @@ export function unixName({ path, abstract, tight }: JsonObject): string {
   const name = String(path);
   if (abstract !== true) return name;
   if (tight !== false) return `\0${name}`;
-  return `\0${name}${'\0'.repeat(Math.max(0, MAX_ABSTRACT_BYTES - Buffer.byteLength(name)))}`;
+  return `\0${name}${'\0'.repeat(Math.max(0, MAX_UNIX_PATH_BYTES - Buffer.byteLength(name)))}`;
 }
 
 /** @throws QmpError where a name for the server is too long */

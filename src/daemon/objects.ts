@@ -1,11 +1,10 @@
-import { join } from 'node:path';
 import { setLimits, THROTTLE_GROUP_BYTES } from '../block/filters/throttle.js';
 import { changeLimits, type ThrottleLimits, UNLIMITED } from '../block/filters/throttle-limits.js';
 import type { Engine, TlsOptions } from '../index.js';
 import { QmpError } from '../qmp/errors.js';
 import { isObject, type JsonObject } from '../qmp/types.js';
 import { contentOf } from './secrets.js';
-import { checkCredentials, DEFAULT_USERNAME } from './tls-credentials.js';
+import { checkCredentials, DEFAULT_USERNAME, keysFile } from './tls-credentials.js';
 
 /** An object that nodes and servers refer to (QMP `object-add`). */
 export interface DaemonObject {
@@ -128,7 +127,7 @@ export class Objects {
     const { dir, endpoint, 'verify-peer': verifyPeer = true } = object.options;
     if (endpoint !== 'server') throw new QmpError('Expecting TLS credentials with a server endpoint');
     return object.type === 'tls-creds-psk'
-      ? { pskFile: join(String(dir), 'keys.psk') }
+      ? { pskFile: keysFile(dir) }
       : { certificates: String(dir), verifyPeer: verifyPeer === true, passphrase: object.secret?.toString() };
   }
 
@@ -151,7 +150,7 @@ export class Objects {
     if (endpoint !== 'client') throw new QmpError('Expected TLS credentials for a client endpoint');
     const parameters = new URLSearchParams();
     if (object.type === 'tls-creds-psk') {
-      parameters.set('tls-psk-file', join(String(dir), 'keys.psk'));
+      parameters.set('tls-psk-file', keysFile(dir));
       parameters.set('tls-username', String(username));
     } else {
       parameters.set('tls-certificates', String(dir));

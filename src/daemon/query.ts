@@ -51,8 +51,8 @@ const UNTOLD = ['snapshot-access', 'nbd', 'null-co', 'null-aio'];
 
 /** Whether it is known how the image is kept: of what passes requests on, that of what is below. */
 function isTold({ driver, children: [child] }: GraphNode): boolean {
-  if (child === undefined || FORMATS.has(driver) || UNTOLD.includes(driver)) return !UNTOLD.includes(driver);
-  return isTold(child.node);
+  if (UNTOLD.includes(driver)) return false;
+  return child === undefined || FORMATS.has(driver) || isTold(child.node);
 }
 
 /** What a node shows where it has nothing of its own. */
@@ -159,8 +159,9 @@ export class Queries {
     const backing = flat ? undefined : backingOf(node);
     const nested = backing === undefined ? {} : { 'backing-image': await this.#image(backing, flat) };
     const info = await this.#engine.run<NodeInfo>({ kind: 'node-info', node: node.descriptor, filename });
+    const told = isTold(node) ? { 'dirty-flag': false } : {};
     if (info.image !== undefined && node.driver === info.image.format) {
-      return { ...nested, ...(isTold(node) ? { 'dirty-flag': false } : {}), ...info.image };
+      return { ...nested, ...told, ...info.image };
     }
     return {
       ...nested,
@@ -169,7 +170,7 @@ export class Queries {
       ...(info.clusterSize === undefined ? {} : { 'cluster-size': info.clusterSize }),
       format: node.driver,
       ...(info.allocated === undefined ? {} : { 'actual-size': info.allocated }),
-      ...(isTold(node) ? { 'dirty-flag': false } : {}),
+      ...told,
     };
   }
 

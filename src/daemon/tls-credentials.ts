@@ -9,6 +9,11 @@ import type { JsonObject } from '../qmp/types.js';
 /** Whose key of a file a client has, where nobody says. */
 export const DEFAULT_USERNAME = 'qemu';
 
+/** File with the keys of credentials that are keys. */
+export function keysFile(dir: unknown): string {
+  return join(String(dir), 'keys.psk');
+}
+
 /**
  * Looks at the files of credentials when they are named, as QEMU does, so that a mistake is known before a server or a
  * node relies on them.
@@ -20,7 +25,7 @@ export function checkCredentials(type: string, options: JsonObject, passphrase: 
   const { dir, endpoint = 'client' } = options;
   if (typeof dir !== 'string') throw new QmpError("Missing 'dir' property value");
   const isServer = endpoint === 'server';
-  if (type === 'tls-creds-psk') checkKeys(join(dir, 'keys.psk'), isServer, options['username']);
+  if (type === 'tls-creds-psk') checkKeys(keysFile(dir), isServer, options['username']);
   else checkCertificates(dir, isServer, options['sanity-check'] !== false, passphrase);
 }
 

@@ -53,7 +53,7 @@ const TCP_NODELAY = 1;
 const SHUT_WR = 1;
 const SHUT_RDWR = 2;
 const F_DUPFD_CLOEXEC = 1030;
-const MAX_UNIX_PATH_BYTES = 107;
+export const MAX_UNIX_PATH_BYTES = 107;
 
 /** The part of koffi that is used; its own types are far wider. */
 export interface Koffi {

@@ -189,8 +189,7 @@ describe.skipIf(!hasQemu())('an instant that is held', () => {
       prepare,
       steps: [
         ...[raw('s'), raw('r'), qcow2('t')],
-        add('copy-before-write', 'cbw', { file: 'r', target: 's' }),
-        add('snapshot-access', 'sa', { file: 'cbw', discard: 'unmap' }),
+        ...fleecing({ file: 'r' }),
         add('snapshot-access', 'kept', { file: 'cbw' }),
         add('snapshot-access', 'ro', { file: 'cbw', 'read-only': true }),
         ...serve('sa', 'kept', 'ro', 'cbw'),

@@ -1,6 +1,6 @@
 /** What is wrong with a run that is over. */
 import { BackupJob, beginBackup } from '#src/backup/backup-job.js';
-import { DISK_CONTROL_BYTES, Disk, type DiskDescriptor } from '#src/block/disk.js';
+import { Disk, type DiskDescriptor } from '#src/block/disk.js';
 import { closeDiskBitmaps, findBitmap, openDiskBitmaps } from '#src/block/disk-bitmaps.js';
 import { type FrameDescriptor, freeFrame } from '#src/block/filters/copy-before-write.js';
 import { closeNode, openImage } from '#src/block/graph.js';
@@ -11,7 +11,16 @@ import type { JobRecord } from './job-record.js';
 import { INVARIANTS } from './oracle.js';
 import { checkQcow2 } from './qcow2-check.js';
 import { type Job, jobsOf, type Range, type Scenario } from './scenario.js';
-import { BITMAP, EMPTY_USED, emptyArena, layerPath, OLD_TARGET, previousOf, readImage } from './stage.js';
+import {
+  BITMAP,
+  diskOn,
+  EMPTY_USED,
+  emptyArena,
+  layerPath,
+  OLD_TARGET,
+  previousOf,
+  readImage,
+} from './stage.js';
 import { POWER_CUT, REDUNDANT, VIOLATED } from './world.js';
 
 interface Ended {
@@ -170,21 +179,13 @@ function withStoredBitmap<T>(scenario: Scenario, look: (disk: DiskDescriptor) =>
     readOnly: true,
     lock: 'none',
   });
-  const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
-  const disk: DiskDescriptor = {
-    id: 3,
-    control,
-    node,
-    length: source.length,
-    readOnly: true,
-    discard: 'unmap',
-  };
+  const disk = diskOn(3, node, source.length, true);
   try {
     openDiskBitmaps(runtime, disk);
     return look(disk);
   } finally {
     closeDiskBitmaps(runtime, disk);
-    arena.free(control);
+    arena.free(disk.control);
     closeNode(runtime, node);
   }
 }
@@ -305,12 +306,7 @@ function backupAgain({ source, job }: Scenario, drive: Uint8Array): string | und
   files.endAtSync = 0;
   const path = layerPath({ source }, source.backing.length);
   const node = openImage(runtime, path, { format: source.format, readOnly: true });
-  const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
-  const disk = new Disk(
-    runtime,
-    { id: 2, control, node, length: source.length, readOnly: true, discard: 'unmap' },
-    () => copyBuffer,
-  );
+  const disk = new Disk(runtime, diskOn(2, node, source.length, true), () => copyBuffer);
   const jobControl = new JobControl(arena, arena.alloc(JOB_CONTROL_BYTES, 'job'));
   jobControl.transition('created');
   let outcome = '';

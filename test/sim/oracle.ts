@@ -322,12 +322,8 @@ export class Oracle {
   /** @returns what is wrong with `data` as the drive at the instant of a job, or as the drive now */
   difference(data: Uint8Array, job?: JobRecord): string | undefined {
     const [bytes, unknown] = job === undefined ? [this.drive, this.unknown] : [job.frozen, job.unknown];
-    if (Buffer.compare(data, bytes.subarray(0, data.length)) === 0) return undefined;
-    for (let at = 0; at < data.length; at++) {
-      if (data[at] === bytes[at] || unknown[Math.floor(at / SECTOR)] === 1) continue;
-      return `byte ${at} is ${data[at]}, not ${bytes[at]}`;
-    }
-    return undefined;
+    const at = firstDifference(data, bytes, 0, data.length, [unknown]);
+    return at === undefined ? undefined : `byte ${at} is ${data[at]}, not ${bytes[at]}`;
   }
 
   /** @returns where the drive is another now than `before` was, which is the drive at the instant of a job or not */
@@ -337,13 +333,9 @@ export class Oracle {
     high: number,
     job: JobRecord | undefined,
   ): string | undefined {
-    if (Buffer.compare(before.subarray(low, high), this.drive.subarray(low, high)) === 0) return undefined;
-    for (let at = low; at < high; at++) {
-      const sector = Math.floor(at / SECTOR);
-      if (before[at] === this.drive[at] || this.unknown[sector] === 1 || job?.unknown[sector] === 1) continue;
-      return `byte ${at} is ${this.drive[at]} now and was ${before[at]}`;
-    }
-    return undefined;
+    const unknown = job === undefined ? [this.unknown] : [this.unknown, job.unknown];
+    const at = firstDifference(before, this.drive, low, high, unknown);
+    return at === undefined ? undefined : `byte ${at} is ${this.drive[at]} now and was ${before[at]}`;
   }
 
   /** What is wrong with the drive's bytes after a power cut: nothing older than the last flush may have come back. */
@@ -410,6 +402,22 @@ export class Oracle {
     this.#bytes.set(bytes, TEXTS_AT + slot * TEXT_BYTES);
     this.#words[word] = bytes.length;
   }
+}
+
+/** The first byte from `low` on that is not the same in both, but for those of sectors that are not known. */
+function firstDifference(
+  one: Uint8Array,
+  other: Uint8Array,
+  low: number,
+  high: number,
+  unknown: readonly Uint8Array[],
+): number | undefined {
+  if (Buffer.compare(one.subarray(low, high), other.subarray(low, high)) === 0) return undefined;
+  for (let at = low; at < high; at++) {
+    const sector = Math.floor(at / SECTOR);
+    if (one[at] !== other[at] && !unknown.some((sectors) => sectors[sector] === 1)) return at;
+  }
+  return undefined;
 }
 
 /** What a request may have left at a byte. */

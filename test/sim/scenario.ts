@@ -95,8 +95,8 @@ function withBitmap(scenario: Scenario, seed: number): Scenario {
   const random = new Random(seed + 2 ** 30);
   const { job, source } = scenario;
   const sync = random.pick<Job['sync']>(['incremental', 'incremental', 'bitmap', 'bitmap', job.sync]);
-  const isPlanned = sync === 'incremental' || sync === 'bitmap';
-  const target = isPlanned ? random.pick<Job['target']>(['new', 'new', 'existing']) : job.target;
+  const planned = isPlanned(sync);
+  const target = planned ? random.pick<Job['target']>(['new', 'new', 'existing']) : job.target;
   const mode = random.pick<Job['bitmapMode']>(
     sync === 'bitmap' ? ['on-success', 'never', 'always'] : ['on-success', 'always'],
   );
@@ -112,10 +112,15 @@ function withBitmap(scenario: Scenario, seed: number): Scenario {
       ...job,
       sync,
       target,
-      format: isPlanned && target === 'new' ? 'qcow2' : job.format,
+      format: planned && target === 'new' ? 'qcow2' : job.format,
       bitmapMode: sync === 'incremental' ? 'on-success' : mode,
     },
   };
+}
+
+/** Whether a bitmap says what is copied. */
+export function isPlanned(sync: Job['sync']): boolean {
+  return sync === 'incremental' || sync === 'bitmap';
 }
 
 function makeCopies(seed: number): Scenario {
@@ -302,14 +307,10 @@ export function without(scenario: Scenario, dropped: ReadonlySet<string>): Scena
     faults: scenario.faults.filter((_, index) => kept(`f${index}`)),
     fill: scenario.fill.filter((_, index) => kept(`d${index}`)),
     second: kept('s') ? scenario.second : undefined,
-    ...(scenario.bitmap === undefined
-      ? {}
-      : {
-          bitmap: {
-            ...scenario.bitmap,
-            dirty: scenario.bitmap.dirty.filter((_, index) => kept(`b${index}`)),
-          },
-        }),
+    bitmap: scenario.bitmap && {
+      ...scenario.bitmap,
+      dirty: scenario.bitmap.dirty.filter((_, index) => kept(`b${index}`)),
+    },
     job: {
       ...scenario.job,
       helpers: Array.from({ length: scenario.job.helpers }, (_, helper) => `h${helper}`).filter(kept).length,

@@ -3,12 +3,13 @@ import { createImage } from '#src/block/create.js';
 import { DISK_CONTROL_BYTES, type DiskDescriptor } from '#src/block/disk.js';
 import { editDiskBitmap, findBitmap } from '#src/block/disk-bitmaps.js';
 import { attachNode, closeNode, openImage } from '#src/block/graph.js';
+import type { NodeDescriptor } from '#src/block/node.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
 import { ARENA_BASE } from '#src/kernels/arena.js';
 import { arena, buffer, files, oracle, runtime, type Setup, TARGETS, world } from './context.js';
 import { FOLDER, type SavedFiles } from './files.js';
 import { dataOf } from './oracle.js';
-import { type Bitmap, type Job, jobsOf, type Scenario } from './scenario.js';
+import { type Bitmap, isPlanned, type Job, jobsOf, type Scenario } from './scenario.js';
 
 /** The bitmap of a scenario, and the backup that it has recorded since. */
 export const BITMAP = 'b';
@@ -90,9 +91,15 @@ export function readImage(path: string, format: 'raw' | 'qcow2'): Uint8Array {
   }
 }
 
+/** A disk on an open image. */
+export function diskOn(id: number, node: NodeDescriptor, length: number, readOnly: boolean): DiskDescriptor {
+  const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
+  return { id, control, node, length, readOnly, discard: 'unmap' };
+}
+
 /** Whether what a job copies comes to lie on the backup before. */
 export function isOnPrevious({ sync, target }: Job): boolean {
-  return (sync === 'incremental' || sync === 'bitmap') && target === 'new';
+  return isPlanned(sync) && target === 'new';
 }
 
 /** The backup before: the drive as it was before what its bitmap says was changed. */
@@ -113,8 +120,7 @@ function addBitmap(disk: DiskDescriptor, { granularity, persistent, dirty }: Bit
 /** The image keeps the bitmap before anybody opens it. */
 function storeBitmap(path: string, length: number, bitmap: Bitmap): void {
   const node = openImage(runtime, path, { format: 'qcow2', readOnly: false });
-  const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
-  addBitmap({ id: 0, control, node, length, readOnly: false, discard: 'unmap' }, bitmap);
+  addBitmap(diskOn(0, node, length, false), bitmap);
   closeNode(runtime, node);
 }
 
@@ -155,7 +161,7 @@ export function setUp(scenario: Scenario): Setup {
   const node = openImage(runtime, path, { format, readOnly: false });
   const unit = node.driver === 'qcow2' ? 2 ** node.clusterBits : 1;
   oracle.begin(length, unit);
-  const control = arena.alloc(DISK_CONTROL_BYTES, 'disk');
+  const disk = diskOn(1, node, length, false);
   const controls = jobsOf(scenario).map(({ speed }) => {
     const job = new JobControl(arena, arena.alloc(JOB_CONTROL_BYTES, 'job'));
     job.transition('created');
@@ -163,7 +169,6 @@ export function setUp(scenario: Scenario): Setup {
     return job.pointer;
   });
   files.settle();
-  const disk: DiskDescriptor = { id: 1, control, node, length, readOnly: false, discard: 'unmap' };
   if (bitmap?.persistent === false) addBitmap(disk, bitmap);
   const setup: Setup = { disk, controls, words: arena.alloc(64, 'simulator') };
   oracle.diskText = JSON.stringify(setup);

@@ -258,7 +258,7 @@ export class Listener {
     if (step.next !== 'transmission') return true;
     const { state } = this.#context;
     const { agreement } = step;
-    const index = state.exports.findIndex((exported) => exported?.offer.name === agreement.offer.name);
+    const index = state.exportIndex(agreement.offer.name);
     if (index < 0) return false;
     newcomer.connection = state.openConnection(newcomer.fd, index, agreement, newcomer.stream.channel);
     return newcomer.connection !== undefined;

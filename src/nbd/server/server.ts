@@ -106,7 +106,7 @@ export class Server {
   /** Clients that have chosen this export. */
   connectionsTo(name: string): number {
     const state = this.#state;
-    const index = state.exports.findIndex((exported) => exported?.offer.name === name);
+    const index = state.exportIndex(name);
     return index < 0 ? 0 : state.forEachOpen(() => undefined, index);
   }
 
@@ -168,7 +168,7 @@ export class Server {
   /** Ends an export: nobody can choose it any more, and the connections of those who have are ended. */
   async remove(name: string): Promise<void> {
     const state = this.#state;
-    const index = state.exports.findIndex((exported) => exported?.offer.name === name);
+    const index = state.exportIndex(name);
     if (index < 0) return;
     state.exports = state.exports.map((exported, at) => (at === index ? null : exported));
     // One that was on its way in when its export was removed comes a moment later.

@@ -162,6 +162,11 @@ export class ServerState {
     return JSON.parse(new TextDecoder().decode(json));
   }
 
+  /** The place of an export among {@link exports}; -1 where there is none of that name. */
+  exportIndex(name: string): number {
+    return this.exports.findIndex((exported) => exported?.offer.name === name);
+  }
+
   connection(index: number): ConnectionState {
     return new ConnectionState(this, this.control + CONNECTIONS + index * CONNECTION_BYTES, index);
   }
@@ -203,10 +208,13 @@ export class ServerState {
 
   /** Takes the place of a connection back that nobody serves yet. Its socket is not closed. */
   cancelConnection(connection: ConnectionState): void {
-    this.#locked(() => {
-      this.arena.free(connection.buffer);
-      connection.set(STATE, FREE);
-    });
+    this.#locked(() => this.#vacate(connection));
+  }
+
+  /** Under the lock. */
+  #vacate(connection: ConnectionState): void {
+    this.arena.free(connection.buffer);
+    connection.set(STATE, FREE);
     Atomics.sub(this.arena.i32, (this.control + OPEN) >> 2, 1);
   }
 
@@ -327,19 +335,15 @@ export class ServerState {
    * @returns whether the connection has ended with that
    */
   exit(connection: ConnectionState, close: (connection: ConnectionState) => void): boolean {
-    const last = this.#locked(() => {
+    return this.#locked(() => {
       const users = Atomics.sub(this.arena.i32, (connection.pointer + USERS) >> 2, 1) - 1;
       if (users > 0) this.#countHelper(-1);
       if (users > 0 || !connection.leaving) return false;
       // Under the lock: whoever looks for open connections must not find a descriptor that is somebody else's by then.
       close(connection);
-      this.arena.free(connection.buffer);
-      connection.set(STATE, FREE);
+      this.#vacate(connection);
       return true;
     });
-    if (!last) return false;
-    Atomics.sub(this.arena.i32, (this.control + OPEN) >> 2, 1);
-    return true;
   }
 
   /** @returns false where `most` threads look out already */
