@@ -12,12 +12,20 @@ export interface Server {
 
 const TICKS_PER_SECOND = 100;
 
-/** Starts a server. @param command makes its command line from the path of its socket */
-export async function start(name: string, command: (socket: string) => readonly string[]): Promise<Server> {
+/**
+ * Starts a server.
+ *
+ * @param command makes its command line from the path of its socket
+ * @param settings more of its environment
+ */
+export async function start(
+  name: string,
+  command: (socket: string) => readonly string[],
+  settings: Readonly<Record<string, string>> = {},
+): Promise<Server> {
   const socket = join(folder, `${name}.socket`);
   const [program = '', ...args] = command(socket);
-  const env = { ...process.env, MALLOC_MMAP_THRESHOLD_: '67108864', MALLOC_TRIM_THRESHOLD_: '134217728' };
-  const child = spawn(program, args, { stdio: 'ignore', env });
+  const child = spawn(program, args, { stdio: 'ignore', env: { ...process.env, ...settings } });
   for (let round = 0; !existsSync(socket); round++) {
     if (round === 500 || child.exitCode !== null) throw new Error(`${name} does not serve`);
     await new Promise((resolve) => setTimeout(resolve, 20));

@@ -22,6 +22,8 @@ const THREADS_OF_ONE = 16;
  * with few processors there is nobody to help.
  */
 const SLOW_US = availableParallelism() > 2 ? 60 : 250;
+/** Over how much time requests are found slow, in milliseconds: another thread costs more than it gains in less. */
+const SLOW_OVER_MS = 50;
 /** How long a thread without work stays, in milliseconds. */
 const STAY_MS = 10_000;
 
@@ -289,11 +291,11 @@ export class ConnectionThread {
     if (state.enqueue(connection, true)) post('more');
   }
 
-  /** Notes how long a request took. Of one that stands out no more counts than that it was slow. */
+  /** Notes how long a request took. It counts as long as it took, and of one that stands out only that it was slow. */
   #learn(connection: ConnectionState, tookMs: number): void {
     const before = connection.slowness;
     const took = Math.min(tookMs * 1000, 2 * SLOW_US);
-    connection.slowness = Math.round(before + (took - before) / 16);
+    connection.slowness = before + (took - before) * Math.min(1, tookMs / SLOW_OVER_MS);
   }
 
   #session(socket: ClientSocket): Session {

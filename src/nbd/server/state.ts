@@ -35,7 +35,7 @@ import type { ExportDescriptor } from './exports.js';
  *     +28  flags         int32   transmission flags
  *     +32  begin, end    uint32  what was read ahead and not looked at, in its buffer
  *     +40  buffer        uint32  pointer
- *     +44  slowness      int32   how long requests take of late, in microseconds
+ *     +44  slowness      int32   how long requests take of late, in nanoseconds
  *     +48  contexts      uint32  how many of them, then their numbers as uint16
  *     +84  summoned      int32   help was called and has not come yet
  *     +88  ahead         int32   read on ahead of a request: they are small
@@ -441,11 +441,11 @@ export class ConnectionState {
 
   /** How long requests take of late, in microseconds. */
   get slowness(): number {
-    return this.get(SLOWNESS);
+    return this.get(SLOWNESS) / 1000;
   }
 
   set slowness(microseconds: number) {
-    this.set(SLOWNESS, microseconds);
+    this.set(SLOWNESS, Math.round(microseconds * 1000));
   }
 
   /** Threads that use it, and places of it in the queue. */
