@@ -22,8 +22,11 @@ const THREADS_OF_ONE = 16;
  * with few processors there is nobody to help.
  */
 const SLOW_US = availableParallelism() > 2 ? 60 : 250;
-/** Over how much time requests are found slow, in milliseconds: another thread costs more than it gains in less. */
-const SLOW_OVER_MS = 50;
+/**
+ * How much time they have to take together before another thread is called, in microseconds: it costs more than it gains
+ * in less. Requests are slow as well while this thread is new, and its code has not been compiled.
+ */
+const SLOW_FOR_US = 50_000;
 /** How long a thread without work stays, in milliseconds. */
 const STAY_MS = 10_000;
 
@@ -159,7 +162,7 @@ export class ConnectionThread {
           this.#writeLarge(socket, session, bytes, release);
           return true;
         }
-        const slow = state.slowness > SLOW_US || session.isSlow(request);
+        const slow = state.slowFor >= SLOW_FOR_US || session.isSlow(request);
         const data = this.#payload(socket, session, bytes, slow);
         if (slow) {
           session.flush();
@@ -291,11 +294,13 @@ export class ConnectionThread {
     if (state.enqueue(connection, true)) post('more');
   }
 
-  /** Notes how long a request took. It counts as long as it took, and of one that stands out only that it was slow. */
+  /** Notes how long a request took. Of one that stands out no more counts than that it was slow. */
   #learn(connection: ConnectionState, tookMs: number): void {
     const before = connection.slowness;
-    const took = Math.min(tookMs * 1000, 2 * SLOW_US);
-    connection.slowness = before + (took - before) * Math.min(1, tookMs / SLOW_OVER_MS);
+    const took = Math.min(Math.round(tookMs * 1000), 2 * SLOW_US);
+    const slowness = Math.round(before + (took - before) / 16);
+    connection.slowness = slowness;
+    connection.slowFor = slowness > SLOW_US ? Math.min(connection.slowFor + took, 2 * SLOW_FOR_US) : 0;
   }
 
   #session(socket: ClientSocket): Session {

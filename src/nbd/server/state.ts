@@ -35,12 +35,13 @@ import type { ExportDescriptor } from './exports.js';
  *     +28  flags         int32   transmission flags
  *     +32  begin, end    uint32  what was read ahead and not looked at, in its buffer
  *     +40  buffer        uint32  pointer
- *     +44  slowness      int32   how long requests take of late, in nanoseconds
+ *     +44  slowness      int32   how long requests take of late, in microseconds
  *     +48  contexts      uint32  how many of them, then their numbers as uint16
  *     +84  summoned      int32   help was called and has not come yet
  *     +88  ahead         int32   read on ahead of a request: they are small
  *     +92  tls           int32   lock: who uses the channel
  *     +96  channel       2 × float64: addresses of what speaks TLS with the client; 0: nothing does
+ *     +112 slow for      int32   time spent on requests since they are slow, in microseconds
  */
 const PHASE = 0;
 const LOCK = 4;
@@ -75,6 +76,7 @@ const SUMMONED = 84;
 const AHEAD = 88;
 const TLS = 92;
 const CHANNEL = 96;
+const SLOW_FOR = 112;
 const CONNECTION_BYTES = 128;
 
 const FREE = 0;
@@ -185,7 +187,7 @@ export class ServerState {
       for (let index = 0; index < this.maxConnections; index++) {
         const connection = this.connection(index);
         if (connection.get(STATE) !== FREE) continue;
-        for (const field of [USERS, RECEIVING, SENDING, BEGIN, END, SLOWNESS, SUMMONED, TLS])
+        for (const field of [USERS, RECEIVING, SENDING, BEGIN, END, SLOWNESS, SLOW_FOR, SUMMONED, TLS])
           connection.set(field, 0);
         connection.set(FD, fd);
         connection.set(EXPORT, exportIndex);
@@ -441,11 +443,20 @@ export class ConnectionState {
 
   /** How long requests take of late, in microseconds. */
   get slowness(): number {
-    return this.get(SLOWNESS) / 1000;
+    return this.get(SLOWNESS);
   }
 
   set slowness(microseconds: number) {
-    this.set(SLOWNESS, Math.round(microseconds * 1000));
+    this.set(SLOWNESS, microseconds);
+  }
+
+  /** Time spent on requests since they are slow, in microseconds; 0 where they are not. */
+  get slowFor(): number {
+    return this.get(SLOW_FOR);
+  }
+
+  set slowFor(microseconds: number) {
+    this.set(SLOW_FOR, microseconds);
   }
 
   /** Threads that use it, and places of it in the queue. */
