@@ -9,7 +9,7 @@ import { defineConfig, type RolldownOptions } from 'rolldown';
 
 const URL_OF_MODULE = 'import.meta.url';
 const dist = fileURLToPath(new URL('dist', import.meta.url));
-const entries = ['cli/main', 'engine/worker', 'nbd/server/thread', 'block/nbd/tls-relay'];
+const entries = ['cli/main', 'engine/worker', 'nbd/server/thread'];
 
 export default defineConfig(
   entries.map((entry): RolldownOptions => {

@@ -1,3 +1,4 @@
+import { StillframeError } from '../errors.js';
 import { throughFfi } from './ffi.js';
 import { type Koffi, loadKoffi } from './sockets.js';
 
@@ -7,7 +8,7 @@ import { type Koffi, loadKoffi } from './sockets.js';
  * numbers (addresses), so that threads can pass them on; one {@link TlsChannel} must not be used by two threads at once.
  */
 export interface OpenSsl {
-  /** What is the same for all connections of a server. @throws TlsError what is wrong with the certificates */
+  /** What connections have in common. @throws TlsError what is wrong with the certificates */
   createContext(settings: TlsSettings): number;
   /** Channels that were made of it stay good. */
   freeContext(context: number): void;
@@ -17,15 +18,32 @@ export interface OpenSsl {
    * @returns ends it: no handshake may follow
    */
   answerKeys(context: number, keyOf: (identity: string) => Uint8Array | undefined): () => void;
+  /**
+   * Has the server know a client by its key. Handshakes are for this thread alone.
+   *
+   * @returns ends it: no handshake may follow
+   */
+  giveKey(context: number, identity: string, key: Uint8Array): () => void;
   /** The server's end of a connection, before its handshake, which the first reads carry out. */
   open(context: number): TlsChannel;
+  /**
+   * The client's end of a connection, before its {@link OpenSsl.handshake}.
+   *
+   * @param hostname what the server's certificate has to be for, where certificates are verified
+   * @throws TlsError
+   */
+  openClient(context: number, hostname: Hostname): TlsChannel;
+  /** @returns 1 once it is done, otherwise as {@link OpenSsl.read} @throws TlsError; there may be something to send of it */
+  handshake(channel: TlsChannel): number;
+  /** Why the other one's certificate is not trusted; undefined where nothing is wrong with it. */
+  distrust(channel: TlsChannel): string | undefined;
   /** Nobody may use it any more. */
   free(channel: TlsChannel): void;
   /**
    * Decrypts what has come.
    *
    * @returns the bytes read, {@link TLS_END}, {@link TLS_NEEDS_INPUT} or {@link TLS_NEEDS_ROOM}
-   * @throws TlsError where the client breaks the rules or is not trusted; there may be something to send of it
+   * @throws TlsError where the other one breaks the rules or is not trusted; there may be something to send of it
    */
   read(channel: TlsChannel, bytes: Uint8Array): number;
   /** The same, to an address. */
@@ -65,18 +83,25 @@ export interface Ring {
   readonly length: number;
 }
 
+/** A name, or a numerical address. */
+export type Hostname = { readonly name: string } | { readonly ip: string };
+
 export interface TlsSettings {
+  readonly endpoint: 'server' | 'client';
   /** TLS 1.3. */
   readonly suites: string;
   /** TLS 1.2. */
   readonly ciphers: string;
-  /** PEM: the server's certificate with those up to the authority's, and its key. Undefined: keys that both know. */
+  /** PEM: our certificate with those up to the authority's, and its key. Undefined: keys that both know, or none. */
   readonly certificate: { readonly chain: string; readonly key: string } | undefined;
-  /** PEM: clients need a certificate of one of these. */
+  /**
+   * PEM: the others need a certificate of one of these; empty: no certificate will do, only a key that both know.
+   * Undefined: whatever they have or not.
+   */
   readonly authorities: string | undefined;
 }
 
-/** The client has said that nothing more will come. */
+/** The other one has said that nothing more will come. */
 export const TLS_END = 0;
 /** Nothing more can be read of what has come. */
 export const TLS_NEEDS_INPUT = -1;
@@ -104,9 +129,11 @@ const SSL_OP_NO_RENEGOTIATION = 1 << 30;
 const SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER = 2;
 const SSL_CTRL_MODE = 33;
 const SSL_CTRL_SET_SESS_CACHE_MODE = 44;
+const SSL_CTRL_SET_TLSEXT_HOSTNAME = 55;
 const SSL_CTRL_CHAIN_CERT = 89;
 const SSL_CTRL_SET_DH_AUTO = 118;
 const SSL_CTRL_SET_MIN_PROTO_VERSION = 123;
+const X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS = 4;
 const SSL_VERIFY_PEER = 1;
 const SSL_VERIFY_FAIL_IF_NO_PEER_CERT = 2;
 
@@ -129,6 +156,7 @@ function loadOpenSsl(): OpenSsl {
   const peekError = number('size_t ERR_peek_last_error()');
   const reason = lib.func('const char *ERR_reason_error_string(size_t code)');
   const serverMethod = number('size_t TLS_server_method()');
+  const clientMethod = number('size_t TLS_client_method()');
   const newContext = number('size_t SSL_CTX_new(size_t method)');
   const freeContext = lib.func('void SSL_CTX_free(size_t context)');
   const contextControl = number(
@@ -146,6 +174,7 @@ function loadOpenSsl(): OpenSsl {
   const addToStore = number('int X509_STORE_add_cert(size_t store, size_t certificate)');
   const addAuthority = number('int SSL_CTX_add_client_CA(size_t context, size_t certificate)');
   const setPskCallback = lib.func('void SSL_CTX_set_psk_server_callback(size_t context, void *callback)');
+  const setPskClient = lib.func('void SSL_CTX_set_psk_client_callback(size_t context, void *callback)');
   const memoryMethod = number('size_t BIO_s_mem()');
   const newBio = number('size_t BIO_new(size_t method)');
   const freeBio = number('int BIO_free(size_t bio)');
@@ -169,6 +198,15 @@ function loadOpenSsl(): OpenSsl {
   const setBio = lib.func('void SSL_set_bio(size_t ssl, size_t read, size_t write)');
   const bioOf = number('size_t SSL_get_rbio(size_t ssl)');
   const accept = lib.func('void SSL_set_accept_state(size_t ssl)');
+  const connect = lib.func('void SSL_set_connect_state(size_t ssl)');
+  const handshake = lib.func('int SSL_do_handshake(size_t ssl)');
+  const setServerName = number('int64 SSL_ctrl(size_t ssl, int command, int64 value, const char *name)');
+  const setHost = number('int SSL_set1_host(size_t ssl, const char *name)');
+  const setHostFlags = lib.func('void SSL_set_hostflags(size_t ssl, unsigned int flags)');
+  const verificationOf = number('size_t SSL_get0_param(size_t ssl)');
+  const setIp = number('int X509_VERIFY_PARAM_set1_ip_asc(size_t param, const char *ip)');
+  const verified = number('int64 SSL_get_verify_result(size_t ssl)');
+  const verifyText = lib.func('const char *X509_verify_cert_error_string(int64 code)');
   const read = lib.func('int SSL_read(size_t ssl, void *bytes, int length)');
   const readTo = lib.func('int SSL_read(size_t ssl, size_t address, int length)');
   const write = lib.func('int SSL_write(size_t ssl, void *bytes, int length)');
@@ -241,7 +279,6 @@ function loadOpenSsl(): OpenSsl {
       check(addAuthority(context, certificate), 'the authority cannot be used');
     });
     if (count === 0) throw new TlsError('there is no certificate of an authority');
-    setVerify(context, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, 0);
   };
   const addressWord = new BigUint64Array(1);
   const otherWord = new BigUint64Array(1);
@@ -259,10 +296,40 @@ function loadOpenSsl(): OpenSsl {
         throw failure('the rules of TLS were broken');
     }
   };
+  const openWith = (context: number): TlsChannel => {
+    const ssl = newSsl(context);
+    if (ssl === 0) throw failure('out of memory');
+    if (newPair(addressWord, OUTPUT_BYTES, otherWord, INPUT_BYTES) <= 0) {
+      freeSsl(ssl);
+      throw failure('out of memory');
+    }
+    const inner = Number(addressWord[0]);
+    setBio(ssl, inner, inner);
+    return { ssl, network: Number(otherWord[0]) };
+  };
+  const free = ({ ssl, network }: TlsChannel): void => {
+    freeSsl(ssl);
+    freeBio(network);
+    clearErrors();
+  };
+  /** @param prototype what OpenSSL calls @returns takes the callback away */
+  const callBack = (
+    context: number,
+    set: (context: number, callback: bigint | null) => unknown,
+    prototype: unknown,
+    answer: (...args: never[]) => number,
+  ): (() => void) => {
+    const callback = koffi.register(answer, koffi.pointer(prototype));
+    set(context, callback);
+    return () => {
+      set(context, null);
+      koffi.unregister(callback);
+    };
+  };
   return {
-    createContext({ suites, ciphers, certificate, authorities }) {
+    createContext({ endpoint, suites, ciphers, certificate, authorities }) {
       clearErrors();
-      const context = newContext(serverMethod());
+      const context = newContext(endpoint === 'server' ? serverMethod() : clientMethod());
       if (context === 0) throw failure('out of memory');
       try {
         const options = SSL_OP_NO_COMPRESSION | SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE;
@@ -273,14 +340,17 @@ function loadOpenSsl(): OpenSsl {
         check(setTickets(context, 0), 'tickets cannot be turned off');
         check(setSuites(context, suites), 'no such ciphers');
         check(setCiphers(context, ciphers), 'no such ciphers');
-        if (certificate === undefined) {
-          // Without it the keys of old connections could be found from the shared one, with TLS 1.2.
-          check(contextControl(context, SSL_CTRL_SET_DH_AUTO, 1, 0), 'no Diffie-Hellman');
-        } else {
+        if (certificate !== undefined) {
           useChain(context, certificate.chain);
           usePrivateKey(context, certificate.key);
+        } else if (endpoint === 'server') {
+          // Without it the keys of old connections could be found from the shared one, with TLS 1.2.
+          check(contextControl(context, SSL_CTRL_SET_DH_AUTO, 1, 0), 'no Diffie-Hellman');
         }
-        if (authorities !== undefined) trust(context, authorities);
+        if (authorities !== undefined) {
+          if (authorities !== '') trust(context, authorities);
+          setVerify(context, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, 0);
+        }
         return context;
       } catch (error) {
         freeContext(context);
@@ -302,30 +372,59 @@ function loadOpenSsl(): OpenSsl {
           return 0;
         }
       };
-      const callback = koffi.register(answer, koffi.pointer(prototype));
-      setPskCallback(context, callback);
-      return () => {
-        setPskCallback(context, null);
-        koffi.unregister(callback);
+      return callBack(context, setPskCallback, prototype, answer);
+    },
+    giveKey(context, identity, key) {
+      const prototype = koffi.proto('uint', ['size_t', 'const char *', 'size_t', 'uint', 'size_t', 'uint']);
+      const name = new TextEncoder().encode(`${identity}\0`);
+      type Pointer = number | bigint;
+      const answer = (
+        _ssl: Pointer,
+        _hint: string | null,
+        nameTo: Pointer,
+        nameMost: number,
+        keyTo: Pointer,
+        keyMost: number,
+      ): number => {
+        if (name.length > nameMost || key.length > keyMost) return 0;
+        copyTo(nameTo, name, name.length);
+        copyTo(keyTo, key, key.length);
+        return key.length;
       };
+      return callBack(context, setPskClient, prototype, answer);
     },
     open(context) {
-      const ssl = newSsl(context);
-      if (ssl === 0) throw failure('out of memory');
-      if (newPair(addressWord, OUTPUT_BYTES, otherWord, INPUT_BYTES) <= 0) {
-        freeSsl(ssl);
-        throw failure('out of memory');
+      const channel = openWith(context);
+      accept(channel.ssl);
+      return channel;
+    },
+    openClient(context, hostname) {
+      const channel = openWith(context);
+      const { ssl } = channel;
+      try {
+        connect(ssl);
+        if ('ip' in hostname) {
+          check(setIp(verificationOf(ssl), hostname.ip), 'no such address');
+          return channel;
+        }
+        check(setServerName(ssl, SSL_CTRL_SET_TLSEXT_HOSTNAME, 0, hostname.name), 'no such name');
+        setHostFlags(ssl, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
+        check(setHost(ssl, hostname.name), 'no such name');
+        return channel;
+      } catch (error) {
+        free(channel);
+        throw error;
       }
-      const inner = Number(addressWord[0]);
-      setBio(ssl, inner, inner);
-      accept(ssl);
-      return { ssl, network: Number(otherWord[0]) };
     },
-    free({ ssl, network }) {
-      freeSsl(ssl);
-      freeBio(network);
+    handshake({ ssl }) {
       clearErrors();
+      return outcome(ssl, Number(handshake(ssl)));
     },
+    distrust({ ssl }) {
+      const code = verified(ssl);
+      return code === 0 ? undefined : String(verifyText(code));
+    },
+    free,
     // Errors that were left over, by whomever, would be taken for those of the call: they are cleared before each.
     read({ ssl }, bytes) {
       clearErrors();
@@ -366,5 +465,15 @@ function loadOpenSsl(): OpenSsl {
   };
 }
 
-/** The OpenSSL of this Node; undefined as well where this is no ordinary Node, and there is none that can be called. */
-export const openSsl = throughFfi(loadOpenSsl);
+/** Undefined as well where this is no ordinary Node, and there is none that can be called. */
+const openSsl = throughFfi(loadOpenSsl);
+
+/** The OpenSSL of this Node. @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE */
+export function requireOpenSsl(): OpenSsl {
+  const found = openSsl();
+  if (found !== undefined) return found;
+  throw new StillframeError(
+    'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+    'there is no OpenSSL here that can be called: NBD speaks TLS by that of Node, on Linux, with the FFI package',
+  );
+}

@@ -26,8 +26,6 @@ export interface Sockets {
   shutdown(fd: number): void;
   /** Says that nothing more will be sent. Never throws. */
   finish(fd: number): void;
-  /** Another descriptor for the same socket, so that each of two owners closes its own. */
-  duplicate(fd: number): number;
   close(fd: number): void;
   /** Two sockets that are connected to each other. */
   pair(): [number, number];
@@ -52,7 +50,6 @@ const IPPROTO_TCP = 6;
 const TCP_NODELAY = 1;
 const SHUT_WR = 1;
 const SHUT_RDWR = 2;
-const F_DUPFD_CLOEXEC = 1030;
 export const MAX_UNIX_PATH_BYTES = 107;
 
 /** The part of koffi that is used; its own types are far wider. */
@@ -103,7 +100,6 @@ function loadSockets(): Sockets {
   const socketpair = libc.func('int socketpair(int domain, int type, int protocol, _Out_ int *fds)');
   // Not Node's: it knows nothing of these descriptors, and in a worker it warns of closing one that it did not open.
   const close = libc.func('int close(int fd)');
-  const fcntl = libc.func('int fcntl(int fd, int command, int value)');
   const getaddrinfo = libc.func(
     'int getaddrinfo(const char *node, const char *service, void *hints, _Out_ void **result)',
   );
@@ -188,9 +184,6 @@ function loadSockets(): Sockets {
     },
     finish(fd) {
       shutdown(fd, SHUT_WR);
-    },
-    duplicate(fd) {
-      return checked('fcntl', fcntl(fd, F_DUPFD_CLOEXEC, 3));
     },
     close(fd) {
       checked('close', close(fd));

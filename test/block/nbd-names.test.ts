@@ -88,6 +88,15 @@ it('takes parameters', () => {
     cut: true,
     contexts: ['qemu:dirty-bitmap:b0'],
   });
+  expect(parseNbdName('nbds+unix://alice@here/?socket=/s').tls).toMatchObject({
+    username: 'alice',
+    hostname: 'here',
+  });
+  expect(parseNbdName('nbds+unix://here/?socket=/s&tls-hostname=there').tls).toMatchObject({
+    hostname: 'there',
+  });
+  expect(() => parseNbdName('nbds+unix://here:1/?socket=/s')).toThrow("names the host 'here:1'");
+  expect(() => parseNbdName('nbd+unix://here/?socket=/s')).toThrow("names the host 'here'");
   expect(parseNbdName('nbds://host/?tls-type=psk&tls-psk-file=/keys').tls).toMatchObject({
     pskFile: '/keys',
     verifyPeer: true,

@@ -1,10 +1,10 @@
 /** NBD over TLS with real servers, by certificates and by keys that both know. */
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { createEngine, type Engine } from '#src/index.js';
-import { makeCertificates } from '../support/certificates.js';
+import { makeCertificates, makeIntermediate } from '../support/certificates.js';
 import { firstDifference, Random } from '../support/data.js';
 import { ACK, GREETING, optionReply, withFakeServer } from '../support/fake-nbd.js';
 import { nbdkit, qemuNbd, type Server } from '../support/nbd.js';
@@ -22,7 +22,12 @@ beforeAll(async () => {
   engine = await createEngine({ workers: 2 });
   if (!peers) return;
   makeCertificates(at('pki'));
-  makeCertificates(at('other'));
+  makeCertificates(at('other'), 'DNS:*.example.org', 'IP:127.0.0.1');
+  makeIntermediate(at('pki'), at('middle'));
+  mkdirSync(at('anonymous'));
+  for (const folder of ['middle', 'anonymous']) {
+    cpSync(join(at('pki'), 'ca-cert.pem'), join(at(folder), 'ca-cert.pem'));
+  }
   writeFileSync(at('disk'), content);
   writeFileSync(at('keys.psk'), `alice:${KEY}\n`);
   writeFileSync(at('wrong.psk'), `alice:${'ff'.repeat(32)}\n`);
@@ -57,7 +62,7 @@ async function readAll(name: string): Promise<void> {
 const kitX509 = (...args: string[]) =>
   nbdkit(['-r', '--tls=require', `--tls-certificates=${at('pki')}`, ...args, 'file', at('disk')]);
 const kitPsk = () => nbdkit(['-r', '--tls=require', `--tls-psk=${at('keys.psk')}`, 'file', at('disk')]);
-const qemu = (credentials: string) =>
+const qemu = (credentials: string, priority = 'NORMAL') =>
   qemuNbd([
     '-r',
     '-f',
@@ -65,7 +70,7 @@ const qemu = (credentials: string) =>
     '-e',
     '4',
     '--object',
-    `${credentials},id=tls0,endpoint=server,dir=${at(credentials.endsWith('psk') ? '.' : 'pki')}`,
+    `${credentials},id=tls0,endpoint=server,priority=${priority},dir=${at(credentials.endsWith('psk') ? '.' : 'pki')}`,
     '--tls-creds',
     'tls0',
     at('disk'),
@@ -82,6 +87,32 @@ describe.skipIf(!peers)('an export is read over TLS', () => {
     ['nbdkit with a key', kitPsk, () => `&tls-psk-file=${at('keys.psk')}`, 'alice@'],
     ['qemu-nbd with certificates', () => qemu('tls-creds-x509'), () => `&tls-certificates=${at('pki')}`],
     ['qemu-nbd with a key', () => qemu('tls-creds-psk'), () => `&tls-psk-file=${at('keys.psk')}`],
+    [
+      'qemu-nbd with certificates and TLS 1.2',
+      () => qemu('tls-creds-x509', 'NORMAL:-VERS-TLS1.3'),
+      () => `&tls-certificates=${at('pki')}`,
+    ],
+    [
+      'qemu-nbd with a key and TLS 1.2',
+      () => qemu('tls-creds-psk', 'NORMAL:-VERS-TLS1.3'),
+      () => `&tls-psk-file=${at('keys.psk')}`,
+    ],
+    [
+      'nbdkit whose certificate another one has signed in between',
+      () => kitX509(`--tls-certificates=${at('middle')}`),
+      () => `&tls-certificates=${at('pki')}`,
+    ],
+    [
+      'nbdkit with a certificate for all hosts of a domain',
+      () => kitX509(`--tls-certificates=${at('other')}`),
+      () => `&tls-certificates=${at('other')}&tls-hostname=a.example.org`,
+    ],
+    [
+      'nbdkit with a certificate for an address',
+      () => kitX509(`--tls-certificates=${at('other')}`),
+      () => `&tls-certificates=${at('other')}`,
+      '127.0.0.1',
+    ],
   ])('from %s', async (_, serve, parameters, user) => {
     server = serve();
     await readAll(nameOf(server, parameters(), user));
@@ -100,6 +131,12 @@ describe.skipIf(!peers)('an export is read over TLS', () => {
       () => kitX509(),
       () => `&tls-certificates=${at('pki')}&tls-hostname=example.com`,
       /example\.com/,
+    ],
+    [
+      'a certificate for a part of the name',
+      () => kitX509(`--tls-certificates=${at('other')}`),
+      () => `&tls-certificates=${at('other')}&tls-hostname=a.b.example.org`,
+      /a\.b\.example\.org/,
     ],
     ['a wrong key', kitPsk, () => `&tls-psk-file=${at('wrong.psk')}`, /TLS/],
     [
@@ -166,6 +203,28 @@ describe.skipIf(!peers)('an export is read over TLS', () => {
     });
   });
 
+  it('and not without a certificate of ours, where the server says that it wants one', async () => {
+    const disk = await engine.openDisk(at('disk'), { format: 'raw', readOnly: true });
+    const socket = at('ours.sock');
+    const ours = await engine.serveNbd({
+      listen: `unix:${socket}`,
+      exports: [{ disk }],
+      tls: { certificates: at('pki'), verifyPeer: true },
+    });
+    try {
+      const name = (folder: string) =>
+        `nbds+unix://localhost/?socket=${socket}&tls-certificates=${at(folder)}`;
+      await readAll(name('pki'));
+      await expect(readAll(name('anonymous'))).rejects.toMatchObject({
+        code: 'ERR_STILLFRAME_NBD_REFUSED',
+        message: expect.stringContaining('certificate required'),
+      });
+    } finally {
+      await ours.close();
+      await disk.close();
+    }
+  });
+
   it('with the keys of users that are there', async () => {
     server = kitPsk();
     await expect(readAll(nameOf(server, `&tls-psk-file=${at('keys.psk')}`, 'bob@'))).rejects.toMatchObject({
@@ -174,6 +233,23 @@ describe.skipIf(!peers)('an export is read over TLS', () => {
     await expect(readAll(nameOf(server, `&tls-psk-file=${at('none.psk')}`))).rejects.toMatchObject({
       code: 'ERR_STILLFRAME_NOT_FOUND',
     });
+  });
+
+  it('and a job that waits for it ends as soon as it is cancelled', async () => {
+    server = nbdkit([
+      ...['-r', '--tls=require', `--tls-certificates=${at('pki')}`],
+      ...['--filter=delay', 'file', at('disk'), 'rdelay=1000'],
+    ]);
+    const disk = await engine.openDisk(nameOf(server, `&tls-certificates=${at('pki')}`), {
+      format: 'raw',
+      readOnly: true,
+    });
+    const job = await disk.backup({ target: at('copy'), format: 'raw', sync: 'full', force: true });
+    const outcome = job.result();
+    job.cancel();
+    await expect(outcome).rejects.toMatchObject({ code: 'ERR_STILLFRAME_JOB_CANCELLED' });
+    server.kill();
+    await disk.close();
   });
 
   it('until it goes away', async () => {

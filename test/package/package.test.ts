@@ -40,7 +40,7 @@ describe('the installed package', () => {
     expect(manifest).toMatchObject({ name: 'stillframe', license: 'Apache-2.0', type: 'module' });
   });
 
-  it.each(['engine/worker.js', 'nbd/server/thread.js', 'block/nbd/tls-relay.js'])(
+  it.each(['engine/worker.js', 'nbd/server/thread.js'])(
     'has what the thread %s loads in one file',
     (thread) => {
       const imported = [

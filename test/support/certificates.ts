@@ -5,8 +5,10 @@ import { run } from './peers.js';
 /**
  * Makes a folder of certificates by the names that NBD programs look for: an authority's, a server's for `localhost`
  * and a client's.
+ *
+ * @param names for whom else the server's is, in OpenSSL's notation
  */
-export function makeCertificates(folder: string): string {
+export function makeCertificates(folder: string, ...names: readonly string[]): string {
   mkdirSync(folder);
   const at = (name: string): string => join(folder, name);
   const key = (name: string) => [
@@ -24,7 +26,7 @@ export function makeCertificates(folder: string): string {
     run('openssl', ['req', ...key(`${name}-key.pem`), '-subj', '/CN=localhost', '-out', request]);
     writeFileSync(
       at('extensions'),
-      `subjectAltName=DNS:localhost\nextendedKeyUsage=${usage}\nkeyUsage=digitalSignature\n`,
+      `subjectAltName=${['DNS:localhost', ...names].join()}\nextendedKeyUsage=${usage}\nkeyUsage=digitalSignature\n`,
     );
     run('openssl', [
       ...['x509', '-req', '-in', request, '-days', '2', '-CA', at('ca-cert.pem'), '-CAkey', at('ca-key.pem')],

@@ -2,8 +2,10 @@ import { StillframeError } from '../../errors.js';
 import type { Arena } from '../../kernels/arena.js';
 import { advance, load, store, waitWhile, withLock } from '../../kernels/futex.js';
 import { EXPORT } from '../../nbd/protocol/numbers.js';
+import { requireOpenSsl, type TlsChannel, TlsError } from '../../os/openssl.js';
 import { type SocketAddress, type Sockets, sockets } from '../../os/sockets.js';
 import {
+  CHANNEL,
   CONTEXTS,
   CONTROL_BYTES,
   COOKIE,
@@ -30,7 +32,7 @@ import {
 import { connectionError, refusedError } from './errors.js';
 import { negotiate, type Session } from './handshake.js';
 import { currentOwner } from './owner.js';
-import { ConnectionLost, SocketStream } from './stream.js';
+import { ConnectionLost, SocketStream, TlsWire } from './stream.js';
 import { startTls } from './tls.js';
 import type { NbdTarget } from './uri.js';
 
@@ -136,7 +138,7 @@ export class Connections {
       if (this.#load(LEAVING) !== 0) this.#sockets.setTimeout(fd, this.timeoutMs);
       return {
         slot,
-        stream: new SocketStream(fd, 0),
+        stream: new SocketStream(fd, 0, this.#channel(slot)),
         headers: HEADERS[load(this.#arena, at + HEADERS_AT)] ?? 'simple',
       };
     }
@@ -201,7 +203,7 @@ export class Connections {
       } catch (error) {
         this.#close(slot);
         this.checkInterrupted();
-        const known = error instanceof StillframeError ? error : this.#connectionError(error);
+        const known = error instanceof StillframeError ? error : this.#connectError(error);
         const again =
           known.code === 'ERR_STILLFRAME_NBD_CONNECTION' && performance.now() + RETRY_MS < untilMs;
         if (!again || this.#ready() > 0) throw known;
@@ -215,14 +217,9 @@ export class Connections {
     const { path, target, agreed } = this.#export;
     const deadline = performance.now() + Math.min(handshakeMs, target.timeoutMs);
     const plain = new SocketStream(this.#socketTo(slot, deadline), deadline);
-    const { stream, session } = negotiate(path, target, plain, (before) => {
-      const secured = startTls(path, target, before, this.#sockets);
-      // The relay has the connection now.
-      this.#close(slot);
-      this.#keep(slot, secured.fd);
-      this.#sockets.setTimeout(secured.fd, Math.max(1, deadline - performance.now()));
-      return secured;
-    });
+    const { stream, session } = negotiate(path, target, plain, (before) =>
+      startTls(path, target, before, (channel) => this.#setChannel(slot, channel)),
+    );
     if (agreed !== undefined && !sameExport(agreed, session)) {
       throw refusedError(
         path,
@@ -263,8 +260,12 @@ export class Connections {
     throw failure;
   }
 
-  #connectionError(error: unknown): StillframeError {
+  #connectError(error: unknown): StillframeError {
     const { path, target } = this.#export;
+    // With TLS 1.3 a client has made its handshake by the time when it hears that it is not trusted.
+    if (error instanceof ConnectionLost && error.cause instanceof TlsError) {
+      return refusedError(path, `no TLS with the server: ${error.cause.message}`);
+    }
     if (error instanceof ConnectionLost) return connectionError(path, error.message, error);
     const { address } = target;
     const place =
@@ -370,10 +371,12 @@ export class Connections {
         const headers = HEADERS[load(this.#arena, at + HEADERS_AT)] ?? 'simple';
         // Nobody reads what the server would have to say: it is not worth waiting for.
         this.#sockets.setTimeout(fd, RETRY_MS);
-        const stream = new SocketStream(fd, performance.now() + RETRY_MS);
+        const channel = this.#channel(slot);
+        const stream = new SocketStream(fd, performance.now() + RETRY_MS, channel);
         farewell({ slot, stream, headers });
-        if (this.#export.target.tls !== undefined) {
-          // TLS has its own farewell, which the relay gets round to once it sees our end.
+        if (channel !== undefined) {
+          // TLS has its own farewell. The server's is waited for: who closes before it has come resets the connection.
+          new TlsWire(fd, channel).finish();
           this.#sockets.finish(fd);
           stream.read(new Uint8Array(1), 0, 1);
         }
@@ -391,9 +394,23 @@ export class Connections {
     if (this.#export.target.cut && this.#interrupted()) this.#sockets.shutdown(fd);
   }
 
+  /** What speaks TLS on the connection of a slot; undefined: nothing does. */
+  #channel(slot: number): TlsChannel | undefined {
+    const index = (this.#slot(slot) + CHANNEL) / 8;
+    const [ssl = 0, network = 0] = this.#arena.f64.subarray(index, index + 2);
+    return ssl === 0 ? undefined : { ssl, network };
+  }
+
+  #setChannel(slot: number, channel: TlsChannel | undefined): void {
+    this.#arena.f64.set([channel?.ssl ?? 0, channel?.network ?? 0], (this.#slot(slot) + CHANNEL) / 8);
+  }
+
   #close(slot: number): void {
     const at = this.#slot(slot);
     store(this.#arena, at + READY, 0);
+    const channel = this.#channel(slot);
+    this.#setChannel(slot, undefined);
+    if (channel !== undefined) requireOpenSsl().free(channel);
     withLock(this.#arena, at + FD_LOCK, () => {
       const fd = load(this.#arena, at + FD);
       store(this.#arena, at + FD, -1);

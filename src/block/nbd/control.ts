@@ -18,7 +18,7 @@ import type { NbdDescriptor } from '../node.js';
  *     +32  written      float64 counts writes that were carried out
  *     +40  flushed      float64 the number of those that are durable
  *     +48  leaving      int32   nobody waits for the server to come back any more, or for long for an answer
- *     +64  slots        16 × 64 bytes: one for each connection
+ *     +64  slots        16 × 72 bytes: one for each connection
  *
  * A slot:
  *
@@ -30,6 +30,7 @@ import type { NbdDescriptor } from '../node.js';
  *     +20 headers   int32   index into HEADERS
  *     +24 contexts  6 × int32  numbers of the contexts of the descriptor, -1 where the server has it not
  *     +48 ready     int32   1 while there is a connection that requests can be made on
+ *     +56 channel   2 × float64: addresses of what speaks TLS with the server; 0: nothing does
  */
 export const SEQUENCE = 4;
 export const INTERRUPTED = 8;
@@ -42,7 +43,7 @@ export const WRITTEN = 32;
 export const FLUSHED = 40;
 export const LEAVING = 48;
 export const SLOTS = 64;
-export const SLOT_BYTES = 64;
+export const SLOT_BYTES = 72;
 export const MAX_CONNECTIONS = 16;
 /** Contexts that a descriptor can have, `base:allocation` included. */
 export const MAX_CONTEXTS = 6;
@@ -56,6 +57,7 @@ export const COOKIE = 16;
 export const HEADERS_AT = 20;
 export const CONTEXTS = 24;
 export const READY = 48;
+export const CHANNEL = 56;
 
 /** The export is about to be closed: nobody waits for a server that is gone to come back, or for long for one that hangs. */
 export function leaveNbd(arena: Arena, { control }: NbdDescriptor): void {

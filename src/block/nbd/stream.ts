@@ -1,18 +1,133 @@
 import { readSync, writeSync } from 'node:fs';
+import {
+  requireOpenSsl,
+  TLS_END,
+  TLS_NEEDS_INPUT,
+  TLS_NEEDS_ROOM,
+  type TlsChannel,
+  TlsError,
+} from '../../os/openssl.js';
+import { type ServerSockets, serverSockets } from '../../os/server-sockets.js';
+import { SocketError } from '../../os/sockets.js';
+import { receiveInput, sendOutNow } from '../../os/tls-channel.js';
 
 /** The connection is gone, or takes too long: nothing more can be done with it. */
 export class ConnectionLost extends Error {}
 
+/** How bytes get to the server and back. Both wait until some have; the time-out of the socket is the error `EAGAIN`. */
+interface Wire {
+  /** @returns the bytes read, at most `length`; 0 at the end */
+  receive(bytes: Uint8Array, start: number, length: number): number;
+  /** @returns the bytes taken */
+  send(bytes: Uint8Array, start: number, length: number): number;
+}
+
+/** Data that is encrypted before the deadline is looked at again, in bytes. */
+const PART_BYTES = 128 * 1024;
+
+/** The TLS of one connection; whoever has the connection for itself uses it. */
+export class TlsWire implements Wire {
+  readonly #fd: number;
+  readonly #channel: TlsChannel;
+  readonly #tls = requireOpenSsl();
+  readonly #sockets: ServerSockets;
+
+  constructor(fd: number, channel: TlsChannel) {
+    const calls = serverSockets();
+    if (calls === undefined) throw new Error('invariant: there are sockets');
+    this.#fd = fd;
+    this.#channel = channel;
+    this.#sockets = calls;
+  }
+
+  /**
+   * Agrees with the server on the keys.
+   *
+   * @param checkTime throws once it has taken too long
+   * @returns false where the server has ended the connection
+   * @throws TlsError where one does not trust the other
+   */
+  handshake(checkTime: () => void): boolean {
+    return this.#come(() => this.#tls.handshake(this.#channel), 0, checkTime) !== TLS_END;
+  }
+
+  receive(bytes: Uint8Array, start: number, length: number): number {
+    const to = bytes.subarray(start, start + length);
+    return this.#come(() => this.#tls.read(this.#channel, to), length);
+  }
+
+  send(bytes: Uint8Array, start: number, length: number): number {
+    const from = bytes.subarray(start, start + Math.min(length, PART_BYTES));
+    for (;;) {
+      const taken = this.#tls.write(this.#channel, from);
+      this.#sendOut();
+      if (taken === from.length) return taken;
+      if (taken !== TLS_NEEDS_ROOM) throw new Error('a server that wants a handshake in between');
+    }
+  }
+
+  /** Tells the server that nothing more will come, as far as it takes that at once. */
+  finish(): void {
+    this.#tls.finish(this.#channel);
+    sendOutNow(this.#tls, this.#channel, this.#sockets, this.#fd);
+  }
+
+  /** Calls `step` until it has come to something. @param toCome data that the server still has to send, or is sending */
+  #come(step: () => number, toCome: number, checkTime?: () => void): number {
+    for (;;) {
+      const got = this.#step(step);
+      if (got >= 0) return got;
+      checkTime?.();
+      if (got !== TLS_NEEDS_INPUT) continue;
+      const came = receiveInput(this.#tls, this.#channel, this.#sockets, this.#fd, toCome);
+      if (came === undefined) throw new SocketError('recv', 'EAGAIN', 'nothing came');
+      if (came === 0) return TLS_END;
+      this.#tls.putIn(this.#channel, came);
+    }
+  }
+
+  /** The server is told what is wrong with it, and gets an answer to what is no data. */
+  #step(step: () => number): number {
+    try {
+      const got = step();
+      if (got <= 0) this.#sendOut();
+      return got;
+    } catch (error) {
+      if (error instanceof TlsError) sendOutNow(this.#tls, this.#channel, this.#sockets, this.#fd);
+      throw error;
+    }
+  }
+
+  #sendOut(): void {
+    for (;;) {
+      const { address, length } = this.#tls.output(this.#channel);
+      if (length === 0) return;
+      this.#tls.tookOut(this.#channel, this.#sockets.sendFrom(this.#fd, address, length, false));
+    }
+  }
+}
+
 /** Blocking reads and writes on a connected socket, with a deadline over any number of them. */
 export class SocketStream {
   readonly fd: number;
+  /** Undefined: plain text. */
+  readonly channel: TlsChannel | undefined;
   /** Nothing is waited for beyond it, in the milliseconds of `performance.now()`. */
   deadlineMs: number;
+  readonly #wire: Wire;
 
   /** The time-out of the socket bounds each call; see {@link Sockets.setTimeout}. */
-  constructor(fd: number, deadlineMs: number) {
+  constructor(fd: number, deadlineMs: number, channel?: TlsChannel) {
     this.fd = fd;
+    this.channel = channel;
     this.deadlineMs = deadlineMs;
+    this.#wire =
+      channel === undefined
+        ? {
+            receive: (bytes, start, length) => readSync(fd, bytes, start, length, null),
+            send: (bytes, start, length) => writeSync(fd, bytes, start, length, null),
+          }
+        : new TlsWire(fd, channel);
   }
 
   /** Fills `length` bytes from `start` on. @throws ConnectionLost */
@@ -20,7 +135,7 @@ export class SocketStream {
     const end = start + length;
     for (let at = start; at < end; ) {
       this.#checkTime();
-      const got = this.#attempt(() => readSync(this.fd, bytes, at, end - at, null));
+      const got = this.#attempt(() => this.#wire.receive(bytes, at, end - at));
       if (got === 0) throw new ConnectionLost('the server has closed the connection');
       at += got;
     }
@@ -30,7 +145,7 @@ export class SocketStream {
   write(bytes: Uint8Array, start: number, length: number): void {
     const end = start + length;
     for (let at = start; at < end; ) {
-      at += this.#attempt(() => writeSync(this.fd, bytes, at, end - at, null));
+      at += this.#attempt(() => this.#wire.send(bytes, at, end - at));
       if (at < end) this.#checkTime();
     }
   }

@@ -2,94 +2,137 @@ import { createPrivateKey } from 'node:crypto';
 import { existsSync, readFileSync } from 'node:fs';
 import { isIP } from 'node:net';
 import { join } from 'node:path';
-import { Worker } from 'node:worker_threads';
 import { StillframeError, systemError } from '../../errors.js';
-import type { Sockets } from '../../os/sockets.js';
+import {
+  type OpenSsl,
+  requireOpenSsl,
+  type TlsChannel,
+  TlsError,
+  type TlsSettings,
+} from '../../os/openssl.js';
+import { SocketError } from '../../os/sockets.js';
 import { refusedError } from './errors.js';
-import { type Psk, parsePskFile } from './psk.js';
-import { ConnectionLost, SocketStream } from './stream.js';
+import { PSK_CIPHERS, PSK_SUITES, type Psk, parsePskFile } from './psk.js';
+import { ConnectionLost, SocketStream, TlsWire } from './stream.js';
 import type { NbdTarget, NbdTls } from './uri.js';
 
-/** How the relay is to convince itself and the server; plain data. */
-export interface RelayTls {
-  /** Name that the certificate has to have. */
-  readonly hostname: string;
-  readonly verifyPeer: boolean;
-  /** PEM; undefined: the authorities that Node knows. */
-  readonly ca: string | undefined;
-  readonly cert: string | undefined;
-  readonly key: string | undefined;
-  /** Undefined: certificates. */
+/** TLS 1.3, and 1.2; as for Node's own clients. */
+const CIPHERS = {
+  suites: 'TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256',
+  ciphers: 'ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:HIGH:!aNULL:!eNULL:!PSK:!SRP:!CAMELLIA',
+};
+
+/** No authority: a certificate is no proof of who has the key. */
+const NOBODY = '';
+
+/** With what client and server convince each other. */
+interface Credentials {
+  readonly settings: TlsSettings;
   readonly psk: Psk | undefined;
 }
 
-/** What the relay thread gets. */
-export interface RelayData {
-  /** The connection to the server and our side of it in plain text: both are the relay's own. */
-  readonly remote: number;
-  readonly local: number;
-  readonly tls: RelayTls;
-  /** A state word, the length of a text, and the text. */
-  readonly outcome: SharedArrayBuffer;
-}
-
-/** States of the outcome. */
-export const WAITING = 0;
-export const SECURE = 1;
-export const FAILED = 2;
-/** Where the text of the outcome is, and its longest length, in bytes. */
-export const TEXT_AT = 8;
-export const TEXT_BYTES = 1024;
-
 /**
- * Makes a connection confidential: a thread of its own speaks TLS to the server and plain text with us, over a pair of
- * sockets, so that all else stays the same blocking code.
+ * Makes a connection confidential.
  *
- * @returns our end of the pair
+ * @param keep takes the channel before it is used; whoever closes the connection frees it
+ * @returns what to speak with from then on
  * @throws ConnectionLost, StillframeError ERR_STILLFRAME_NBD_REFUSED where the two do not trust each other,
- *   …_INVALID_ARGUMENT and what reading a file throws
+ *   …_INVALID_ARGUMENT, …_UNSUPPORTED_FEATURE and what reading a file throws
  */
 export function startTls(
   path: string,
   target: NbdTarget,
   plain: SocketStream,
-  sockets: Sockets,
+  keep: (channel: TlsChannel) => void,
 ): SocketStream {
   if (target.tls === undefined) throw new Error('invariant: only a target with TLS starts it');
-  const tls = relayTls(path, target, target.tls);
-  const outcome = new SharedArrayBuffer(TEXT_AT + TEXT_BYTES);
-  const state = new Int32Array(outcome, 0, 2);
-  const [ours, theirs] = sockets.pair();
-  const data: RelayData = { remote: sockets.duplicate(plain.fd), local: theirs, tls, outcome };
-  const relay = new Worker(new URL('./tls-relay.js', import.meta.url), { workerData: data });
-  // It ends by itself when either side does.
-  relay.unref();
-  relay.on('error', () => undefined);
-  Atomics.wait(state, 0, WAITING, Math.max(0, plain.deadlineMs - performance.now()));
-  // Before the connection ends: the relay would take that for a failure of the handshake.
-  const came = Atomics.load(state, 0);
-  if (came === SECURE) return new SocketStream(ours, plain.deadlineMs);
-  sockets.shutdown(plain.fd);
-  sockets.close(ours);
-  if (came === WAITING) throw new ConnectionLost('the server takes too long for the TLS handshake');
-  const text = new TextDecoder().decode(new Uint8Array(outcome, TEXT_AT, state[1]).slice());
-  throw refusedError(path, `no TLS with the server: ${text}`);
+  const { settings, psk } = credentials(path, target.tls);
+  const tls = requireOpenSsl();
+  const context = withText(path, 'the certificates cannot be used', () => tls.createContext(settings));
+  const forget = psk === undefined ? undefined : tls.giveKey(context, psk.identity, psk.key);
+  try {
+    const channel = openChannel(path, target, tls, context);
+    keep(channel);
+    const wire = new TlsWire(plain.fd, channel);
+    if (!shakeHands(path, plain, wire, channel)) throw refused(path, 'it has closed the connection');
+    return new SocketStream(plain.fd, plain.deadlineMs, channel);
+  } finally {
+    forget?.();
+    tls.freeContext(context);
+  }
 }
 
-function relayTls(path: string, { address }: NbdTarget, tls: NbdTls): RelayTls {
-  const { verifyPeer } = tls;
-  const hostname = tls.hostname ?? (address.type === 'tcp' ? address.host : 'localhost');
-  const common = { hostname, verifyPeer, ca: undefined, cert: undefined, key: undefined, psk: undefined };
-  if (tls.pskFile !== undefined) return { ...common, psk: findPsk(path, tls.pskFile, tls.username) };
-  const folder = tls.certificates;
-  if (folder === undefined) return common;
-  const own = existsSync(join(folder, 'client-cert.pem'));
+function openChannel(path: string, target: NbdTarget, tls: OpenSsl, context: number): TlsChannel {
+  const { address } = target;
+  const name = target.tls?.hostname ?? (address.type === 'tcp' ? address.host : 'localhost');
+  return withText(path, `'${name}' is no name for a host`, () =>
+    tls.openClient(context, isIP(name) === 0 ? { name } : { ip: name }),
+  );
+}
+
+/** @returns false where the server has ended the connection */
+function shakeHands(path: string, plain: SocketStream, wire: TlsWire, channel: TlsChannel): boolean {
+  const late = (): ConnectionLost => new ConnectionLost('the server takes too long for the TLS handshake');
+  try {
+    return wire.handshake(() => {
+      if (performance.now() > plain.deadlineMs) throw late();
+    });
+  } catch (error) {
+    if (error instanceof TlsError) {
+      const why = requireOpenSsl().distrust(channel);
+      throw refused(path, why === undefined ? error.message : `its certificate is not trusted: ${why}`);
+    }
+    if (error instanceof SocketError) {
+      throw error.code === 'EAGAIN' ? late() : new ConnectionLost(error.message, { cause: error });
+    }
+    throw error;
+  }
+}
+
+const refused = (path: string, text: string): StillframeError =>
+  refusedError(path, `no TLS with the server: ${text}`);
+
+function withText<T>(path: string, what: string, body: () => T): T {
+  try {
+    return body();
+  } catch (error) {
+    if (!(error instanceof TlsError)) throw error;
+    throw new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', `'${path}': ${what}: ${error.message}`);
+  }
+}
+
+function credentials(path: string, tls: NbdTls): Credentials {
+  const { certificates: folder, pskFile, verifyPeer } = tls;
+  if (pskFile !== undefined) {
+    const psk = findPsk(path, pskFile, tls.username);
+    const ciphers = { suites: PSK_SUITES, ciphers: PSK_CIPHERS };
+    return {
+      psk,
+      settings: { endpoint: 'client', ...ciphers, certificate: undefined, authorities: NOBODY },
+    };
+  }
+  const own = folder !== undefined && existsSync(join(folder, 'client-cert.pem'));
+  const certificate = own
+    ? {
+        chain: readText(join(folder, 'client-cert.pem')),
+        key: clientKey(path, join(folder, 'client-key.pem'), tls.passphrase),
+      }
+    : undefined;
+  const authorities = folder === undefined ? knownAuthorities() : readText(join(folder, 'ca-cert.pem'));
   return {
-    ...common,
-    ca: readText(join(folder, 'ca-cert.pem')),
-    cert: own ? readText(join(folder, 'client-cert.pem')) : undefined,
-    key: own ? clientKey(path, join(folder, 'client-key.pem'), tls.passphrase) : undefined,
+    psk: undefined,
+    settings: {
+      endpoint: 'client',
+      ...CIPHERS,
+      certificate,
+      authorities: verifyPeer ? authorities : undefined,
+    },
   };
+}
+
+/** PEM: those that Node knows. Its module is large, and hardly anybody needs it here. */
+function knownAuthorities(): string {
+  return process.getBuiltinModule('node:tls').rootCertificates.join('\n');
 }
 
 function clientKey(path: string, file: string, passphrase: string | undefined): string {
@@ -119,7 +162,7 @@ function readText(path: string): string {
 }
 
 /** @param username undefined: whose key it is where there is only one */
-function findPsk(path: string, file: string, username: string | undefined): RelayTls['psk'] {
+function findPsk(path: string, file: string, username: string | undefined): Psk {
   const entries = parsePskFile(readText(file));
   const found =
     username === undefined && entries.length === 1
@@ -130,9 +173,4 @@ function findPsk(path: string, file: string, username: string | undefined): Rela
     'ERR_STILLFRAME_INVALID_ARGUMENT',
     `'${path}': ${username === undefined ? `'${file}' has ${entries.length} keys; say whose to use: nbds://USER@HOST/` : `'${file}' has no key of '${username}'`}`,
   );
-}
-
-/** Name for the server to choose its certificate by: addresses have none. */
-export function serverName(hostname: string): string {
-  return isIP(hostname) === 0 ? hostname : '';
 }

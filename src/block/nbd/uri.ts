@@ -104,11 +104,20 @@ function parseUri(name: string): NbdTarget {
   const username = at < 0 ? undefined : decode(name, authority.slice(0, at));
   const exportName = decode(name, path.slice(1));
   checkExportName(name, exportName);
-  const address = addressOf(name, transport.toLowerCase(), authority.slice(at + 1), parameters.get('socket'));
+  const secure = scheme.toLowerCase() === 'nbds';
+  const host = authority.slice(at + 1);
+  // Whom a certificate at a socket has to be for, as other clients take it.
+  const atSocket = secure && transport.toLowerCase() === 'unix' && /^[^:]+$/.test(host) ? host : undefined;
+  const address = addressOf(
+    name,
+    transport.toLowerCase(),
+    atSocket === undefined ? host : '',
+    parameters.get('socket'),
+  );
   return {
     address,
     exportName,
-    tls: scheme.toLowerCase() === 'nbds' ? tlsOf(name, parameters, username) : undefined,
+    tls: secure ? tlsOf(name, parameters, username, atSocket) : undefined,
     reconnectDelayMs: milliseconds(name, parameters, 'x-reconnect-delay') ?? DEFAULTS.reconnectDelayMs,
     openTimeoutMs: milliseconds(name, parameters, 'x-open-timeout') ?? DEFAULTS.openTimeoutMs,
     timeoutMs: milliseconds(name, parameters, 'x-timeout') || DEFAULTS.timeoutMs,
@@ -167,7 +176,12 @@ function parseQuery(name: string, query: string): ReadonlyMap<string, string> {
   return parameters;
 }
 
-function tlsOf(name: string, parameters: ReadonlyMap<string, string>, username: string | undefined): NbdTls {
+function tlsOf(
+  name: string,
+  parameters: ReadonlyMap<string, string>,
+  username: string | undefined,
+  hostname: string | undefined,
+): NbdTls {
   const type = parameters.get('tls-type');
   if (type !== undefined && !['x509', 'psk'].includes(type)) {
     throw invalid(name, `asks for tls-type=${type}; x509 and psk are supported`);
@@ -183,7 +197,7 @@ function tlsOf(name: string, parameters: ReadonlyMap<string, string>, username: 
     certificates: parameters.get('tls-certificates'),
     pskFile: type === 'x509' ? undefined : pskFile,
     username: parameters.get('tls-username') ?? username,
-    hostname: parameters.get('tls-hostname'),
+    hostname: parameters.get('tls-hostname') ?? hostname,
     verifyPeer: /^(1|on|yes|true)$/.test(verify),
   };
 }

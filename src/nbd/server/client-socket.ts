@@ -1,11 +1,11 @@
 import { availableParallelism } from 'node:os';
 import type { Arena } from '../../kernels/arena.js';
 import { lock, unlock } from '../../kernels/futex.js';
+import { requireOpenSsl } from '../../os/openssl.js';
 import type { ServerSockets } from '../../os/server-sockets.js';
 import type { Sockets } from '../../os/sockets.js';
 import type { FilePipe } from './file-pipe.js';
 import { type ConnectionState, RECEIVE_BYTES } from './state.js';
-import { requireOpenSsl } from './tls.js';
 import { TlsWire } from './tls-wire.js';
 import { PlainWire, type Wire } from './wire.js';
 

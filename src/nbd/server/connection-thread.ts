@@ -2,8 +2,10 @@ import { availableParallelism } from 'node:os';
 import { CopyBuffer } from '../../block/filters/copy-before-write.js';
 import { tryLock, unlock } from '../../kernels/futex.js';
 import type { Runtime } from '../../kernels/runtime.js';
+import { requireOpenSsl } from '../../os/openssl.js';
 import type { ServerSockets } from '../../os/server-sockets.js';
 import type { Sockets } from '../../os/sockets.js';
+import { closeChannel } from '../../os/tls-channel.js';
 import { COMMAND, WIRE_ERROR } from '../protocol/numbers.js';
 import { judge, MAX_DRAINED_BYTES, Request, requestBytes } from '../protocol/request.js';
 import { ClientLost, ClientSocket } from './client-socket.js';
@@ -12,8 +14,6 @@ import type { ExportDescriptor } from './exports.js';
 import { FilePipe } from './file-pipe.js';
 import { ANSWER_BYTES, DATA_BYTES, Session } from './session.js';
 import { type ConnectionState, PHASE_OF, RECEIVE_BYTES, type ServerState } from './state.js';
-import { requireOpenSsl } from './tls.js';
-import { closeChannel } from './tls-channel.js';
 
 /** Most threads that one connection keeps busy. */
 const THREADS_OF_ONE = 16;

@@ -2,7 +2,7 @@ import type { OpenSsl, TlsChannel } from '../../os/openssl.js';
 import { TLS_NEEDS_INPUT, TLS_NEEDS_ROOM } from '../../os/openssl.js';
 import type { ServerSockets } from '../../os/server-sockets.js';
 import type { Sockets } from '../../os/sockets.js';
-import { closeChannel, sendOutNow } from './tls-channel.js';
+import { closeChannel, sendOutNow } from '../../os/tls-channel.js';
 
 /** Reads or records of a client before others get their turn. */
 const READS_AT_ONCE = 64;

@@ -3,12 +3,9 @@ import { lock, tryLock, unlock } from '../../kernels/futex.js';
 import { type OpenSsl, TLS_NEEDS_INPUT, TLS_NEEDS_ROOM, type TlsChannel } from '../../os/openssl.js';
 import type { ServerSockets } from '../../os/server-sockets.js';
 import type { Sockets } from '../../os/sockets.js';
+import { receiveInput, sendOutNow } from '../../os/tls-channel.js';
 import type { ConnectionState } from './state.js';
-import { sendOutNow } from './tls-channel.js';
 import type { Wire } from './wire.js';
-
-/** Data of a record of TLS at most, in bytes. */
-const RECORD_BYTES = 16 * 1024;
 
 /**
  * With TLS. The channel is used under a lock of its own, for as long as it takes to encrypt or to decrypt; threads wait
@@ -74,13 +71,7 @@ export class TlsWire implements Wire {
     for (;;) {
       const got = this.#decrypt(pointer, most);
       if (got >= 0) return got;
-      const { address, length } = this.#tls.input(this.#channel);
-      const sure = Math.min(length, toCome - RECORD_BYTES);
-      // Of a part of a record that was taken already as much is missing from what comes.
-      const came =
-        sure > RECORD_BYTES
-          ? this.#sockets.receiveAll(this.#fd, address, sure)
-          : this.#sockets.receiveTo(this.#fd, address, length, true);
+      const came = receiveInput(this.#tls, this.#channel, this.#sockets, this.#fd, toCome);
       if (came === undefined) return undefined;
       if (came === 0) return this.#end();
       this.#put(came);

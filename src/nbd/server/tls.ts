@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { PSK_CIPHERS, PSK_SUITES, type Psk, parsePskFile } from '../../block/nbd/psk.js';
 import { decryptKey } from '../../block/nbd/tls.js';
 import { StillframeError, systemError } from '../../errors.js';
-import { type OpenSsl, openSsl } from '../../os/openssl.js';
+import { type OpenSsl, requireOpenSsl } from '../../os/openssl.js';
 
 /** With what a server proves who it is; clients without TLS are not served then. */
 export type TlsOptions =
@@ -41,16 +41,6 @@ export interface TlsHandshakes {
   end(): void;
 }
 
-/** @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE */
-export function requireOpenSsl(): OpenSsl {
-  const found = openSsl();
-  if (found !== undefined) return found;
-  throw new StillframeError(
-    'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
-    'there is no OpenSSL here that can be called: TLS is served by Node itself, on Linux, with the FFI package',
-  );
-}
-
 /**
  * @returns what the server has to give back with {@link releaseTls} in the end
  * @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE, ERR_STILLFRAME_NOT_FOUND, …_PERMISSION, …_INVALID_ARGUMENT (what is in the files)
@@ -63,11 +53,12 @@ export function prepareTls(options: TlsOptions): ListenerTls {
       throw invalid(options.pskFile, 'has no key: no line like user:0123456789abcdef');
     }
     const settings = {
+      endpoint: 'server',
       suites: PSK_SUITES,
       ciphers: PSK_CIPHERS,
       certificate: undefined,
       authorities: undefined,
-    };
+    } as const;
     return { context: createContext(settings), keys };
   }
   const at = (name: string): string => join(options.certificates, name);
@@ -76,7 +67,10 @@ export function prepareTls(options: TlsOptions): ListenerTls {
   const ca = options.verifyPeer === true ? readText(at('ca-cert.pem')) : undefined;
   try {
     const certificate = { chain: cert, key: decryptKey(encrypted, options.passphrase) };
-    return { context: createContext({ ...CIPHERS, certificate, authorities: ca }), keys: [] };
+    return {
+      context: createContext({ endpoint: 'server', ...CIPHERS, certificate, authorities: ca }),
+      keys: [],
+    };
   } catch (error) {
     throw invalid(
       options.certificates,
