@@ -118,6 +118,11 @@ export class TlsError extends Error {}
 const OUTPUT_BYTES = 8 * 16640;
 const INPUT_BYTES = 128 * 1024;
 
+/** AES-GCM is good for 2^24.5 records with one key (RFC 8446, 5.5), of up to 16 KiB: twice this, and more. */
+const RENEW_BYTES = 2 ** 37;
+/** What a record has beside its data at most, in bytes. */
+const MOST_ADDED = 40;
+
 const TLS1_2_VERSION = 0x0303;
 const SSL_ERROR_WANT_READ = 2;
 const SSL_ERROR_WANT_WRITE = 3;
@@ -126,6 +131,7 @@ const SSL_OP_NO_TICKET = 1 << 14;
 const SSL_OP_NO_COMPRESSION = 1 << 17;
 const SSL_OP_CIPHER_SERVER_PREFERENCE = 1 << 22;
 const SSL_OP_NO_RENEGOTIATION = 1 << 30;
+const SSL_KEY_UPDATE_NOT_REQUESTED = 0;
 const SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER = 2;
 const SSL_CTRL_MODE = 33;
 const SSL_CTRL_SET_SESS_CACHE_MODE = 44;
@@ -143,7 +149,13 @@ const END_OF_PEM = 'no start line';
 /** The first with all that is called: 1.1.1. */
 const OLDEST_VERSION = 0x10101000;
 
-function loadOpenSsl(): OpenSsl {
+/**
+ * Loads it.
+ *
+ * @param renewBytes what is sent with one key, if there are others (TLS 1.3)
+ * @throws Error where there is none that can be called
+ */
+export function loadOpenSsl(renewBytes = RENEW_BYTES): OpenSsl {
   const koffi: Koffi = loadKoffi();
   const lib = koffi.load(null);
   const number = (prototype: string): ((...args: unknown[]) => number) => {
@@ -211,6 +223,8 @@ function loadOpenSsl(): OpenSsl {
   const readTo = lib.func('int SSL_read(size_t ssl, size_t address, int length)');
   const write = lib.func('int SSL_write(size_t ssl, void *bytes, int length)');
   const writeFrom = lib.func('int SSL_write(size_t ssl, size_t address, int length)');
+  const sentSoFar = number('uint64 BIO_number_written(size_t bio)');
+  const renewKey = number('int SSL_key_update(size_t ssl, int kind)');
   const errorOf = number('int SSL_get_error(size_t ssl, int result)');
   const shutdown = number('int SSL_shutdown(size_t ssl)');
   const hasPending = number('int SSL_has_pending(size_t ssl)');
@@ -326,6 +340,17 @@ function loadOpenSsl(): OpenSsl {
       koffi.unregister(callback);
     };
   };
+  /** Other keys for what is sent next, now and then. @param length of what was written last */
+  const renewed = (ssl: number, length: number, written: number): number => {
+    if (written !== length) return written;
+    // Whether the last write went past the next multiple: some bytes are about data, which may make it once too often.
+    const sent = sentSoFar(bioOf(ssl));
+    if (sent < renewBytes || sent % renewBytes > length + MOST_ADDED * Math.ceil(length / 16384))
+      return written;
+    // With TLS 1.2 there is no other key.
+    if (renewKey(ssl, SSL_KEY_UPDATE_NOT_REQUESTED) <= 0) clearErrors();
+    return written;
+  };
   return {
     createContext({ endpoint, suites, ciphers, certificate, authorities }) {
       clearErrors();
@@ -436,11 +461,11 @@ function loadOpenSsl(): OpenSsl {
     },
     write({ ssl }, bytes) {
       clearErrors();
-      return outcome(ssl, Number(write(ssl, bytes, bytes.length)));
+      return renewed(ssl, bytes.length, outcome(ssl, Number(write(ssl, bytes, bytes.length))));
     },
     writeFrom({ ssl }, address, length) {
       clearErrors();
-      return outcome(ssl, Number(writeFrom(ssl, address, length)));
+      return renewed(ssl, length, outcome(ssl, Number(writeFrom(ssl, address, length))));
     },
     finish({ ssl }) {
       shutdown(ssl);
@@ -466,7 +491,7 @@ function loadOpenSsl(): OpenSsl {
 }
 
 /** Undefined as well where this is no ordinary Node, and there is none that can be called. */
-const openSsl = throughFfi(loadOpenSsl);
+const openSsl = throughFfi(() => loadOpenSsl());
 
 /** The OpenSSL of this Node. @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE */
 export function requireOpenSsl(): OpenSsl {
