@@ -16,8 +16,8 @@ export class ConnectionLost extends Error {}
 
 /** How bytes get to the server and back. Both wait until some have; the time-out of the socket is the error `EAGAIN`. */
 interface Wire {
-  /** @returns the bytes read, at most `length`; 0 at the end */
-  receive(bytes: Uint8Array, start: number, length: number): number;
+  /** @returns the bytes read, at most `length`; 0 at the end, undefined where what came was no data */
+  receive(bytes: Uint8Array, start: number, length: number): number | undefined;
   /** @returns the bytes taken */
   send(bytes: Uint8Array, start: number, length: number): number;
 }
@@ -41,19 +41,18 @@ export class TlsWire implements Wire {
   }
 
   /**
-   * Agrees with the server on the keys.
+   * Takes a step towards an agreement with the server on the keys.
    *
-   * @param checkTime throws once it has taken too long
-   * @returns false where the server has ended the connection
+   * @returns 1 once there is one, otherwise as {@link Wire.receive}
    * @throws TlsError where one does not trust the other
    */
-  handshake(checkTime: () => void): boolean {
-    return this.#come(() => this.#tls.handshake(this.#channel), 0, checkTime) !== TLS_END;
+  handshake(): number | undefined {
+    return this.#step(() => this.#tls.handshake(this.#channel), 0);
   }
 
-  receive(bytes: Uint8Array, start: number, length: number): number {
+  receive(bytes: Uint8Array, start: number, length: number): number | undefined {
     const to = bytes.subarray(start, start + length);
-    return this.#come(() => this.#tls.read(this.#channel, to), length);
+    return this.#step(() => this.#tls.read(this.#channel, to), length);
   }
 
   send(bytes: Uint8Array, start: number, length: number): number {
@@ -72,22 +71,20 @@ export class TlsWire implements Wire {
     sendOutNow(this.#tls, this.#channel, this.#sockets, this.#fd);
   }
 
-  /** Calls `step` until it has come to something. @param toCome data that the server still has to send, or is sending */
-  #come(step: () => number, toCome: number, checkTime?: () => void): number {
-    for (;;) {
-      const got = this.#step(step);
-      if (got >= 0) return got;
-      checkTime?.();
-      if (got !== TLS_NEEDS_INPUT) continue;
-      const came = receiveInput(this.#tls, this.#channel, this.#sockets, this.#fd, toCome);
-      if (came === undefined) throw new SocketError('recv', 'EAGAIN', 'nothing came');
-      if (came === 0) return TLS_END;
-      this.#tls.putIn(this.#channel, came);
-    }
+  /** Calls `step`, or waits for what it needs. @param toCome data that the server still has to send, or is sending */
+  #step(step: () => number, toCome: number): number | undefined {
+    const got = this.#answering(step);
+    if (got >= 0) return got;
+    if (got !== TLS_NEEDS_INPUT) return undefined;
+    const came = receiveInput(this.#tls, this.#channel, this.#sockets, this.#fd, toCome);
+    if (came === undefined) throw new SocketError('recv', 'EAGAIN', 'nothing came');
+    if (came === 0) return TLS_END;
+    this.#tls.putIn(this.#channel, came);
+    return undefined;
   }
 
   /** The server is told what is wrong with it, and gets an answer to what is no data. */
-  #step(step: () => number): number {
+  #answering(step: () => number): number {
     try {
       const got = step();
       if (got <= 0) this.#sendOut();
@@ -136,6 +133,7 @@ export class SocketStream {
     for (let at = start; at < end; ) {
       this.#checkTime();
       const got = this.#attempt(() => this.#wire.receive(bytes, at, end - at));
+      if (got === undefined) continue;
       if (got === 0) throw new ConnectionLost('the server has closed the connection');
       at += got;
     }
@@ -150,7 +148,7 @@ export class SocketStream {
     }
   }
 
-  #attempt(call: () => number): number {
+  #attempt<T>(call: () => T): T {
     for (;;) {
       try {
         return call();

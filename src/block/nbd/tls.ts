@@ -53,8 +53,7 @@ export function startTls(
   try {
     const channel = openChannel(path, target, tls, context);
     keep(channel);
-    const wire = new TlsWire(plain.fd, channel);
-    if (!shakeHands(path, plain, wire, channel)) throw refused(path, 'it has closed the connection');
+    shakeHands(path, plain, new TlsWire(plain.fd, channel), channel);
     return new SocketStream(plain.fd, plain.deadlineMs, channel);
   } finally {
     forget?.();
@@ -70,22 +69,22 @@ function openChannel(path: string, target: NbdTarget, tls: OpenSsl, context: num
   );
 }
 
-/** @returns false where the server has ended the connection */
-function shakeHands(path: string, plain: SocketStream, wire: TlsWire, channel: TlsChannel): boolean {
-  const late = (): ConnectionLost => new ConnectionLost('the server takes too long for the TLS handshake');
+function shakeHands(path: string, { deadlineMs }: SocketStream, wire: TlsWire, channel: TlsChannel): void {
+  const late = 'the server takes too long for the TLS handshake';
   try {
-    return wire.handshake(() => {
-      if (performance.now() > plain.deadlineMs) throw late();
-    });
+    for (;;) {
+      const came = wire.handshake();
+      if (came === 0) throw refused(path, 'it has closed the connection');
+      if (came !== undefined) return;
+      if (performance.now() > deadlineMs) throw new ConnectionLost(late);
+    }
   } catch (error) {
     if (error instanceof TlsError) {
       const why = requireOpenSsl().distrust(channel);
       throw refused(path, why === undefined ? error.message : `its certificate is not trusted: ${why}`);
     }
-    if (error instanceof SocketError) {
-      throw error.code === 'EAGAIN' ? late() : new ConnectionLost(error.message, { cause: error });
-    }
-    throw error;
+    if (!(error instanceof SocketError)) throw error;
+    throw new ConnectionLost(error.code === 'EAGAIN' ? late : error.message, { cause: error });
   }
 }
 
