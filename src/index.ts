@@ -14,6 +14,7 @@ export type { CompareResult } from './block/comparison.js';
 export type { CreateImageOptions, CreationOptions } from './block/create.js';
 export type { BitmapStatus } from './block/disk-bitmaps.js';
 export type { BitmapAction, BitmapSource } from './block/edit-bitmap.js';
+export type { SnapshotAction } from './block/edit-snapshots.js';
 export type { OnCbwError } from './block/filters/copy-before-write.js';
 export type { ImageFormat, TargetFormat } from './block/graph.js';
 export type { ImageInfo } from './block/info.js';

@@ -1,5 +1,5 @@
 import { createEngine, type ImageInfo } from '../index.js';
-import { type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS, usageError } from './command.js';
+import { type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS, QUIET, usageError } from './command.js';
 import { formatBytes, printable } from './units.js';
 
 /** The table of internal snapshots that `qemu-img snapshot -l` and `info` print. */
@@ -23,29 +23,67 @@ export function snapshotTable(snapshots: NonNullable<ImageInfo['snapshots']>): s
   ];
 }
 
+const ACTIONS = ['create', 'apply', 'delete'] as const;
+
 export const snapshot: Command = {
   name: 'snapshot',
-  usage: '-l [options] FILE',
-  summary: 'Lists the internal snapshots of an image.',
-  positionals: [1, 1],
+  usage: '(-l | -c NAME | -a NAME | -d NAME) [options] FILE',
+  summary: 'Lists the internal snapshots of an image, makes one, goes back to one, or deletes one.',
+  positionals: [0, Infinity],
   options: [
     { long: 'list', short: 'l', help: 'list the snapshots' },
+    {
+      long: 'create',
+      short: 'c',
+      value: 'NAME',
+      multiple: true,
+      help: 'make a snapshot of what the image is now',
+    },
+    {
+      long: 'apply',
+      short: 'a',
+      value: 'NAME',
+      multiple: true,
+      help: 'make the image what it was in a snapshot, named by its id or name; what was written since is lost',
+    },
+    {
+      long: 'delete',
+      short: 'd',
+      value: 'NAME',
+      multiple: true,
+      help: 'delete the first snapshot of that name',
+    },
     FORMAT,
     FORCE_SHARE,
-    { long: 'quiet', short: 'q', help: 'print nothing but errors' },
+    QUIET,
     OUTPUT,
   ],
   run: async (args) => {
-    if (!args.flag('list')) throw usageError("snapshot needs -l; see 'stillframe snapshot --help'");
+    const wanted = args.given.flatMap(({ name, value }) => {
+      const action = ACTIONS.find((known) => known === name);
+      return action !== undefined ? [{ action, name: value ?? '' }] : name === 'list' ? [undefined] : [];
+    });
+    if (wanted.length > 1) throw usageError("Cannot mix '-l', '-a', '-c', '-d'");
+    const [file, ...more] = args.positionals;
+    if (file === undefined || more.length > 0) throw usageError('Expecting one image file name');
+    if (wanted.length === 0) {
+      throw usageError("snapshot needs -l, -c, -a or -d; see 'stillframe snapshot --help'");
+    }
+    const [action] = wanted;
+    const format = args.choice('format', FORMATS);
+    if (action !== undefined && args.flag('force-share')) {
+      throw usageError(`Could not open '${file}': force-share=on can only be used with read-only images`);
+    }
     const engine = await createEngine({ workers: 1 });
     try {
-      const { snapshots } = await engine.imageInfo(args.positionals[0] ?? '', {
-        format: args.choice('format', FORMATS),
-        forceShare: args.flag('force-share'),
-      });
+      if (action !== undefined) {
+        await engine.snapshot(file, action, { format });
+        return 0;
+      }
+      const { snapshots } = await engine.imageInfo(file, { format, forceShare: args.flag('force-share') });
       if (args.choice('output', OUTPUTS, 'human') === 'json')
         console.log(JSON.stringify(snapshots ?? [], null, 4));
-      else if (snapshots !== undefined && !args.flag('quiet')) {
+      else if (snapshots !== undefined) {
         for (const line of snapshotTable(snapshots)) console.log(printable(line));
       }
       return 0;

@@ -13,6 +13,7 @@ import { type CompareResult, compareResult, type Finding } from '../block/compar
 import type { CreateImageOptions } from '../block/create.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapAction } from '../block/edit-bitmap.js';
+import type { SnapshotAction } from '../block/edit-snapshots.js';
 import { interruptNode } from '../block/files.js';
 import type { ImageFormat } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
@@ -316,6 +317,16 @@ export class Engine {
     options: Pick<ImageOptions, 'format'> = {},
   ): Promise<void> {
     return this.run({ kind: 'bitmap', path, name, actions, options: { format: options.format } });
+  }
+
+  /**
+   * Makes, applies or deletes an internal snapshot of an image that nobody else uses, like `qemu-img snapshot`.
+   *
+   * @throws StillframeError ERR_STILLFRAME_NOT_FOUND, …_UNSUPPORTED_FEATURE, …_BITMAP_BUSY, …_INVALID_ARGUMENT,
+   *   …_NO_SPACE and what opening an image throws
+   */
+  snapshot(path: string, action: SnapshotAction, options: Pick<ImageOptions, 'format'> = {}): Promise<void> {
+    return this.run({ kind: 'edit-snapshots', path, action, options: { format: options.format } });
   }
 
   /** What `qemu-img info --output=json` says, with its field names. Backing files are not opened. */

@@ -29,6 +29,7 @@ import {
 import { bitmapSha256, bitmapStatuses, closeDiskBitmaps, openDiskBitmaps } from '../block/disk-bitmaps.js';
 import { drainOrder } from '../block/drain-order.js';
 import { type BitmapAction, editBitmap } from '../block/edit-bitmap.js';
+import { editSnapshots, type SnapshotAction } from '../block/edit-snapshots.js';
 import { isStorage } from '../block/files.js';
 import type { CopyBuffer, Frame, FrameDescriptor } from '../block/filters/copy-before-write.js';
 import { CopyDesk } from '../block/filters/copy-desk.js';
@@ -244,6 +245,12 @@ export type Task =
       readonly path: string;
       readonly name: string;
       readonly actions: readonly BitmapAction[];
+      readonly options: Pick<ImageTask, 'format'>;
+    }
+  | {
+      readonly kind: 'edit-snapshots';
+      readonly path: string;
+      readonly action: SnapshotAction;
       readonly options: Pick<ImageTask, 'format'>;
     }
   | { readonly kind: 'measure'; readonly measured: Measured; readonly options: MeasureOptions }
@@ -492,6 +499,8 @@ export class TaskRunner {
         return commitImage(this.#runtime, task.path, task.options, progressTo(task.port));
       case 'bitmap':
         return editBitmap(this.#runtime, task.path, task.name, task.actions, task.options);
+      case 'edit-snapshots':
+        return editSnapshots(this.#runtime, task.path, task.action, task.options);
       case 'measure':
         return measureImage(this.#runtime, task.measured, task.options);
       case 'info':

@@ -321,7 +321,6 @@ const damages: readonly Damage[] = [
         (e) => e + 512n,
       ).put64(l2Entry(i, 1) + 8, 0xffffffff00000000n),
   ],
-  ['subclusters of compressed data', 'subclusters', (i) => i.put64(l2Entry(i, 32) + 8, 1n)],
   ['a zero flag with subclusters', 'subclusters', (i) => l2(i, 0, (e) => e | 1n)],
   ['compressed data with a data file', 'data-file', (i) => l2(i, 0, (e) => e | COMPRESSED)],
   [
@@ -520,6 +519,25 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('the check, beside 
     expect(ours('own', undefined)).toMatchObject({ status: 2, result: { corruptions: 1, leaks: 1 } });
     expect(ours('own', 'all')).toMatchObject({ status: 1, result: undefined });
     expect(Qcow2Bytes.read(path('own')).bytes.equals(image.bytes)).toBe(true);
+  });
+
+  it('does not free what a damaged compressed entry refers to', () => {
+    const image = Qcow2Bytes.read(path('subclusters'));
+    const bitmap = l2Entry(image, 32) + 8;
+    image.put64(bitmap, 1n).save(path('own'));
+    const own = ours('own', undefined);
+    const { lines } = theirs('own', undefined);
+    expect(lines).toEqual([
+      expect.stringContaining('non-zero subcluster'),
+      expect.stringContaining('Leaked'),
+    ]);
+    expect(own).toMatchObject({ status: 2, result: { corruptions: 1 }, lines: [lines[0]] });
+    expect(own.result?.leaks).toBeUndefined();
+    // A leak beside it is repaired, the entry is not.
+    refcount(image, 5, 2).save(path('own'));
+    expect(ours('own', 'all')).toMatchObject({ status: 2, result: { corruptions: 1, 'leaks-fixed': 1 } });
+    io('own', 'read -P 0xcd 2M 64k');
+    expect(Qcow2Bytes.read(path('own')).u64(bitmap)).toBe(1n);
   });
 
   it('counts the L2 tables of many snapshots once, and right', () => {

@@ -11,6 +11,9 @@ export interface BackingReference {
 
 const EXTENSION_HEAD_BYTES = 8;
 
+/** Size of a drive in bytes and the L1 table that maps it. */
+export type Layout = Pick<Qcow2Header, 'length' | 'l1Size' | 'l1TableOffset'>;
+
 function padded(length: number): number {
   return Math.ceil(length / 8) * 8;
 }
@@ -39,6 +42,28 @@ export function rewriteBacking(
     file.flush();
   } finally {
     arena.free(buffer);
+  }
+}
+
+/** Writes size and L1 table into the header, 24 bytes of its first sector, and makes them durable. */
+export function writeLayout(
+  runtime: Runtime,
+  file: FileNode,
+  { length, l1Size, l1TableOffset }: Layout,
+): void {
+  const { arena } = runtime;
+  const bytes = Buffer.alloc(24);
+  file.readBytes(FIELD.size, bytes);
+  bytes.writeBigUInt64BE(BigInt(length), 0);
+  bytes.writeUInt32BE(l1Size, FIELD.l1Size - FIELD.size);
+  bytes.writeBigUInt64BE(BigInt(l1TableOffset), FIELD.l1TableOffset - FIELD.size);
+  const pointer = arena.alloc(bytes.length, 'qcow2 header');
+  try {
+    arena.u8.set(bytes, pointer);
+    file.write(FIELD.size, pointer, bytes.length);
+    file.flush();
+  } finally {
+    arena.free(pointer);
   }
 }
 

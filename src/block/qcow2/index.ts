@@ -14,4 +14,4 @@ export { planLayout } from './layout.js';
 export { readSnapshots, type SnapshotInfo, type SnapshotSelector } from './listings.js';
 export { attachQcow2, changeBacking, claimBitmap, closeQcow2, emptyQcow2, openQcow2 } from './open.js';
 export { resizeQcow2 } from './resize.js';
-export { createSnapshot, deleteSnapshot, type NewSnapshot } from './snapshots.js';
+export { applySnapshot, createSnapshot, deleteSnapshot, type NewSnapshot } from './snapshots.js';

@@ -186,7 +186,9 @@ export function headerOfSnapshot(
   if (l1Size < Math.ceil(length / clusterSize / perTable)) {
     throw damaged(`has an L1 table of ${l1Size} entries, too few for its disk of ${length} bytes`);
   }
-  if (l1TableOffset % clusterSize !== 0 || l1TableOffset === 0 || l1TableOffset + l1Size * 8 > file.length) {
+  const isPlace = l1TableOffset > 0 && l1TableOffset + l1Size * 8 <= file.length;
+  // A drive of 0 bytes needs no table.
+  if (l1TableOffset % clusterSize !== 0 || (l1Size > 0 && !isPlace)) {
     throw damaged(
       `says that its L1 table is at offset ${l1TableOffset}, which is no place for it in the file`,
     );

@@ -13,7 +13,7 @@ import { attachFile, type FileNode } from '../raw/file.js';
 import { bitmapsOf, claimBitmap as claim, openBitmaps, storeBitmaps } from './bitmaps.js';
 import { repairDirty } from './check/check.js';
 import { type Qcow2Header, readHeader } from './header.js';
-import { type BackingReference, rewriteBacking } from './header-write.js';
+import { type BackingReference, type Layout, rewriteBacking } from './header-write.js';
 import { headerOfSnapshot, readSnapshotTable, type SnapshotSelector } from './listings.js';
 import { Metadata } from './metadata.js';
 import { Qcow2Node } from './node.js';
@@ -111,9 +111,6 @@ function checkWritable(path: string, header: Qcow2Header): void {
     );
   }
 }
-
-/** Size of a drive in bytes and the L1 table that maps it. */
-export type Layout = Pick<Qcow2Header, 'length' | 'l1Size' | 'l1TableOffset'>;
 
 /** This thread's facade of an open image. */
 export function attachQcow2(

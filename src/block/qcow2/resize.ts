@@ -4,9 +4,10 @@ import type { BlockNode, Qcow2Descriptor } from '../node.js';
 import { attachFile, type FileNode } from '../raw/file.js';
 import { resizeBitmaps } from './bitmaps.js';
 import type { Preallocation } from './create.js';
-import { FIELD, MAX_L1_BYTES, type Qcow2Header, readHeader } from './header.js';
+import { MAX_L1_BYTES, type Qcow2Header, readHeader } from './header.js';
+import { type Layout, writeLayout } from './header-write.js';
 import { Metadata } from './metadata.js';
-import { bareNode, closeQcow2, type Layout, openQcow2 } from './open.js';
+import { bareNode, closeQcow2, openQcow2 } from './open.js';
 
 export interface ResizeQcow2Options {
   /** Virtual size in bytes, a multiple of 512. */
@@ -86,7 +87,7 @@ class Resizer {
           this.#zeroTail(node, header.length, Math.min(length, lastEnd));
         }
         node.flush();
-        this.#writeLayout(layout);
+        writeLayout(this.#runtime, this.#file, layout);
       });
     });
   }
@@ -110,7 +111,7 @@ class Resizer {
       const header = this.#begin(metadata);
       resizeBitmaps(this.#runtime, descriptor, this.#file, metadata, length, () => {
         bareNode(this.#runtime, descriptor, this.#backing).cutTo(length);
-        this.#writeLayout({ ...layoutOf(header), length });
+        writeLayout(this.#runtime, this.#file, { ...layoutOf(header), length });
       });
     });
     if (this.#dataFile?.fixedLength === false) this.#dataFile.truncate(length);
@@ -170,7 +171,7 @@ class Resizer {
     }
     metadata.flush();
     const moved = { ...header, l1Size, l1TableOffset };
-    this.#writeLayout(moved);
+    writeLayout(this.#runtime, this.#file, moved);
     metadata.state.withLock(() =>
       metadata.lower({
         offset: header.l1TableOffset,
@@ -178,24 +179,6 @@ class Resizer {
       }),
     );
     return moved;
-  }
-
-  /** Writes size and L1 table into the header: 24 bytes of its first sector. */
-  #writeLayout({ length, l1Size, l1TableOffset }: Layout): void {
-    const { arena } = this.#runtime;
-    const bytes = Buffer.alloc(24);
-    this.#file.readBytes(FIELD.size, bytes);
-    bytes.writeBigUInt64BE(BigInt(length), 0);
-    bytes.writeUInt32BE(l1Size, FIELD.l1Size - FIELD.size);
-    bytes.writeBigUInt64BE(BigInt(l1TableOffset), FIELD.l1TableOffset - FIELD.size);
-    const pointer = arena.alloc(bytes.length, 'qcow2 header');
-    try {
-      arena.u8.set(bytes, pointer);
-      this.#file.write(FIELD.size, pointer, bytes.length);
-      this.#file.flush();
-    } finally {
-      arena.free(pointer);
-    }
   }
 }
 

@@ -2,17 +2,22 @@ import { StillframeError } from '../../errors.js';
 import type { Runtime } from '../../kernels/runtime.js';
 import type { Qcow2Descriptor } from '../node.js';
 import { attachFile, type FileNode } from '../raw/file.js';
+import { bitmapsOf } from './bitmaps.js';
 import { COMPRESSED, COPIED, OFFSET_MASK } from './entries.js';
 import { FIELD, MAX_L1_BYTES, MAX_SNAPSHOTS, type Qcow2Header, readHeader } from './header.js';
+import { type Layout, writeLayout } from './header-write.js';
 import {
+  headerOfSnapshot,
   MAX_TABLE_BYTES,
   NO_ICOUNT,
   readSnapshotTable,
   SNAPSHOT_BYTES,
   type Snapshot,
   type SnapshotInfo,
+  type SnapshotSelector,
 } from './listings.js';
 import { type HostRun, Metadata } from './metadata.js';
+import { closeQcow2, openQcow2 } from './open.js';
 import { placesOfSnapshots } from './places.js';
 import { replacePlaces } from './state.js';
 
@@ -24,6 +29,8 @@ export interface NewSnapshot {
   readonly 'date-nsec': number;
   /** What the clock of the guest says, in nanoseconds. */
   readonly 'vm-clock-nsec': bigint;
+  /** Instructions that the guest has executed; absent: nobody counts them. */
+  readonly icount?: bigint | undefined;
 }
 
 /** State of the machine (64 bits), length of the drive, instruction count. */
@@ -60,15 +67,61 @@ export function deleteSnapshot(
   edit(runtime, image, file, (editor) => editor.delete(id));
 }
 
-function edit(
+/**
+ * Makes the drive of an open, writable image, which nobody uses meanwhile, what an internal snapshot has, its size
+ * included; the snapshot stays. The header changes with one write, once everything it relies on is durable: before it
+ * the drive is what it was, after it what the snapshot has. An interruption leaves leaked clusters at worst.
+ *
+ * The state of the descriptor is used up, whatever happens; its files stay open.
+ *
+ * @throws StillframeError ERR_STILLFRAME_UNSUPPORTED_FEATURE (an external data file), …_BITMAP_BUSY (it has dirty
+ *   bitmaps, which would have to say what differs), …_NOT_FOUND, …_INVALID_ARGUMENT (a cluster that cannot be counted
+ *   once more), …_NO_SPACE, …_CORRUPT_IMAGE, …_IO
+ */
+export function applySnapshot(
   runtime: Runtime,
   image: Qcow2Descriptor,
-  file: FileNode,
-  body: (editor: Editor) => void,
+  selector: SnapshotSelector,
+  file = attachFile(runtime, image.file),
 ): void {
+  const reopened = <T>(layout: Layout | undefined, body: (editor: Editor) => T): T => {
+    const options = { readOnly: false, layout, recordDirty: false };
+    const descriptor = openQcow2(runtime, image.file, undefined, options);
+    try {
+      return edit(runtime, descriptor, file, body);
+    } finally {
+      closeQcow2(runtime, descriptor, file);
+    }
+  };
+  let copy: Layout;
+  try {
+    if (bitmapsOf(runtime, image).all().length > 0) {
+      throw new StillframeError('ERR_STILLFRAME_BITMAP_BUSY', 'Device has active dirty bitmaps');
+    }
+    copy = edit(runtime, image, file, (editor) => editor.copy(selector));
+  } finally {
+    closeQcow2(runtime, image, file);
+  }
+  const old = readHeader(runtime, file);
+  try {
+    // With the new tables in use already: what is wrong with them is seen before they are the image's.
+    reopened(copy, (editor) => editor.use(copy, old));
+  } catch (error) {
+    if (readHeader(runtime, file).l1TableOffset !== copy.l1TableOffset) {
+      try {
+        reopened(undefined, (editor) => editor.giveUp(copy));
+      } catch {
+        // It is leaked. What went wrong first is what matters.
+      }
+    }
+    throw error;
+  }
+}
+
+function edit<T>(runtime: Runtime, image: Qcow2Descriptor, file: FileNode, body: (editor: Editor) => T): T {
   const editor = new Editor(runtime, image, file);
   try {
-    body(editor);
+    return body(editor);
   } finally {
     editor.free();
   }
@@ -156,6 +209,80 @@ class Editor {
     this.#correctFlags();
     this.#lowerTable(header, entries);
     this.#finish();
+  }
+
+  /** Counts all that a snapshot has once more. @returns its layout, with an L1 table of its own */
+  copy(selector: SnapshotSelector): Layout {
+    const header = this.#begin();
+    const { l1TableOffset, l1Size, length } = headerOfSnapshot(this.#runtime, this.#file, header, selector);
+    return this.#withL1(l1TableOffset, l1Size, (l1) => {
+      let raised = 0;
+      const taken: HostRun[] = [];
+      try {
+        this.#walk(l1, l1Size, (run) => {
+          this.#metadata.raise(run);
+          raised++;
+        });
+        this.#clearFlags(l1, l1Size);
+        const layout = { length, l1Size, l1TableOffset: this.#writeL1(l1, l1Size, taken) };
+        this.#metadata.flush();
+        return layout;
+      } catch (error) {
+        this.#undo(l1, l1Size, raised, taken);
+        throw error;
+      }
+    });
+  }
+
+  /** Makes the header say that this is the drive, and gives up what it was before. */
+  use(layout: Layout, before: Layout): void {
+    writeLayout(this.#runtime, this.#file, layout);
+    this.giveUp(before);
+  }
+
+  /** Gives up all that an L1 table refers to, and the table. */
+  giveUp({ l1TableOffset, l1Size }: Layout): void {
+    this.#withL1(l1TableOffset, l1Size, (l1) => this.#walk(l1, l1Size, (run) => this.#lowerOne(run)));
+    this.#lower(l1TableOffset, l1Size * 8);
+  }
+
+  /** Runs something with an L1 table of the file in memory. */
+  #withL1<T>(offset: number, entries: number, body: (l1: number) => T): T {
+    const { arena } = this.#runtime;
+    const l1 = arena.alloc(Math.max(8, entries * 8), 'L1 table of a snapshot');
+    try {
+      this.#file.read(offset, l1, entries * 8);
+      return body(l1);
+    } finally {
+      arena.free(l1);
+    }
+  }
+
+  /** No entry in the L2 tables of a snapshot says that what it refers to is the drive's alone. */
+  #clearFlags(l1: number, entries: number): void {
+    const { view } = this.#runtime.arena;
+    const { clusterSize } = this.#metadata;
+    for (let index = 0; index < entries; index++) {
+      const offset = Number(view.getBigUint64(l1 + index * 8) & OFFSET_MASK);
+      if (offset === 0) continue;
+      this.#file.read(offset, this.#table, clusterSize);
+      let changed = false;
+      for (let at = this.#table; at < this.#table + clusterSize; at += this.#entryBytes) {
+        const entry = view.getBigUint64(at);
+        if ((entry & COMPRESSED) !== 0n || (entry & COPIED) === 0n) continue;
+        view.setBigUint64(at, entry & ~COPIED);
+        changed = true;
+      }
+      if (!changed) continue;
+      // Tables that the drive has as well have none of these flags.
+      const problem = this.#locked(() => this.#metadata.overlap(offset, clusterSize));
+      if (problem !== undefined) {
+        throw this.#metadata.damaged(
+          `the L2 table of a snapshot at offset ${offset} ${problem}, and has flags of one that is not shared`,
+        );
+      }
+      this.#file.write(offset, this.#table, clusterSize);
+    }
   }
 
   /** From now on nothing is written where snapshots have their tables. */
@@ -287,7 +414,6 @@ class Editor {
 
   /** @returns where it is, 0 where it is empty */
   #writeTable(entries: readonly Buffer[], taken: HostRun[]): number {
-    if (entries.length === 0) return 0;
     const bytes = Buffer.concat(entries);
     if (bytes.length > MAX_TABLE_BYTES) {
       throw this.#invalid(`its snapshots take ${bytes.length} bytes, more than ${MAX_TABLE_BYTES}`);
@@ -295,11 +421,12 @@ class Editor {
     return this.#writeRow(bytes, taken);
   }
 
-  /** Writes bytes into new clusters in a row, the rest of which are zeroes. */
+  /** Writes bytes into new clusters in a row, the rest of which are zeroes. @returns where, 0 where there are none */
   #writeRow(bytes: Buffer, taken: HostRun[]): number {
+    if (bytes.length === 0) return 0;
     const { arena } = this.#runtime;
     const { clusterSize } = this.#metadata;
-    const clusters = Math.max(1, Math.ceil(bytes.length / clusterSize));
+    const clusters = Math.ceil(bytes.length / clusterSize);
     const offset = this.#locked(() => this.#metadata.allocateRow(clusters));
     taken.push({ offset, clusters });
     const pointer = arena.alloc(clusters * clusterSize, 'a table of a snapshot');
@@ -335,8 +462,8 @@ class Editor {
   }
 
   /** Gives up what only the snapshot has. */
-  #lowerSnapshot({ info, l1TableOffset, l1Size }: Entry): void {
-    const { arena } = this.#runtime;
+  #lowerSnapshot({ info, l1TableOffset, l1Size, length }: Entry): void {
+    if (l1Size === 0) return;
     const { clusterSize } = this.#metadata;
     const bytes = l1Size * 8;
     const isPlace = l1TableOffset % clusterSize === 0 && l1TableOffset > 0;
@@ -345,14 +472,7 @@ class Editor {
         this.#metadata.corrupt(`the L1 table of snapshot '${info.name}' is at no place for one`),
       );
     }
-    const l1 = arena.alloc(bytes, 'L1 table of a snapshot');
-    try {
-      this.#file.read(l1TableOffset, l1, bytes);
-      this.#walk(l1, l1Size, (run) => this.#lowerOne(run));
-    } finally {
-      arena.free(l1);
-    }
-    this.#lower(l1TableOffset, bytes);
+    this.giveUp({ l1TableOffset, l1Size, length });
   }
 
   /** Gives up a table: that it is apart from those of the image as it is now was seen when the image was opened. */
@@ -420,7 +540,7 @@ function encode(
   entry.writeBigUInt64BE(info['vm-clock-nsec'], 24);
   entry.writeUInt32BE(EXTRA_BYTES, 36);
   entry.writeBigUInt64BE(BigInt(length), SNAPSHOT_BYTES + 8);
-  entry.writeBigUInt64BE(NO_ICOUNT, SNAPSHOT_BYTES + 16);
+  entry.writeBigUInt64BE(info.icount ?? NO_ICOUNT, SNAPSHOT_BYTES + 16);
   id.copy(entry, text);
   name.copy(entry, text + id.length);
   return entry;

@@ -237,7 +237,8 @@ export class ReferenceCount {
       this.#report.corrupt(
         `ERROR compressed cluster ${index} with non-zero subcluster allocation bitmap, entry=0x${rest}`,
       );
-      return false;
+      // The data is still what the guest reads: a repair must not free it. QEMU's does.
+      sound = false;
     }
     const sectors = Number((entry & (COMPRESSED - 1n)) >> x) + 1;
     const counted = this.#referTo(offset, sectors * 512 - Number(offset & 511n), weight);
