@@ -1,8 +1,8 @@
 import { createPrivateKey, type KeyObject, X509Certificate } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { parsePskFile } from '../block/nbd/psk.js';
 import { toStillframeError } from '../errors.js';
+import { parsePskFile } from '../nbd/credentials.js';
 import { QmpError, strerror } from '../qmp/errors.js';
 import type { JsonObject } from '../qmp/types.js';
 

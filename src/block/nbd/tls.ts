@@ -1,8 +1,17 @@
-import { createPrivateKey } from 'node:crypto';
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync } from 'node:fs';
 import { isIP } from 'node:net';
 import { join } from 'node:path';
-import { StillframeError, systemError } from '../../errors.js';
+import { StillframeError } from '../../errors.js';
+import {
+  type Certificate,
+  PSK_CIPHERS,
+  PSK_SUITES,
+  type Psk,
+  parsePskFile,
+  readAuthorities,
+  readCertificate,
+  readCredentials,
+} from '../../nbd/credentials.js';
 import {
   type OpenSsl,
   requireOpenSsl,
@@ -12,7 +21,6 @@ import {
 } from '../../os/openssl.js';
 import { SocketError } from '../../os/sockets.js';
 import { refusedError } from './errors.js';
-import { PSK_CIPHERS, PSK_SUITES, type Psk, parsePskFile } from './psk.js';
 import { ConnectionLost, SocketStream, TlsWire } from './stream.js';
 import type { NbdTarget, NbdTls } from './uri.js';
 
@@ -111,20 +119,15 @@ function credentials(path: string, tls: NbdTls): Credentials {
     };
   }
   const own = folder !== undefined && existsSync(join(folder, 'client-cert.pem'));
-  const certificate = own
-    ? {
-        chain: readText(join(folder, 'client-cert.pem')),
-        key: clientKey(path, join(folder, 'client-key.pem'), tls.passphrase),
-      }
-    : undefined;
-  const authorities = folder === undefined ? knownAuthorities() : readText(join(folder, 'ca-cert.pem'));
+  const certificate = own ? clientCertificate(path, folder, tls.passphrase) : undefined;
+  const authorities = (): string => (folder === undefined ? knownAuthorities() : readAuthorities(folder));
   return {
     psk: undefined,
     settings: {
       endpoint: 'client',
       ...CIPHERS,
       certificate,
-      authorities: verifyPeer ? authorities : undefined,
+      authorities: verifyPeer ? authorities() : undefined,
     },
   };
 }
@@ -134,35 +137,21 @@ function knownAuthorities(): string {
   return process.getBuiltinModule('node:tls').rootCertificates.join('\n');
 }
 
-function clientKey(path: string, file: string, passphrase: string | undefined): string {
-  const key = readText(file);
+function clientCertificate(path: string, folder: string, passphrase: string | undefined): Certificate {
   try {
-    return decryptKey(key, passphrase);
+    return readCertificate(folder, 'client', passphrase);
   } catch (error) {
+    if (error instanceof StillframeError) throw error;
     throw new StillframeError(
       'ERR_STILLFRAME_INVALID_ARGUMENT',
-      `'${path}': '${file}' is encrypted, and not with what was given: ${error instanceof Error ? error.message : String(error)}`,
+      `'${path}': '${join(folder, 'client-key.pem')}' is encrypted, and not with what was given: ${error instanceof Error ? error.message : String(error)}`,
     );
-  }
-}
-
-/** A private key without a passphrase. @param key PEM @throws Error where it has another one */
-export function decryptKey(key: string, passphrase: string | undefined): string {
-  if (!key.includes('ENCRYPTED')) return key;
-  return createPrivateKey({ key, passphrase }).export({ type: 'pkcs8', format: 'pem' }).toString();
-}
-
-function readText(path: string): string {
-  try {
-    return readFileSync(path, 'utf8');
-  } catch (error) {
-    throw systemError(`cannot read '${path}'`, error);
   }
 }
 
 /** @param username undefined: whose key it is where there is only one */
 function findPsk(path: string, file: string, username: string | undefined): Psk {
-  const entries = parsePskFile(readText(file));
+  const entries = parsePskFile(readCredentials(file));
   const found =
     username === undefined && entries.length === 1
       ? entries[0]

@@ -1,9 +1,14 @@
-import { readFileSync } from 'node:fs';
-import { join } from 'node:path';
-import { PSK_CIPHERS, PSK_SUITES, type Psk, parsePskFile } from '../../block/nbd/psk.js';
-import { decryptKey } from '../../block/nbd/tls.js';
-import { StillframeError, systemError } from '../../errors.js';
+import { StillframeError } from '../../errors.js';
 import { type OpenSsl, requireOpenSsl } from '../../os/openssl.js';
+import {
+  PSK_CIPHERS,
+  PSK_SUITES,
+  type Psk,
+  parsePskFile,
+  readAuthorities,
+  readCertificate,
+  readCredentials,
+} from '../credentials.js';
 
 /** With what a server proves who it is; clients without TLS are not served then. */
 export type TlsOptions =
@@ -48,7 +53,7 @@ export interface TlsHandshakes {
 export function prepareTls(options: TlsOptions): ListenerTls {
   const { createContext } = requireOpenSsl();
   if ('pskFile' in options) {
-    const keys = parsePskFile(readText(options.pskFile));
+    const keys = parsePskFile(readCredentials(options.pskFile));
     if (keys.length === 0) {
       throw invalid(options.pskFile, 'has no key: no line like user:0123456789abcdef');
     }
@@ -61,19 +66,18 @@ export function prepareTls(options: TlsOptions): ListenerTls {
     } as const;
     return { context: createContext(settings), keys };
   }
-  const at = (name: string): string => join(options.certificates, name);
-  const cert = readText(at('server-cert.pem'));
-  const encrypted = readText(at('server-key.pem'));
-  const ca = options.verifyPeer === true ? readText(at('ca-cert.pem')) : undefined;
+  const { certificates, verifyPeer, passphrase } = options;
   try {
-    const certificate = { chain: cert, key: decryptKey(encrypted, options.passphrase) };
+    const certificate = readCertificate(certificates, 'server', passphrase);
+    const authorities = verifyPeer === true ? readAuthorities(certificates) : undefined;
     return {
-      context: createContext({ endpoint: 'server', ...CIPHERS, certificate, authorities: ca }),
+      context: createContext({ endpoint: 'server', ...CIPHERS, certificate, authorities }),
       keys: [],
     };
   } catch (error) {
+    if (error instanceof StillframeError) throw error;
     throw invalid(
-      options.certificates,
+      certificates,
       `has no certificate and key that belong together: ${error instanceof Error ? error.message : String(error)}`,
     );
   }
@@ -92,12 +96,4 @@ export function attachTls({ context, keys }: ListenerTls): TlsHandshakes {
 
 function invalid(path: string, what: string): StillframeError {
   return new StillframeError('ERR_STILLFRAME_INVALID_ARGUMENT', `'${path}' ${what}`);
-}
-
-function readText(path: string): string {
-  try {
-    return readFileSync(path, 'utf8');
-  } catch (error) {
-    throw systemError(`cannot read '${path}'`, error);
-  }
 }
