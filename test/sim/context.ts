@@ -41,6 +41,8 @@ export const copyBuffer: CopyBuffer = found;
 /** What thread 0 hands to the others when the world is set up. */
 export interface Setup {
   readonly disk: DiskDescriptor;
+  /** What the first job writes to, where that is a mirror. */
+  readonly target?: DiskDescriptor | undefined;
   /** Pointers to the control blocks of the jobs. */
   readonly controls: readonly number[];
   readonly words: number;

@@ -11,6 +11,8 @@ const Word = {
   FrameText: 6,
   EndedText: 7,
   FrozenAt: 8,
+  Begun: 9,
+  Moved: 10,
 } as const;
 const TEXTS_AT = 64;
 const FROZEN_AT = TEXTS_AT + 2 * TEXT_BYTES;
@@ -69,6 +71,14 @@ export class JobRecord {
     return (this.#words[Word.States] ?? 0) + (cluster >> 5) * 8;
   }
 
+  /** Keeps the drive as it is. @param stamp the moment */
+  snapshot(drive: Uint8Array, unknown: Uint8Array, stamp: number): void {
+    this.#words[Word.FrozenAt] = stamp;
+    this.frozen.set(drive);
+    this.unknown.set(unknown);
+    this.#words[Word.Frozen] = 1;
+  }
+
   /** @param stamp the moment */
   freeze(
     drive: Uint8Array,
@@ -76,10 +86,7 @@ export class JobRecord {
     { states, clusterSize, control }: Pick<FrameDescriptor, 'states' | 'clusterSize' | 'control'>,
     stamp: number,
   ): void {
-    this.#words[Word.FrozenAt] = stamp;
-    this.frozen.set(drive);
-    this.unknown.set(unknown);
-    this.#words[Word.Frozen] = 1;
+    this.snapshot(drive, unknown, stamp);
     this.#words[Word.States] = states;
     this.#words[Word.ClusterSize] = clusterSize;
     this.#words[Word.Control] = control;
@@ -102,7 +109,25 @@ export class JobRecord {
     return this.#words[Word.Thawed] ?? 0;
   }
 
-  /** The frame's descriptor; empty before the job is about to take its instant. */
+  /** The moment from which on a mirror knows what is written; 0 before it. */
+  get begunAt(): number {
+    return this.#words[Word.Begun] ?? 0;
+  }
+
+  set begunAt(stamp: number) {
+    this.#words[Word.Begun] = stamp;
+  }
+
+  /** The moment at which the target of a mirror took the place of the drive; 0 before it. */
+  get movedAt(): number {
+    return this.#words[Word.Moved] ?? 0;
+  }
+
+  set movedAt(stamp: number) {
+    this.#words[Word.Moved] = stamp;
+  }
+
+  /** The descriptor of the frame, or of the mirror; empty before the job is about to take its instant. */
   get frameText(): string {
     return this.#text(Word.FrameText, 0);
   }

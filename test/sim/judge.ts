@@ -1,6 +1,6 @@
 /** What is wrong with a run that is over. */
 import { BackupJob, beginBackup } from '#src/backup/backup-job.js';
-import { Disk, type DiskDescriptor } from '#src/block/disk.js';
+import { Disk, type DiskDescriptor, freeRoot } from '#src/block/disk.js';
 import { closeDiskBitmaps, findBitmap, openDiskBitmaps } from '#src/block/disk-bitmaps.js';
 import { type FrameDescriptor, freeFrame } from '#src/block/filters/copy-before-write.js';
 import { closeNode, openImage } from '#src/block/graph.js';
@@ -10,7 +10,15 @@ import { arena, buffer, copyBuffer, files, oracle, runtime, type Setup, TARGETS,
 import type { JobRecord } from './job-record.js';
 import { INVARIANTS } from './oracle.js';
 import { checkQcow2 } from './qcow2-check.js';
-import { type Job, jobsOf, type Range, type Scenario } from './scenario.js';
+import {
+  isHopeless,
+  type Job,
+  jobsOf,
+  type Mirroring,
+  mayFail,
+  type Range,
+  type Scenario,
+} from './scenario.js';
 import {
   BITMAP,
   diskOn,
@@ -39,17 +47,22 @@ interface Case {
   readonly mayBeCancelled: boolean;
   /** It may have failed through no fault of its own. */
   readonly faulty: boolean;
+  readonly mirror: Mirroring | undefined;
 }
 
 function casesOf(scenario: Scenario): Case[] {
-  const hopeless = scenario.faults.some(({ count }) => count > 100);
-  const faulty = world.faulty || scenario.faults.some(({ code }) => code === 'EIO' || code === 'ENOSPC');
-  const cancels = scenario.verbs.some(({ verb }) => verb === 'cancel');
+  const hopeless = isHopeless(scenario);
+  const faulty = world.faulty || mayFail(scenario);
+  // A mirror that is not ready any more is cancelled where it should end as it is.
+  const cancels =
+    scenario.verbs.some(({ verb }) => verb === 'cancel' || verb === 'cancel-soft') ||
+    scenario.mirror?.end === 'cancel';
   return jobsOf(scenario).flatMap((job, which) => {
     const [record, target] = [oracle.jobs[which], TARGETS[which]];
     if (record === undefined || target === undefined) return [];
     const mayBeCancelled = hopeless || faulty || (which === 0 && cancels);
-    return [{ scenario, job, record, target, ended: endedOf(record), mayBeCancelled, faulty }];
+    const mirror = which === 0 ? scenario.mirror : undefined;
+    return [{ scenario, job, record, target, ended: endedOf(record), mayBeCancelled, faulty, mirror }];
   });
 }
 
@@ -69,10 +82,12 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   if (world.aborted === POWER_CUT) return judgeAfterCut(scenario);
   const path = layerPath(scenario, scenario.source.backing.length);
   const cases = casesOf(scenario);
+  const { target } = setup;
   const faulty = cases.some((one) => one.faulty);
   const disk = new Disk(runtime, setup.disk, () => copyBuffer);
-  const unnoticed = firstFlaw(cases, ({ record, ended }) => {
-    if (ended === undefined) return undefined;
+  const unnoticed = firstFlaw(cases, ({ record, ended, mirror }) => {
+    if (mirror !== undefined && record.frameText !== '') arena.free(JSON.parse(record.frameText).control);
+    if (ended === undefined || mirror !== undefined) return undefined;
     const frame: FrameDescriptor = JSON.parse(record.frameText);
     const broken = [frame, frame.holder].some(
       (one) => one !== undefined && arena.i32[one.control >> 2] !== 0,
@@ -86,29 +101,33 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   const lost = first && judgeBitmap(first, setup.disk);
   if (lost !== undefined) return `${INVARIANTS.bitmap}: ${lost}`;
   closeDiskBitmaps(runtime, setup.disk);
+  if (target !== undefined) closeDiskBitmaps(runtime, target);
   for (const control of setup.controls) arena.free(control);
   arena.free(setup.words);
   const live = readNode(disk);
   const wrong = live === undefined ? undefined : oracle.difference(live);
   if (wrong !== undefined) return `${INVARIANTS.source}: ${wrong}`;
-  arena.free(setup.disk.control);
   let closed = true;
   try {
     disk.node.flush();
   } catch {
     closed = false;
   }
-  try {
-    closeNode(runtime, setup.disk.node);
-  } catch {
-    closed = false;
+  for (const { control, node } of target === undefined ? [setup.disk] : [setup.disk, target]) {
+    freeRoot(runtime, control);
+    arena.free(control);
+    try {
+      closeNode(runtime, node);
+    } catch {
+      closed = false;
+    }
   }
   if (!closed && !faulty) return `${INVARIANTS.errors}: the drive cannot be closed`;
   if (files.openFiles !== 0) return `${INVARIANTS.memory}: ${files.openFiles} files are left open`;
   if (arena.usedBytes !== EMPTY_USED)
     return `${INVARIANTS.memory}: ${arena.usedBytes - EMPTY_USED} bytes are not given back`;
   if (closed) {
-    const stored = oracle.difference(readImage(path, scenario.source.format));
+    const stored = oracle.difference(readDrive(scenario));
     if (stored !== undefined) return `${INVARIANTS.source}: once closed, ${stored}`;
     const forgotten = withStoredBitmap(scenario, (kept) => first && judgeBitmap(first, kept));
     if (forgotten !== undefined) return `${INVARIANTS.bitmap}: once closed, ${forgotten}`;
@@ -215,7 +234,65 @@ function readNode(disk: Disk): Uint8Array | undefined {
   return arena.copyOut(buffer, disk.descriptor.length);
 }
 
+/** What is in the image of the drive, which is the target of a mirror once that has taken its place. */
+function readDrive(scenario: Scenario): Uint8Array {
+  const { source, job } = scenario;
+  const isMoved = (oracle.jobs[0]?.movedAt ?? 0) > 0;
+  return isMoved
+    ? readImage(TARGETS[0], job.format)
+    : readImage(layerPath(scenario, source.backing.length), source.format);
+}
+
+function judgeMirror({ scenario, job, record, ended, mayBeCancelled, faulty }: Case): string | undefined {
+  if (ended === undefined && record.frameText !== '') return `${INVARIANTS.errors}: the mirror never ended`;
+  const isWhole = ended?.outcome === 'completed';
+  if (ended?.outcome === 'failed' && !faulty)
+    return `${INVARIANTS.errors}: the mirror failed: ${ended.error?.code}: ${ended.error?.message}`;
+  if (ended?.outcome === 'cancelled' && !mayBeCancelled)
+    return `${INVARIANTS.errors}: the mirror says it was cancelled, but nobody did`;
+  if (record.movedAt > 0 && !faulty) {
+    const left = readImage(layerPath(scenario, scenario.source.backing.length), scenario.source.format);
+    const flaw = oracle.difference(left, record);
+    if (flaw !== undefined) return `${INVARIANTS.source}: where the mirror has taken its place, ${flaw}`;
+    if (!isWhole) return `${INVARIANTS.errors}: the mirror took the place of the drive and ${ended?.outcome}`;
+  } else if (isWhole) {
+    const flaw = judgeCopy(scenario);
+    if (flaw !== undefined) return flaw;
+  }
+  return judgeFormat(scenario, job, TARGETS[0]);
+}
+
+/** The target of a mirror that has completed, which nobody else has written to. */
+function judgeCopy({ job, mirror, writers }: Scenario): string | undefined {
+  const [record] = oracle.jobs;
+  if (record === undefined || mirror === undefined) return undefined;
+  if (record.movedAt > 0) return undefined;
+  const copy = readImage(TARGETS[0], job.format);
+  if (job.sync === 'none') {
+    // What it has not copied is not there, or shines through from a drive that has changed since.
+    const sectors = new Uint8Array(record.unknown.length).fill(1);
+    for (const op of writers
+      .flat()
+      .filter((one) => oracle.changedBetween(one, record.begunAt, record.frozenAt)))
+      sectors.fill(0, op.offset / 512, (op.offset + op.length) / 512);
+    const flaw = oracle.difference(copy, record, sectors);
+    return flaw === undefined ? undefined : `${INVARIANTS.mirror}: ${flaw}`;
+  }
+  const flaw = oracle.difference(copy, record);
+  return flaw === undefined ? undefined : `${INVARIANTS.mirror}: ${flaw}`;
+}
+
+function judgeFormat({ faults }: Scenario, { format }: Job, target: string): string | undefined {
+  if (format !== 'qcow2') return undefined;
+  const { errors, leaks } = checkQcow2(files.content(target));
+  if (errors.length > 0) return `${INVARIANTS.format}: target: ${errors[0]}`;
+  if (leaks > 0 && faults.length === 0 && !world.faulty)
+    return `${INVARIANTS.format}: target: ${leaks} clusters leak`;
+  return undefined;
+}
+
 function judgeTarget(one: Case): string | undefined {
+  if (one.mirror !== undefined) return judgeMirror(one);
   const { scenario, job, record, target, ended, mayBeCancelled, faulty } = one;
   const names = files.names();
   const kept = ended?.outcome === 'completed' || (ended?.outcome === 'cancelled' && job.sync === 'none');
@@ -251,12 +328,7 @@ function judgeBackup({ scenario, job, record, target }: Case): string | undefine
   const stale = job.sync === 'none' && oracle.changedSinceThaw(scenario, record);
   const wrong = stale ? undefined : oracle.difference(copy, record);
   if (wrong !== undefined) return `${INVARIANTS.instant}: ${wrong}`;
-  if (job.format !== 'qcow2') return undefined;
-  const { errors, leaks } = checkQcow2(files.content(target));
-  if (errors.length > 0) return `${INVARIANTS.format}: target: ${errors[0]}`;
-  if (leaks > 0 && scenario.faults.length === 0 && !world.faulty)
-    return `${INVARIANTS.format}: target: ${leaks} clusters leak`;
-  return undefined;
+  return judgeFormat(scenario, job, target);
 }
 
 function judgeAfterCut(scenario: Scenario): string | undefined {
@@ -269,16 +341,22 @@ function judgeAfterCut(scenario: Scenario): string | undefined {
     const { errors } = checkQcow2(files.content(path));
     if (errors.length > 0) return `${INVARIANTS.format}: source after the cut: ${errors[0]}`;
   }
-  const drive = readImage(path, format);
-  const wrong = oracle.differenceAfterCut(drive, scenario);
+  if (scenario.mirror !== undefined && scenario.job.format === 'qcow2') {
+    const { errors } = checkQcow2(files.content(TARGETS[0]));
+    if (errors.length > 0) return `${INVARIANTS.format}: target after the cut: ${errors[0]}`;
+  }
+  const drive = readDrive(scenario);
+  const wrong = oracle.differenceAfterCut(drive, scenario, oracle.jobs[0]?.movedAt);
   if (wrong !== undefined) return `${INVARIANTS.source}: after the cut ${wrong}`;
   const lost = judgeBitmapAfterCut(scenario, drive);
   if (lost !== undefined) return `${INVARIANTS.bitmap}: ${lost}`;
-  return firstFlaw(casesOf(scenario), judgeTargetAfterCut) ?? backupAgain(scenario, drive);
+  const flaw = firstFlaw(casesOf(scenario), judgeTargetAfterCut);
+  return flaw ?? (scenario.mirror === undefined ? backupAgain(scenario, drive) : undefined);
 }
 
 function judgeTargetAfterCut(one: Case): string | undefined {
   const { job, target, ended } = one;
+  if (one.mirror !== undefined) return ended?.outcome === 'completed' ? judgeCopy(one.scenario) : undefined;
   const finished = ended?.outcome === 'completed' || (ended?.outcome === 'cancelled' && job.sync === 'none');
   const there = files.names().includes(target);
   if (finished && !there) return `${INVARIANTS.durable}: the finished target is gone after the cut`;
@@ -351,6 +429,6 @@ function endedOf({ endedText }: JobRecord): Ended | undefined {
 export function outcomeOf(scenario: Scenario): string {
   if (world.aborted === POWER_CUT) return 'cut';
   return casesOf(scenario)
-    .map(({ ended }) => ended?.outcome ?? 'refused')
+    .map(({ ended, mirror }) => `${mirror === undefined ? '' : 'mirrors '}${ended?.outcome ?? 'refused'}`)
     .join('+');
 }

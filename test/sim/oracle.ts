@@ -24,6 +24,8 @@ export const INVARIANTS = {
   errors: 'no error without a cause',
   format: 'an image is consistent at every moment',
   bitmap: 'a dirty bitmap knows all that is not in the backup before',
+  mirror: 'a mirror that completes is the drive',
+  blocking: 'a guest is answered once its change is in the mirror',
 } as const;
 
 /** Bytes of a drive at most. */
@@ -142,6 +144,17 @@ export class Oracle {
     job.freeze(drive, this.unknown, frame, this.#stamp());
   }
 
+  /** Nobody changes the drive at the moment: a mirror of it is the same. */
+  snapshot(job: JobRecord): void {
+    if (this.#get(Word.Mutations) !== 0) {
+      this.#world.violate(
+        INVARIANTS.mirror,
+        `${this.#get(Word.Mutations)} requests are in flight when it completes`,
+      );
+    }
+    job.snapshot(this.drive.subarray(0, this.#get(Word.Length)), this.unknown, this.#stamp());
+  }
+
   /** Whether a guest changed the drive after the job's frame was taken off it. */
   changedSinceThaw(scenario: Scenario, job: JobRecord): boolean {
     return scenario.writers.flat().some((op) => this.changedSince(op, job.thawed));
@@ -151,6 +164,12 @@ export class Oracle {
   changedSince({ id }: GuestOp, stamp: number): boolean {
     const failed = this.#op(id, OpWord.State) === FAILED && this.#op(id, OpWord.Called) > 0;
     return failed || this.#op(id, OpWord.Applied) > stamp;
+  }
+
+  /** Whether a request changed the drive between two moments. */
+  changedBetween({ id, kind }: GuestOp, from: number, to: number): boolean {
+    const applied = this.#op(id, OpWord.Applied);
+    return kind !== 'read' && kind !== 'flush' && applied > from && applied <= to;
   }
 
   /** Whether a request has come to its end, and well. */
@@ -319,11 +338,30 @@ export class Oracle {
 
   // ---- After the run ------------------------------------------------------------------------------------------
 
-  /** @returns what is wrong with `data` as the drive at the instant of a job, or as the drive now */
-  difference(data: Uint8Array, job?: JobRecord): string | undefined {
+  /**
+   * @param besides sectors that do not count
+   * @returns what is wrong with `data` as the drive at the instant of a job, or as the drive now
+   */
+  difference(data: Uint8Array, job?: JobRecord, besides?: Uint8Array): string | undefined {
     const [bytes, unknown] = job === undefined ? [this.drive, this.unknown] : [job.frozen, job.unknown];
-    const at = firstDifference(data, bytes, 0, data.length, [unknown]);
+    const at = firstDifference(
+      data,
+      bytes,
+      0,
+      data.length,
+      besides === undefined ? [unknown] : [unknown, besides],
+    );
     return at === undefined ? undefined : `byte ${at} is ${data[at]}, not ${bytes[at]}`;
+  }
+
+  /** @returns what is wrong with `data` as what the drive holds from `offset` on */
+  differenceAt(data: Uint8Array, offset: number): string | undefined {
+    for (let index = 0; index < data.length; index++) {
+      const at = offset + index;
+      if (data[index] === this.drive[at] || this.unknown[Math.floor(at / SECTOR)] === 1) continue;
+      return `byte ${at} is ${data[index]}, not ${this.drive[at]}`;
+    }
+    return undefined;
   }
 
   /** @returns where the drive is another now than `before` was, which is the drive at the instant of a job or not */
@@ -338,13 +376,17 @@ export class Oracle {
     return at === undefined ? undefined : `byte ${at} is ${this.drive[at]} now and was ${before[at]}`;
   }
 
-  /** What is wrong with the drive's bytes after a power cut: nothing older than the last flush may have come back. */
-  differenceAfterCut(data: Uint8Array, scenario: Scenario): string | undefined {
+  /**
+   * What is wrong with the drive's bytes after a power cut: nothing older than the last flush may have come back.
+   *
+   * @param durableAt a moment at which all was durable that had been written
+   */
+  differenceAfterCut(data: Uint8Array, scenario: Scenario, durableAt = 0): string | undefined {
     const ops = scenario.writers.flat();
     const changes = ops.filter(
       ({ kind, id }) => kind !== 'read' && kind !== 'flush' && this.#op(id, OpWord.Begun) > 0,
     );
-    let flushed = 0;
+    let flushed = durableAt;
     for (const { kind, id } of ops) {
       if (kind === 'flush' && this.#op(id, OpWord.State) === DONE)
         flushed = Math.max(flushed, this.#op(id, OpWord.Called));
@@ -425,6 +467,12 @@ function valuesOf(op: GuestOp, offset: number): readonly number[] {
   return op.kind === 'write' ? [dataOf(op.id, offset, 1)[0] ?? 0] : [0];
 }
 
+/** A thread that uses the drive. */
+export interface Guest {
+  /** The request it is at. */
+  op: GuestOp | undefined;
+}
+
 /** The root of the live disk as a guest's thread sees it: passes everything on and tells the oracle. */
 export class GuestNode implements BlockNode {
   readonly descriptor: NodeDescriptor;
@@ -432,16 +480,16 @@ export class GuestNode implements BlockNode {
   readonly readOnly: boolean;
   readonly clusterSize: number | undefined;
   readonly backing: BlockNode | undefined;
-  /** The request the thread is at. */
-  op: GuestOp | undefined;
+  readonly #guest: Guest;
   readonly #inner: BlockNode;
   readonly #oracle: Oracle;
   readonly #arena: Arena;
   /** Where a discarded range is read back to. */
   readonly #scratch: number;
 
-  constructor(inner: BlockNode, oracle: Oracle, arena: Arena, scratch: number) {
+  constructor(inner: BlockNode, guest: Guest, oracle: Oracle, arena: Arena, scratch: number) {
     this.#inner = inner;
+    this.#guest = guest;
     this.#oracle = oracle;
     this.#arena = arena;
     this.#scratch = scratch;
@@ -492,7 +540,7 @@ export class GuestNode implements BlockNode {
   }
 
   #mutate(body: () => Uint8Array): void {
-    const { op } = this;
+    const { op } = this.#guest;
     if (op === undefined) throw new Error('a change that no guest asked for');
     this.#oracle.announceMutation();
     this.#oracle.beginMutation(op, this.#arena);

@@ -20,6 +20,8 @@ export interface Scenario {
   /** A dirty bitmap that records since the backup before the first job's. */
   readonly bitmap?: Bitmap | undefined;
   readonly job: Job;
+  /** The first job is a mirror; of what a backup has {@link job} says what both have. */
+  readonly mirror?: Mirroring | undefined;
   /** A second job, with an instant of its own. */
   readonly second?: Job | undefined;
   readonly verbs: readonly Verb[];
@@ -60,6 +62,19 @@ export interface Job {
   readonly speed: number;
 }
 
+/** What is said of a mirror beside what it has in common with a backup. */
+export interface Mirroring {
+  readonly copyMode: 'background' | 'write-blocking';
+  /** Bytes. */
+  readonly granularity: number;
+  readonly unmap: boolean;
+  readonly targetReadsZero: boolean;
+  /** What discards do to the target. */
+  readonly discard: 'unmap' | 'ignore';
+  /** What the host tells it to do once it is ready; `pivot`: to complete, and its target takes the place of the drive. */
+  readonly end: 'complete' | 'pivot' | 'cancel';
+}
+
 export interface Range {
   /** The image: 0 is the lowest. */
   readonly layer: number;
@@ -76,7 +91,9 @@ export interface GuestOp {
 }
 
 export interface Verb {
-  readonly verb: 'pause' | 'resume' | 'cancel' | 'finalize' | 'set-speed';
+  readonly verb: 'pause' | 'resume' | 'cancel' | 'cancel-soft' | 'complete' | 'finalize' | 'set-speed';
+  /** The host waits until the job is ready, as it does before `cancel-soft` and `complete`. */
+  readonly atReady?: boolean;
   /** Virtual milliseconds to wait first. */
   readonly afterMs: number;
   readonly speed: number;
@@ -87,6 +104,7 @@ const KIB = 1024;
 /** The scenario of a seed. */
 export function makeScenario(seed: number): Scenario {
   const scenario = makeCopies(seed);
+  if (seed % 8 === 0) return withMirror(scenario, seed);
   return seed % 4 === 3 && scenario.job.sync !== 'none' ? withBitmap(scenario, seed) : scenario;
 }
 
@@ -115,6 +133,48 @@ function withBitmap(scenario: Scenario, seed: number): Scenario {
       format: planned && target === 'new' ? 'qcow2' : job.format,
       bitmapMode: sync === 'incremental' ? 'on-success' : mode,
     },
+  };
+}
+
+/** The same with a mirror for the first job. */
+function withMirror(scenario: Scenario, seed: number): Scenario {
+  const random = new Random(seed + 2 ** 29);
+  const { job, source, verbs, second } = scenario;
+  const sync = random.pick<Job['sync']>(
+    source.backing.length > 0 ? ['full', 'full', 'top', 'none'] : ['full', 'full', 'full', 'none'],
+  );
+  const format = sync === 'top' ? 'qcow2' : random.pick<Job['format']>(['raw', 'qcow2']);
+  const target = sync === 'full' ? random.pick<Job['target']>(['new', 'existing']) : 'new';
+  const pivots = sync !== 'none' || format === 'qcow2';
+  const end = random.pick<Mirroring['end']>(['complete', pivots ? 'pivot' : 'complete', 'pivot', 'cancel']);
+  const wait = (): number => random.pick([0, 0.1, 1, 5, 50]) * random.next();
+  const given = verbs.filter(({ verb }) => verb !== 'cancel' || random.chance(0.3));
+  if (random.chance(0.5)) {
+    const verb = random.pick<Verb['verb']>(['complete', 'complete', 'cancel-soft', 'cancel', 'pause']);
+    given.push({ verb, afterMs: wait(), speed: 0, atReady: true });
+    if (verb === 'pause') given.push({ verb: 'resume', afterMs: wait(), speed: 0 });
+  }
+  const isPivot = end === 'pivot' && pivots;
+  const step = random.between(20, random.pick([300, 1500, 4000]));
+  const cut = random.pick<Scenario['end']>([
+    { step, by: 'power' },
+    { step, by: 'kill' },
+    { sync: random.between(1, 16), by: 'power' },
+  ]);
+  return {
+    ...scenario,
+    job: { ...job, sync, format, target, compress: false, fleece: false },
+    mirror: {
+      copyMode: random.pick<Mirroring['copyMode']>(['background', 'write-blocking']),
+      granularity: 2 ** random.between(9, 17),
+      unmap: random.chance(0.7),
+      targetReadsZero: target === 'new' && random.chance(0.5),
+      discard: random.pick<Mirroring['discard']>(['unmap', 'ignore']),
+      end: isPivot ? 'pivot' : end === 'pivot' ? 'complete' : end,
+    },
+    second: isPivot ? undefined : second,
+    verbs: given,
+    end: random.chance(0.3) ? cut : undefined,
   };
 }
 
@@ -267,6 +327,21 @@ function range(random: Random, size: number, most: number): { offset: number; le
   const offset = 512 * random.between(0, sectors - 1);
   const length = 512 * random.between(1, Math.max(1, Math.min((size - offset) / 512, most / 512)));
   return { offset, length };
+}
+
+/** Whether requests and jobs may fail. */
+export function mayFail({ faults }: Scenario): boolean {
+  return faults.some(({ code }) => code === 'EIO' || code === 'ENOSPC');
+}
+
+/**
+ * Whether a job may try for ever: an error never ends under a policy that never gives up, or an image that could not be
+ * synced once, which a mirror has to do before it is ready, takes nothing more.
+ */
+export function isHopeless(scenario: Scenario): boolean {
+  return (
+    scenario.faults.some(({ count }) => count > 100) || (scenario.mirror !== undefined && mayFail(scenario))
+  );
 }
 
 /** The jobs of a scenario. */

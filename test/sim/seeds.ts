@@ -30,11 +30,12 @@ export function runSeeds(
   simulator: Simulator,
   first: number,
   count: number,
+  every: number,
   onProgress: (done: number, steps: number) => void,
 ): Tally {
   const outcomes: Record<string, number> = {};
   let steps = 0;
-  for (let seed = first; seed < first + count; seed++) {
+  for (let done = 1, seed = first; done <= count; done++, seed += every) {
     const scenario = makeScenario(seed);
     const result = simulator.run(scenario, { schedule: seed });
     steps += result.steps;
@@ -43,13 +44,13 @@ export function runSeeds(
       result.violation ?? (seed % REPEAT === 0 ? repeated(simulator, scenario, seed, result) : undefined);
     if (violation !== undefined) {
       return {
-        seeds: seed - first + 1,
+        seeds: done,
         steps,
         outcomes,
         failure: shrink(simulator, seed, seed, scenario, violation),
       };
     }
-    if ((seed - first) % 200 === 199) onProgress(seed - first + 1, steps);
+    if (done % 200 === 0) onProgress(done, steps);
   }
   return { seeds: count, steps, outcomes, failure: undefined };
 }

@@ -1,7 +1,7 @@
 /**
  * The production code in a simulated world:
  *
- *     npm run sim -- --seeds N [--seed S]     N seeds from S on (default 1)
+ *     npm run sim -- --seeds N [--seed S]     N seeds from S on (default 1); with --every K each Kth one
  *     npm run sim -- --seed S                 one seed, with what happened
  *     npm run sim -- --scope [--mode MODE]    every interleaving of the small scope; --runs N stops each part after N,
  *                                             --wide also has two guests and two copiers where something fails
@@ -21,6 +21,7 @@ import { Simulator } from './simulator.js';
 const { values } = parseArgs({
   options: {
     seeds: { type: 'string' },
+    every: { type: 'string' },
     seed: { type: 'string' },
     schedule: { type: 'string' },
     drop: { type: 'string' },
@@ -53,7 +54,7 @@ const send = (message: Message): void => {
   process.stdout.write(`${JSON.stringify(message)}\n`);
 };
 
-function numberOf(name: 'seeds' | 'seed' | 'schedule' | 'runs', otherwise: number): number {
+function numberOf(name: 'seeds' | 'seed' | 'every' | 'schedule' | 'runs', otherwise: number): number {
   const text = values[name];
   const value = text === undefined ? otherwise : Number(text);
   if (!Number.isSafeInteger(value) || value < 0)
@@ -90,9 +91,12 @@ async function work(part: string): Promise<void> {
   } else {
     const seeds = numberOf('seeds', 1000);
     const share = Math.ceil(seeds / count);
-    const first = numberOf('seed', 1) + index * share;
+    const every = numberOf('every', 1);
+    const first = numberOf('seed', 1) + index * share * every;
     const mine = Math.max(0, Math.min(share, seeds - index * share));
-    const tally = runSeeds(simulator, first, mine, (done, steps) => send({ type: 'progress', done, steps }));
+    const tally = runSeeds(simulator, first, mine, every, (done, steps) =>
+      send({ type: 'progress', done, steps }),
+    );
     send({ type: 'tally', tally });
   }
   await simulator.close();

@@ -137,6 +137,8 @@ interface Still {
 }
 
 const [TARGET] = TARGETS;
+/** Number of the disk on the target of a mirror. */
+export const TARGET_DISK = 2;
 const PIECE = 1024;
 let still: Still | undefined;
 
@@ -159,9 +161,10 @@ export function setUp(scenario: Scenario): Setup {
   // What follows gets memory that nobody had before.
   emptyArena();
   const node = openImage(runtime, path, { format, readOnly: false });
-  const unit = node.driver === 'qcow2' ? 2 ** node.clusterBits : 1;
-  oracle.begin(length, unit);
   const disk = diskOn(1, node, length, false);
+  const target = openTarget(scenario);
+  const unit = Math.max(unitOf(node), target === undefined ? 1 : unitOf(target.node));
+  oracle.begin(length, unit);
   const controls = jobsOf(scenario).map(({ speed }) => {
     const job = new JobControl(arena, arena.alloc(JOB_CONTROL_BYTES, 'job'));
     job.transition('created');
@@ -170,14 +173,44 @@ export function setUp(scenario: Scenario): Setup {
   });
   files.settle();
   if (bitmap?.persistent === false) addBitmap(disk, bitmap);
-  const setup: Setup = { disk, controls, words: arena.alloc(64, 'simulator') };
+  const setup: Setup = { disk, target, controls, words: arena.alloc(64, 'simulator') };
   oracle.diskText = JSON.stringify(setup);
   if (world.exploring) still = save(text, setup, drive, unit);
   return setup;
 }
 
+function unitOf(node: NodeDescriptor): number {
+  return node.driver === 'qcow2' ? 2 ** node.clusterBits : 1;
+}
+
+/** The target of a mirror, which is there before the job. */
+function openTarget({ job, mirror, source }: Scenario): DiskDescriptor | undefined {
+  if (mirror === undefined) return undefined;
+  const node = openImage(runtime, TARGET, { format: job.format, readOnly: false, chain: false });
+  return { ...diskOn(TARGET_DISK, node, source.length, false), discard: mirror.discard };
+}
+
 /** @param previous what an existing target holds; default: nothing of the drive */
-function makeTarget({ source: { length }, job }: Scenario, previous: Uint8Array | undefined): void {
+function makeTarget(scenario: Scenario, previous: Uint8Array | undefined): void {
+  const { source, job, mirror } = scenario;
+  const { length } = source;
+  if (mirror !== undefined && job.target === 'new') {
+    const { format, sync, targetClusterSize: clusterSize } = job;
+    const top = source.backing.length;
+    const below =
+      sync === 'none'
+        ? { backingFile: layerPath(scenario, top), backingFormat: source.format }
+        : {
+            backingFile: layerPath(scenario, top - 1),
+            backingFormat: top === 1 ? ('raw' as const) : ('qcow2' as const),
+          };
+    createImage(runtime, TARGET, {
+      format,
+      length,
+      ...(format === 'qcow2' ? { clusterSize, ...(sync === 'full' ? {} : below) } : {}),
+    });
+    return;
+  }
   if (job.target === 'replace') writeFile(TARGET, OLD_TARGET);
   if (job.target !== 'existing') return;
   const { format, targetClusterSize: clusterSize } = job;

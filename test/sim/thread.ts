@@ -6,22 +6,21 @@
 // Before all others: production modules take hold of what they find when they are loaded.
 import './atomics.js';
 
-import { parentPort } from 'node:worker_threads';
+import { type MessagePort, parentPort } from 'node:worker_threads';
 import { BackupJob, beginBackup, helpCopying } from '#src/backup/backup-job.js';
-import { DISK_CONTROL_BYTES, Disk } from '#src/block/disk.js';
+import { DISK_CONTROL_BYTES, type Disk } from '#src/block/disk.js';
 import { Frame, type FrameDescriptor } from '#src/block/filters/copy-before-write.js';
-import { attachNode } from '#src/block/graph.js';
+import { MIRROR_CONTROL_BYTES, type MirrorDescriptor } from '#src/block/filters/mirror.js';
+import { forgetDisk } from '#src/block/graph.js';
 import { StillframeError, toStillframeError } from '#src/errors.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
-import type { JobMessage } from '#src/job/job.js';
 import { checkVerb, type JobVerb } from '#src/job/status.js';
 import { ARENA_BASE } from '#src/kernels/arena.js';
-import { advance, load, store, waitWhile } from '#src/kernels/futex.js';
+import { advance, load, waitWhile } from '#src/kernels/futex.js';
 import {
   arena,
   buffer,
   controlOf,
-  copyBuffer,
   files,
   oracle,
   runtime,
@@ -30,11 +29,32 @@ import {
   thread,
   world,
 } from './context.js';
+import {
+  announceStart,
+  attachDisk,
+  CHANGED,
+  ENDED,
+  GUESTS_DONE,
+  hasStarted,
+  portOf,
+  recordOf,
+  watchDrains,
+} from './drive.js';
 import type { JobRecord } from './job-record.js';
 import { judge, outcomeOf } from './judge.js';
-import { dataOf, GuestNode, INVARIANTS } from './oracle.js';
-import { type GuestOp, type Job, jobsOf, type Scenario, type Verb } from './scenario.js';
-import { BITMAP, isOnPrevious, PREVIOUS, setUp } from './stage.js';
+import { beginMirroring, commitWhereAsked, isReady, runMirror, runMirrorHelper } from './mirror.js';
+import { dataOf, INVARIANTS } from './oracle.js';
+import {
+  type GuestOp,
+  isHopeless,
+  type Job,
+  jobsOf,
+  type Mirroring,
+  mayFail,
+  type Scenario,
+  type Verb,
+} from './scenario.js';
+import { BITMAP, isOnPrevious, PREVIOUS, setUp, TARGET_DISK } from './stage.js';
 import { beginExploring } from './visible.js';
 import { VIOLATED, WorldEnded } from './world.js';
 
@@ -46,12 +66,6 @@ export interface Verdict {
   /** Addresses of the arena by name, for traces. */
   readonly places: readonly { readonly name: string; readonly from: number; readonly bytes: number }[];
 }
-
-// Words that threads of the simulator tell each other by, in an arena block of their own.
-const STARTED = 0;
-const GUESTS_DONE = 4;
-const ENDED = 8;
-const CHANGED = 12;
 
 const arm = Frame.arm;
 Frame.arm = (of, frame) => {
@@ -70,35 +84,15 @@ files.onRename = (from, to) => {
 
 // ---- The parts ------------------------------------------------------------------------------------------------
 
-function attachDisk(setup: Setup): { readonly disk: Disk; readonly node: GuestNode } {
-  const node = new GuestNode(attachNode(runtime, setup.disk.node), oracle, arena, buffer);
-  const disk = new Disk(
-    runtime,
-    setup.disk,
-    () => copyBuffer,
-    () => node,
-  );
-  const undisturbed = disk.undisturbed.bind(disk);
-  disk.undisturbed = (offset, length, body) => {
-    oracle.hold(thread, offset, offset + length);
-    try {
-      return undisturbed(offset, length, body);
-    } finally {
-      oracle.hold(thread, 0, 0);
-    }
-  };
-  return { disk, node };
-}
-
 function runGuest(scenario: Scenario, ops: readonly GuestOp[], setup: Setup): void {
-  const { disk, node } = attachDisk(setup);
+  const { disk, guest } = attachDisk(setup);
   const all = scenario.writers.flat();
   const changes = all.filter(({ kind }) => kind !== 'read' && kind !== 'flush');
   const { control } = setup.disk;
-  world.onSleep = (address) => oracle.checkWait(address, arena, node.op, control, changes);
+  world.onSleep = (address) => oracle.checkWait(address, arena, guest.op, control, changes);
   try {
     for (const op of ops) {
-      node.op = op;
+      guest.op = op;
       oracle.call(op);
       let failed = true;
       try {
@@ -109,7 +103,7 @@ function runGuest(scenario: Scenario, ops: readonly GuestOp[], setup: Setup): vo
         expectCause(scenario, `${op.kind} ${op.id} of a guest`, error);
       } finally {
         oracle.ended(op, failed);
-        node.op = undefined;
+        guest.op = undefined;
         world.forgetSeen();
       }
     }
@@ -158,7 +152,7 @@ function runRequest(disk: Disk, op: GuestOp, changes: readonly GuestOp[]): void 
 /** Errors need a reason: a fault of the scenario, or the one the explorer put in. */
 function expectCause(scenario: Scenario, what: string, error: unknown): void {
   const wrapped = toStillframeError(error);
-  const caused = scenario.faults.some(({ code }) => code === 'EIO' || code === 'ENOSPC') || world.faulty;
+  const caused = mayFail(scenario) || world.faulty;
   const known = wrapped.code === 'ERR_STILLFRAME_IO' || wrapped.code === 'ERR_STILLFRAME_NO_SPACE';
   if (caused && (known || wrapped.code === 'ERR_STILLFRAME_BROKEN_FRAME')) return;
   world.violate(INVARIANTS.errors, `${what} failed: ${wrapped.code}: ${wrapped.message} ${wrapped.stack}`);
@@ -169,16 +163,11 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
   const { disk } = attachDisk(setup);
   const add = disk.addFrame.bind(disk);
   const remove = disk.removeFrame.bind(disk);
-  const drained = disk.drained.bind(disk);
-  let drains = 0;
-  disk.drained = (body) => {
-    if (drains++ === 0) oracle.drain(true);
-    try {
-      return drained(body);
-    } finally {
-      if (--drains === 0) oracle.drain(false);
-    }
+  // Only the first job has helpers and a host that wait for it.
+  const started = (how: 1 | 2): void => {
+    if (which === 0) announceStart(setup, how);
   };
+  watchDrains(disk);
   disk.addFrame = (frame) => {
     // Where this one only holds the instant for another, what was begun says which.
     record.frameText = JSON.stringify(frame);
@@ -187,20 +176,6 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
   disk.removeFrame = (id) => {
     record.thaw(oracle.stamp());
     remove(id);
-  };
-  const announceStart = (how: 1 | 2): void => {
-    // Only the first job has helpers and a host that wait for it.
-    if (which !== 0) return;
-    store(arena, setup.words + STARTED, how);
-    Atomics.notify(arena.i32, (setup.words + STARTED) >> 2);
-  };
-  const port = {
-    postMessage(message: JobMessage): void {
-      if (message.type !== 'ended') return;
-      record.endedText = JSON.stringify(message, (_, value) =>
-        typeof value === 'bigint' ? String(value) : value,
-      );
-    },
   };
   try {
     const control = new JobControl(arena, controlOf(setup, which));
@@ -228,14 +203,37 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
       which + 1,
     );
     record.frameText = JSON.stringify(begun.frame);
-    announceStart(1);
-    BackupJob.run(runtime, disk, control, port as unknown as Parameters<typeof BackupJob.run>[3], begun);
+    started(1);
+    BackupJob.run(runtime, disk, control, portOf<MessagePort>(record), begun);
   } catch (error) {
-    if (error instanceof WorldEnded) throw error;
-    expectCause(scenario, 'the start of the job', error);
-    if (record.endedText !== '') world.violate(INVARIANTS.errors, 'the job threw after it had ended');
-    announceStart(2);
+    wasRefused(scenario, record, error);
+    started(2);
   }
+  countEnd(scenario, setup);
+}
+
+function runFirstJob(scenario: Scenario, setup: Setup): void {
+  const { mirror } = scenario;
+  if (mirror === undefined) {
+    runJob(scenario, setup, scenario.job, 0);
+    return;
+  }
+  try {
+    runMirror(scenario, mirror, setup);
+  } catch (error) {
+    wasRefused(scenario, recordOf(0), error);
+    announceStart(setup, 2);
+  }
+  countEnd(scenario, setup);
+}
+
+function wasRefused(scenario: Scenario, { endedText }: JobRecord, error: unknown): void {
+  if (error instanceof WorldEnded) throw error;
+  expectCause(scenario, 'the start of the job', error);
+  if (endedText !== '') world.violate(INVARIANTS.errors, 'the job threw after it had ended');
+}
+
+function countEnd(scenario: Scenario, setup: Setup): void {
   if (scenario.host !== 'keeper') return;
   Atomics.add(arena.i32, (setup.words + ENDED) >> 2, 1);
   advance(arena, setup.words + CHANGED);
@@ -247,22 +245,17 @@ function runHelper(setup: Setup): void {
   helpCopying(attachDisk(setup).disk, frame, new JobControl(arena, controlOf(setup)));
 }
 
-/** Blocks until the job has taken its instant or was refused. */
-function hasStarted(setup: Setup): boolean {
-  waitWhile(arena, setup.words + STARTED, 0);
-  return load(arena, setup.words + STARTED) === 1;
-}
-
-function recordOf(which: number): JobRecord {
-  const record = oracle.jobs[which];
-  if (record === undefined) throw new Error(`there is no job ${which + 1}`);
-  return record;
-}
-
-function waitUntil(setup: Setup, condition: () => boolean, timeoutMs = Infinity): boolean {
+/** The host waits, and does what jobs ask it for. @returns whether the condition holds */
+function waitUntil(
+  scenario: Scenario,
+  setup: Setup,
+  condition: () => boolean,
+  timeoutMs = Infinity,
+): boolean {
   const deadline = world.now + timeoutMs;
   for (;;) {
     const sequence = load(arena, setup.words + CHANGED);
+    commitWhereAsked(scenario, setup);
     if (condition()) return true;
     if (world.now >= deadline) return false;
     waitWhile(arena, setup.words + CHANGED, sequence, deadline - world.now);
@@ -277,21 +270,24 @@ function runHost(scenario: Scenario, setup: Setup): void {
   const over = (): boolean => load(arena, setup.words + ENDED) === jobs.length;
   if (hasStarted(setup) && first !== undefined) {
     for (const verb of scenario.verbs) {
-      if (verb.afterMs > 0 && waitUntil(setup, over, verb.afterMs)) return;
+      if (verb.afterMs > 0 && waitUntil(scenario, setup, over, verb.afterMs)) return;
+      if (isForReady(verb) && waitUntil(scenario, setup, () => over() || isReady(setup), READY_MS) && over())
+        return;
       give(first, verb);
     }
   }
   if (scenario.host === 'verbs') return;
-  // An error that never ends, under a policy that never gives up.
-  const hopeless = scenario.faults.some(({ count }) => count > 100);
+  const hopeless = isHopeless(scenario);
   for (let round = 0; !over(); round++) {
     const done = load(arena, setup.words + GUESTS_DONE) === scenario.writers.length;
     jobs.forEach((job, which) => {
       const control = controls[which];
-      if (control !== undefined) keepGoing(control, job, { round, cancel: hopeless && round > 40, done });
+      const mirror = which === 0 ? scenario.mirror : undefined;
+      if (control !== undefined)
+        keepGoing(control, job, mirror, { round, cancel: hopeless && round > 40, done });
     });
     if (round > 10_000) world.violate('progress', 'the jobs do not end');
-    waitUntil(setup, over, 100);
+    waitUntil(scenario, setup, over, 100);
   }
 }
 
@@ -299,18 +295,30 @@ function runHost(scenario: Scenario, setup: Setup): void {
 function keepGoing(
   control: JobControl,
   job: Job,
+  mirror: Mirroring | undefined,
   { round, cancel, done }: { readonly round: number; readonly cancel: boolean; readonly done: boolean },
 ): void {
   const command = (verb: Verb['verb']): void => give(control, { verb, afterMs: 0, speed: 0 });
   // Sync mode none ends when somebody ends it.
-  if (cancel || (job.sync === 'none' && done)) command('cancel');
+  if (cancel || (job.sync === 'none' && mirror === undefined && done)) command('cancel');
+  if (mirror !== undefined && isAtEnd(control) && (done || round > PATIENCE))
+    command(mirror.end === 'cancel' ? 'cancel-soft' : 'complete');
   if (control.speed > 0 && round > 2) command('set-speed');
   if (control.paused) command('resume');
   if (control.status === 'pending' && !job.autoFinalize) command('finalize');
 }
 
+/** It goes on until it is told to end. */
+function isAtEnd({ status }: JobControl): boolean {
+  return status === 'ready' || status === 'standby';
+}
+
+function isForReady({ verb, atReady }: Verb): boolean {
+  return verb === 'complete' || verb === 'cancel-soft' || atReady === true;
+}
+
 function give(control: JobControl, { verb, speed }: Verb): void {
-  const name: JobVerb = verb;
+  const name: JobVerb = verb === 'cancel-soft' ? 'cancel' : verb;
   try {
     checkVerb('backup1', control.status, name);
   } catch (error) {
@@ -319,22 +327,31 @@ function give(control: JobControl, { verb, speed }: Verb): void {
   }
   if (verb === 'pause') control.paused = true;
   else if (verb === 'resume') control.paused = false;
-  else if (verb === 'cancel') control.cancel();
-  else if (verb === 'finalize') control.finalize();
+  else if (verb === 'cancel' || (verb === 'cancel-soft' && !isAtEnd(control))) control.cancel();
+  else if (verb === 'cancel-soft') control.cancelSoftly();
+  else if (verb === 'complete') {
+    if (!control.cancelRequested) control.complete();
+  } else if (verb === 'finalize') control.finalize();
   else control.speed = speed;
 }
 
 function partOf(scenario: Scenario, setup: Setup): () => void {
   const { job, second } = scenario;
   const writers = scenario.writers.length;
-  if (thread === 0) return () => runJob(scenario, setup, job, 0);
+  if (thread === 0) return () => runFirstJob(scenario, setup);
   const ops = scenario.writers[thread - 1];
   if (ops !== undefined) return () => runGuest(scenario, ops, setup);
-  if (thread <= writers + job.helpers) return () => runHelper(setup);
+  if (thread <= writers + job.helpers)
+    return () => (scenario.mirror === undefined ? runHelper(setup) : runMirrorHelper(setup));
   const isHost = scenario.host !== 'none' && thread === writers + job.helpers + 1;
   if (isHost || second === undefined) return () => runHost(scenario, setup);
   return () => runJob(scenario, setup, second, 1);
 }
+
+/** How long the host waits for a job to be ready before it tells it to end all the same, in virtual milliseconds. */
+const READY_MS = 2000;
+/** Rounds of the host in which a job that is ready goes on although guests are not done. */
+const PATIENCE = 5;
 
 parentPort?.postMessage('ready');
 for (;;) {
@@ -345,6 +362,8 @@ for (;;) {
   try {
     setup = thread === 0 ? setUp(scenario) : (JSON.parse(oracle.diskText) as Setup);
     beginExploring(scenario, setup);
+    forgetDisk(runtime, TARGET_DISK);
+    beginMirroring(scenario);
     world.running = true;
     partOf(scenario, setup)();
   } catch (error) {
@@ -366,12 +385,12 @@ for (;;) {
   const verdict: Verdict = {
     violation,
     outcome: setup === undefined ? 'broken' : outcomeOf(scenario),
-    places: placesOf(setup),
+    places: placesOf(scenario, setup),
   };
   world.report(JSON.stringify(verdict));
 }
 
-function placesOf(setup: Setup | undefined): Verdict['places'] {
+function placesOf(scenario: Scenario, setup: Setup | undefined): Verdict['places'] {
   if (setup === undefined) return [];
   const places = [
     { name: 'disk', from: setup.disk.control, bytes: DISK_CONTROL_BYTES },
@@ -387,6 +406,13 @@ function placesOf(setup: Setup | undefined): Verdict['places'] {
     places.push({ name: 'source', from: setup.disk.node.control, bytes: 1024 });
   oracle.jobs.forEach(({ frameText }, which) => {
     if (frameText === '') return;
+    if (which === 0 && scenario.mirror !== undefined) {
+      const { control, target }: MirrorDescriptor = JSON.parse(frameText);
+      places.push({ name: 'mirror', from: control, bytes: MIRROR_CONTROL_BYTES });
+      if (target.node.driver === 'qcow2')
+        places.push({ name: 'target', from: target.node.control, bytes: 1024 });
+      return;
+    }
     const number = which === 0 ? '' : '2';
     const frame: FrameDescriptor = JSON.parse(frameText);
     places.push({ name: `frame${number}`, from: frame.control, bytes: 128 });
