@@ -8,6 +8,8 @@ import type { Runtime } from '../kernels/runtime.js';
 import { ChainJob, type ChainJobOptions, type ChainStep, copying, STEP_BYTES } from './chain-job.js';
 
 export interface CommitJobOptions extends ChainJobOptions {
+  /** Bytes that the images on the top show: what the base has there beyond the top's end, they must not show. */
+  readonly shown: number;
   /** Why the base could not be made as long as the top. */
   readonly failure?: PlainError | undefined;
 }
@@ -19,6 +21,7 @@ export interface CommitJobOptions extends ChainJobOptions {
 export class CommitJob extends ChainJob {
   readonly #top: Disk;
   readonly #base: Disk;
+  readonly #shown: number;
   readonly #failure: PlainError | undefined;
 
   private constructor(
@@ -32,6 +35,7 @@ export class CommitJob extends ChainJob {
     super(runtime, control, port, options);
     this.#top = top;
     this.#base = base;
+    this.#shown = options.shown;
     this.#failure = options.failure;
   }
 
@@ -48,7 +52,8 @@ export class CommitJob extends ChainJob {
   }
 
   protected override get length(): number {
-    return this.#top.descriptor.length;
+    const { length } = this.#base.descriptor;
+    return Math.max(this.#top.descriptor.length, Math.min(this.#shown, length));
   }
 
   protected override work(): 'completed' | 'cancelled' {
@@ -59,7 +64,7 @@ export class CommitJob extends ChainJob {
 
   protected override step(offset: number): ChainStep {
     const { from, length } = copying('read', () =>
-      this.#top.use((node) => findAbove(layersOf(node, this.layers), offset, node.length - offset)),
+      this.#top.use((node) => findAbove(layersOf(node, this.layers), offset, this.length - offset)),
     );
     if (from === undefined) return { length, copied: false };
     const bytes = Math.min(length, STEP_BYTES);

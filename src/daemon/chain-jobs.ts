@@ -189,7 +189,7 @@ export class ChainJobs {
         const { descriptor: from } = await this.#graph.disk(top);
         const { descriptor: to } = await this.#graph.disk(base);
         const run = runOptions(id, given);
-        const options = { ...policyOf(run), layers, failure };
+        const options = { ...policyOf(run), layers, shown: await this.#shown(top), failure };
         return this.#launch(run, { type: 'commit', top: from, base: to, options }, commit);
       },
       became,
@@ -363,6 +363,15 @@ export class ChainJobs {
 
   async #reopen(node: GraphNode, readOnly: boolean): Promise<void> {
     await this.#changes.change([node], (section) => this.#changes.setReadOnly(section, node, readOnly));
+  }
+
+  /** Bytes of an image that the longest one of those on it shows. */
+  async #shown(image: GraphNode): Promise<number> {
+    const lengths = [...image.parents].map(async (one) => {
+      if (isFilter(one)) return await this.#shown(one);
+      return backingOf(one) === image ? (await this.#graph.disk(one)).length : 0;
+    });
+    return Math.max(0, ...(await Promise.all(lengths)));
   }
 
   /** Makes the base of a job as long as its top. @returns why it cannot */

@@ -51,6 +51,18 @@ async function ended(): Promise<void> {
   await new Promise((resolve) => daemon?.once('exit', resolve));
 }
 
+/** Waits for the end of the job, and ends the daemon. */
+async function concludes(client: QmpClient): Promise<void> {
+  for (;;) {
+    const [job] = (await client.execute('query-jobs')) as readonly Message[];
+    if (job?.['status'] === 'concluded') break;
+    await delay(20);
+  }
+  await client.execute('quit');
+  client.close();
+  await ended();
+}
+
 const JOBS: readonly (readonly [string, Message])[] = [
   ['block-stream', {}],
   ['block-commit', { top: 'images/b1.qcow2' }],
@@ -88,17 +100,37 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('of a chain', () =>
       base: 'b0.qcow2',
       'auto-dismiss': false,
     });
-    for (;;) {
-      const [job] = (await client.execute('query-jobs')) as readonly Message[];
-      if (job?.['status'] === 'concluded') break;
-      await delay(20);
-    }
-    await client.execute('quit');
-    client.close();
-    await ended();
+    await concludes(client);
     const top = join(place, 'images', 'b2.qcow2');
     await tool('qemu-img', 'compare', top, join(place, 'was.raw'));
     const info = JSON.parse(await tool('qemu-img', 'info', '--output', 'json', top)) as Message;
     expect(info['full-backing-filename']).toBe(join(place, 'images', 'b0.qcow2'));
+  });
+
+  it('what a short image cuts off of its base does not come to light when it is committed', async () => {
+    const place = mkdtempSync(join(folder, 'chain-'));
+    const images = join(place, 'images');
+    mkdirSync(images);
+    const [b0, b1, b2] = ['b0.qcow2', 'b1.qcow2', 'b2.qcow2'].map((name) => join(images, name));
+    if (b0 === undefined || b1 === undefined || b2 === undefined) throw new TypeError('three images');
+    await tool('qemu-img', 'create', '-q', '-f', 'qcow2', b0, '4M');
+    await tool('qemu-io', '-c', 'write -P 1 0 4M', b0);
+    await tool('qemu-img', 'create', '-q', '-f', 'qcow2', '-b', 'b0.qcow2', '-F', 'qcow2', b1, '1M');
+    await tool('qemu-io', '-c', 'write -P 2 0 64k', b1);
+    await tool('qemu-img', 'create', '-q', '-f', 'qcow2', '-b', 'b1.qcow2', '-F', 'qcow2', b2, '3M');
+    await tool('qemu-img', 'convert', '-O', 'raw', b2, join(place, 'was.raw'));
+    const client = await start(place);
+    await client.execute('block-commit', {
+      'job-id': 'j',
+      device: 'n2',
+      top: 'images/b1.qcow2',
+      'auto-dismiss': false,
+    });
+    await concludes(client);
+    await tool('qemu-img', 'compare', b2, join(place, 'was.raw'));
+    // What nobody sees is left as it was.
+    await tool('qemu-io', '-r', '-c', 'read -P 1 3M 1M', b0);
+    const info = JSON.parse(await tool('qemu-img', 'info', '--output', 'json', b2)) as Message;
+    expect(info['full-backing-filename']).toBe(b0);
   });
 });

@@ -50,6 +50,7 @@ const mirrorSessions = ['test/daemon/mirror-sessions.test.ts'];
 const chainDevices = ['test/daemon/chain-devices.test.ts'];
 const streams = ['test/daemon/stream.test.ts'];
 const commits = ['test/daemon/commit.test.ts'];
+const chainJobs = ['test/daemon/chain-jobs.test.ts'];
 
 export const mutants: readonly Mutant[] = [
   {
@@ -796,6 +797,36 @@ export const mutants: readonly Mutant[] = [
     find: 'if (this.#node === undefined || generation !== this.#generation) {',
     replace: 'if (this.#node === undefined) {',
     tests: threads,
+  },
+  {
+    name: 'commit-uncovers',
+    what: 'what a short image cuts off of its base comes to light when it is committed',
+    file: COMMIT_JOB,
+    find: 'Math.max(this.#top.descriptor.length, Math.min(this.#shown, length))',
+    replace: 'Math.max(this.#top.descriptor.length, Math.min(0, length))',
+    tests: chainJobs,
+  },
+  {
+    name: 'commit-unflushed',
+    what: 'a chain is made shorter before what was committed is on the disk',
+    file: COMMIT_JOB,
+    find: '    this.#base.flush();',
+    replace: '    void this.#base;',
+  },
+  {
+    name: 'stream-disturbed',
+    what: 'a guest may write to what is being streamed',
+    file: STREAM_JOB,
+    find: 'this.#disk.undisturbed(offset, length, (node) => {',
+    replace: 'this.#disk.use((node) => {',
+    tests: streams,
+  },
+  {
+    name: 'mirror-unflushed',
+    what: 'a mirror completes before what it copied is on the disk',
+    file: MIRROR,
+    find: '    this.count();\n    this.flush();',
+    replace: '    this.count();',
   },
   {
     name: 'mirror-taken-late',

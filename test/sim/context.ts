@@ -43,6 +43,8 @@ export interface Setup {
   readonly disk: DiskDescriptor;
   /** What the first job writes to, where that is a mirror. */
   readonly target?: DiskDescriptor | undefined;
+  /** The images of the chain from the drive's own down, where the first job makes it shorter. */
+  readonly chain?: readonly DiskDescriptor[] | undefined;
   /** Pointers to the control blocks of the jobs. */
   readonly controls: readonly number[];
   readonly words: number;

@@ -1,8 +1,9 @@
 /** What the parts of the threads have in common: the drive, and how they tell each other what they are at. */
 import { Disk } from '#src/block/disk.js';
+import { drainOrder } from '#src/block/drain-order.js';
 import { attachNode } from '#src/block/graph.js';
 import type { JobMessage } from '#src/job/job.js';
-import { load, store, waitWhile } from '#src/kernels/futex.js';
+import { advance, load, store, waitWhile } from '#src/kernels/futex.js';
 import { arena, buffer, copyBuffer, oracle, runtime, type Setup, thread } from './context.js';
 import type { JobRecord } from './job-record.js';
 import { type Guest, GuestNode } from './oracle.js';
@@ -12,8 +13,12 @@ export const STARTED = 0;
 export const GUESTS_DONE = 4;
 export const ENDED = 8;
 export const CHANGED = 12;
-/** The first job: 1 once it is ready, 2 once it has the host do its part of the commit point, 3 once that is done. */
+/** How far the first job is, as the host knows it. */
 export const STAGE = 16;
+export const READY = 1;
+/** It has the host do its part of the commit point. */
+export const COMMITS = 2;
+export const COMMITTED = 3;
 
 export function attachDisk(setup: Setup): { readonly disk: Disk; readonly guest: Guest } {
   const guest: Guest = { op: undefined };
@@ -83,4 +88,23 @@ export function portOf<T>(record: JobRecord, onMessage: (message: JobMessage) =>
     },
   };
   return port as unknown as T;
+}
+
+export function tell(setup: Setup, stage: number): void {
+  store(arena, setup.words + STAGE, stage);
+  advance(arena, setup.words + CHANGED);
+}
+
+/** Whether the job has told the host that it is ready. */
+export function isReady(setup: Setup): boolean {
+  return load(arena, setup.words + STAGE) >= READY;
+}
+
+/** Runs `body` while nobody uses the disks. */
+export function exclusively(disks: readonly Disk[], body: () => void): void {
+  const enter = ([first, ...rest]: readonly Disk[]): void => {
+    if (first === undefined) body();
+    else first.exclusive(() => enter(rest));
+  };
+  enter(drainOrder(runtime, disks));
 }

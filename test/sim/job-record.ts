@@ -13,6 +13,7 @@ const Word = {
   FrozenAt: 8,
   Begun: 9,
   Moved: 10,
+  Blocks: 11,
 } as const;
 const TEXTS_AT = 64;
 const FROZEN_AT = TEXTS_AT + 2 * TEXT_BYTES;
@@ -125,6 +126,15 @@ export class JobRecord {
 
   set movedAt(stamp: number) {
     this.#words[Word.Moved] = stamp;
+  }
+
+  /** What guests change is in the mirror before they are answered. */
+  get blocks(): boolean {
+    return this.#words[Word.Blocks] === 1;
+  }
+
+  set blocks(value: boolean) {
+    this.#words[Word.Blocks] = value ? 1 : 0;
   }
 
   /** The descriptor of the frame, or of the mirror; empty before the job is about to take its instant. */

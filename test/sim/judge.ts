@@ -10,15 +10,7 @@ import { arena, buffer, copyBuffer, files, oracle, runtime, type Setup, TARGETS,
 import type { JobRecord } from './job-record.js';
 import { INVARIANTS } from './oracle.js';
 import { checkQcow2 } from './qcow2-check.js';
-import {
-  isHopeless,
-  type Job,
-  jobsOf,
-  type Mirroring,
-  mayFail,
-  type Range,
-  type Scenario,
-} from './scenario.js';
+import { isHopeless, isLive, type Job, jobsOf, mayFail, type Range, type Scenario } from './scenario.js';
 import {
   BITMAP,
   diskOn,
@@ -28,6 +20,8 @@ import {
   OLD_TARGET,
   previousOf,
   readImage,
+  targetFormat,
+  targetPath,
 } from './stage.js';
 import { POWER_CUT, REDUNDANT, VIOLATED } from './world.js';
 
@@ -47,7 +41,8 @@ interface Case {
   readonly mayBeCancelled: boolean;
   /** It may have failed through no fault of its own. */
   readonly faulty: boolean;
-  readonly mirror: Mirroring | undefined;
+  /** It is no backup. */
+  readonly isLive: boolean;
 }
 
 function casesOf(scenario: Scenario): Case[] {
@@ -61,8 +56,8 @@ function casesOf(scenario: Scenario): Case[] {
     const [record, target] = [oracle.jobs[which], TARGETS[which]];
     if (record === undefined || target === undefined) return [];
     const mayBeCancelled = hopeless || faulty || (which === 0 && cancels);
-    const mirror = which === 0 ? scenario.mirror : undefined;
-    return [{ scenario, job, record, target, ended: endedOf(record), mayBeCancelled, faulty, mirror }];
+    const live = which === 0 && isLive(scenario);
+    return [{ scenario, job, record, target, ended: endedOf(record), mayBeCancelled, faulty, isLive: live }];
   });
 }
 
@@ -82,12 +77,12 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   if (world.aborted === POWER_CUT) return judgeAfterCut(scenario);
   const path = layerPath(scenario, scenario.source.backing.length);
   const cases = casesOf(scenario);
-  const { target } = setup;
+  const others = setup.chain?.slice(1) ?? (setup.target === undefined ? [] : [setup.target]);
   const faulty = cases.some((one) => one.faulty);
   const disk = new Disk(runtime, setup.disk, () => copyBuffer);
-  const unnoticed = firstFlaw(cases, ({ record, ended, mirror }) => {
-    if (mirror !== undefined && record.frameText !== '') arena.free(JSON.parse(record.frameText).control);
-    if (ended === undefined || mirror !== undefined) return undefined;
+  const unnoticed = firstFlaw(cases, ({ record, ended, isLive }) => {
+    if (isLive && record.frameText !== '') arena.free(JSON.parse(record.frameText).control);
+    if (ended === undefined || isLive) return undefined;
     const frame: FrameDescriptor = JSON.parse(record.frameText);
     const broken = [frame, frame.holder].some(
       (one) => one !== undefined && arena.i32[one.control >> 2] !== 0,
@@ -101,7 +96,7 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   const lost = first && judgeBitmap(first, setup.disk);
   if (lost !== undefined) return `${INVARIANTS.bitmap}: ${lost}`;
   closeDiskBitmaps(runtime, setup.disk);
-  if (target !== undefined) closeDiskBitmaps(runtime, target);
+  for (const disk of others) closeDiskBitmaps(runtime, disk);
   for (const control of setup.controls) arena.free(control);
   arena.free(setup.words);
   const live = readNode(disk);
@@ -113,11 +108,14 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   } catch {
     closed = false;
   }
-  for (const { control, node } of target === undefined ? [setup.disk] : [setup.disk, target]) {
+  for (const { control, node } of [setup.disk, ...others]) {
     freeRoot(runtime, control);
     arena.free(control);
     try {
-      closeNode(runtime, node);
+      closeNode(
+        runtime,
+        setup.chain !== undefined && node.driver === 'qcow2' ? { ...node, backing: undefined } : node,
+      );
     } catch {
       closed = false;
     }
@@ -236,21 +234,24 @@ function readNode(disk: Disk): Uint8Array | undefined {
 
 /** What is in the image of the drive, which is the target of a mirror once that has taken its place. */
 function readDrive(scenario: Scenario): Uint8Array {
-  const { source, job } = scenario;
-  const isMoved = (oracle.jobs[0]?.movedAt ?? 0) > 0;
-  return isMoved
-    ? readImage(TARGETS[0], job.format)
-    : readImage(layerPath(scenario, source.backing.length), source.format);
+  const { source, mirror } = scenario;
+  const isMoved = mirror !== undefined && (oracle.jobs[0]?.movedAt ?? 0) > 0;
+  if (isMoved) return readTarget(scenario);
+  return readImage(layerPath(scenario, source.backing.length), source.format);
 }
 
-function judgeMirror({ scenario, job, record, ended, mayBeCancelled, faulty }: Case): string | undefined {
+function readTarget(scenario: Scenario): Uint8Array {
+  return readImage(targetPath(scenario), targetFormat(scenario));
+}
+
+function judgeLive({ scenario, record, ended, mayBeCancelled, faulty }: Case): string | undefined {
   if (ended === undefined && record.frameText !== '') return `${INVARIANTS.errors}: the mirror never ended`;
   const isWhole = ended?.outcome === 'completed';
   if (ended?.outcome === 'failed' && !faulty)
     return `${INVARIANTS.errors}: the mirror failed: ${ended.error?.code}: ${ended.error?.message}`;
   if (ended?.outcome === 'cancelled' && !mayBeCancelled)
     return `${INVARIANTS.errors}: the mirror says it was cancelled, but nobody did`;
-  if (record.movedAt > 0 && !faulty) {
+  if (record.movedAt > 0 && !faulty && scenario.chain === undefined) {
     const left = readImage(layerPath(scenario, scenario.source.backing.length), scenario.source.format);
     const flaw = oracle.difference(left, record);
     if (flaw !== undefined) return `${INVARIANTS.source}: where the mirror has taken its place, ${flaw}`;
@@ -259,15 +260,16 @@ function judgeMirror({ scenario, job, record, ended, mayBeCancelled, faulty }: C
     const flaw = judgeCopy(scenario);
     if (flaw !== undefined) return flaw;
   }
-  return judgeFormat(scenario, job, TARGETS[0]);
+  return judgeFormat(scenario, targetFormat(scenario), targetPath(scenario));
 }
 
 /** The target of a mirror that has completed, which nobody else has written to. */
-function judgeCopy({ job, mirror, writers }: Scenario): string | undefined {
+function judgeCopy(scenario: Scenario): string | undefined {
+  const { job, mirror, writers } = scenario;
   const [record] = oracle.jobs;
   if (record === undefined || mirror === undefined) return undefined;
   if (record.movedAt > 0) return undefined;
-  const copy = readImage(TARGETS[0], job.format);
+  const copy = readTarget(scenario);
   if (job.sync === 'none') {
     // What it has not copied is not there, or shines through from a drive that has changed since.
     const sectors = new Uint8Array(record.unknown.length).fill(1);
@@ -282,7 +284,7 @@ function judgeCopy({ job, mirror, writers }: Scenario): string | undefined {
   return flaw === undefined ? undefined : `${INVARIANTS.mirror}: ${flaw}`;
 }
 
-function judgeFormat({ faults }: Scenario, { format }: Job, target: string): string | undefined {
+function judgeFormat({ faults }: Scenario, format: Job['format'], target: string): string | undefined {
   if (format !== 'qcow2') return undefined;
   const { errors, leaks } = checkQcow2(files.content(target));
   if (errors.length > 0) return `${INVARIANTS.format}: target: ${errors[0]}`;
@@ -292,7 +294,7 @@ function judgeFormat({ faults }: Scenario, { format }: Job, target: string): str
 }
 
 function judgeTarget(one: Case): string | undefined {
-  if (one.mirror !== undefined) return judgeMirror(one);
+  if (one.isLive) return judgeLive(one);
   const { scenario, job, record, target, ended, mayBeCancelled, faulty } = one;
   const names = files.names();
   const kept = ended?.outcome === 'completed' || (ended?.outcome === 'cancelled' && job.sync === 'none');
@@ -328,7 +330,7 @@ function judgeBackup({ scenario, job, record, target }: Case): string | undefine
   const stale = job.sync === 'none' && oracle.changedSinceThaw(scenario, record);
   const wrong = stale ? undefined : oracle.difference(copy, record);
   if (wrong !== undefined) return `${INVARIANTS.instant}: ${wrong}`;
-  return judgeFormat(scenario, job, target);
+  return judgeFormat(scenario, job.format, target);
 }
 
 function judgeAfterCut(scenario: Scenario): string | undefined {
@@ -341,8 +343,8 @@ function judgeAfterCut(scenario: Scenario): string | undefined {
     const { errors } = checkQcow2(files.content(path));
     if (errors.length > 0) return `${INVARIANTS.format}: source after the cut: ${errors[0]}`;
   }
-  if (scenario.mirror !== undefined && scenario.job.format === 'qcow2') {
-    const { errors } = checkQcow2(files.content(TARGETS[0]));
+  if (isLive(scenario) && targetFormat(scenario) === 'qcow2') {
+    const { errors } = checkQcow2(files.content(targetPath(scenario)));
     if (errors.length > 0) return `${INVARIANTS.format}: target after the cut: ${errors[0]}`;
   }
   const drive = readDrive(scenario);
@@ -351,12 +353,12 @@ function judgeAfterCut(scenario: Scenario): string | undefined {
   const lost = judgeBitmapAfterCut(scenario, drive);
   if (lost !== undefined) return `${INVARIANTS.bitmap}: ${lost}`;
   const flaw = firstFlaw(casesOf(scenario), judgeTargetAfterCut);
-  return flaw ?? (scenario.mirror === undefined ? backupAgain(scenario, drive) : undefined);
+  return flaw ?? (isLive(scenario) ? undefined : backupAgain(scenario, drive));
 }
 
 function judgeTargetAfterCut(one: Case): string | undefined {
   const { job, target, ended } = one;
-  if (one.mirror !== undefined) return ended?.outcome === 'completed' ? judgeCopy(one.scenario) : undefined;
+  if (one.isLive) return ended?.outcome === 'completed' ? judgeCopy(one.scenario) : undefined;
   const finished = ended?.outcome === 'completed' || (ended?.outcome === 'cancelled' && job.sync === 'none');
   const there = files.names().includes(target);
   if (finished && !there) return `${INVARIANTS.durable}: the finished target is gone after the cut`;
@@ -429,6 +431,13 @@ function endedOf({ endedText }: JobRecord): Ended | undefined {
 export function outcomeOf(scenario: Scenario): string {
   if (world.aborted === POWER_CUT) return 'cut';
   return casesOf(scenario)
-    .map(({ ended, mirror }) => `${mirror === undefined ? '' : 'mirrors '}${ended?.outcome ?? 'refused'}`)
+    .map(({ scenario: { mirror, chain }, ended, isLive }) => {
+      const what = !isLive
+        ? ''
+        : chain === undefined
+          ? 'mirror '
+          : `${mirror === undefined ? '' : 'active '}${chain.type} `;
+      return `${what}${ended?.outcome ?? 'refused'}`;
+    })
     .join('+');
 }

@@ -2,50 +2,79 @@
 import type { MessagePort } from 'node:worker_threads';
 import { beginMirror, finishMirror, helpMirroring, MirrorJob } from '#src/backup/mirror-job.js';
 import type { Disk } from '#src/block/disk.js';
-import { drainOrder } from '#src/block/drain-order.js';
-import { Mirror, type MirrorDescriptor } from '#src/block/filters/mirror.js';
+import type { MirrorDescriptor } from '#src/block/filters/mirror.js';
 import { liveDisk } from '#src/block/graph.js';
 import { swapBitmaps } from '#src/block/live-changes.js';
 import type { NodeDescriptor } from '#src/block/node.js';
 import { relinkNode } from '#src/block/relink.js';
+import { TrackedRequests } from '#src/block/tracked-requests.js';
 import { type PlainError, toStillframeError } from '#src/errors.js';
 import { JobControl } from '#src/job/control.js';
 import type { JobMessage } from '#src/job/job.js';
-import { advance, load, store } from '#src/kernels/futex.js';
-import { arena, buffer, controlOf, files, oracle, runtime, type Setup, TARGETS, world } from './context.js';
+import { load, store } from '#src/kernels/futex.js';
+import { shorten } from './chain.js';
+import { arena, buffer, controlOf, files, oracle, runtime, type Setup, world } from './context.js';
 import {
   announceStart,
   attachDisk,
-  CHANGED,
+  COMMITS,
+  COMMITTED,
+  exclusively,
   hasStarted,
   portOf,
+  READY,
   recordOf,
   STAGE,
+  tell,
   watchDrains,
 } from './drive.js';
-import { INVARIANTS } from './oracle.js';
+import { type Guest, INVARIANTS } from './oracle.js';
 import { type Mirroring, mayFail, type Scenario } from './scenario.js';
+import { targetFormat, targetPath } from './stage.js';
 import { WorldEnded } from './world.js';
 
-const READY = 1;
-const COMMITS = 2;
-const COMMITTED = 3;
-
 let isChecked = false;
+/** The request that this thread is at as a guest. */
+let current: Guest | undefined;
+let depth = 0;
 
-const { afterWrite } = Mirror.prototype;
-Mirror.prototype.afterWrite = function (offset, length): void {
-  afterWrite.call(this, offset, length);
-  // Nobody else changes this part of the drive until the guest's request is over.
-  if (!isChecked || !world.running) return;
-  liveDisk(runtime, this.descriptor.target).read(offset, buffer, length);
+const { run } = TrackedRequests.prototype;
+TrackedRequests.prototype.run = function <T>(start: number, end: number, body: () => T): T {
+  return run.call(this, start, end, () => {
+    depth++;
+    try {
+      const result = body();
+      // Nobody else changes this part of the drive until the guest's request is over.
+      if (depth === 1) checkBlocking();
+      return result;
+    } finally {
+      depth--;
+    }
+  }) as T;
+};
+
+/** Whether what a guest has changed is in the mirror by now. */
+function checkBlocking(): void {
+  const op = current?.op;
+  const [record] = oracle.jobs;
+  if (!isChecked || op === undefined || op.kind === 'read' || record?.blocks !== true) return;
+  const { offset, length } = op;
+  const { target }: MirrorDescriptor = JSON.parse(record.frameText);
+  liveDisk(runtime, target).read(offset, buffer, length);
   const flaw = oracle.differenceAt(arena.u8.subarray(buffer, buffer + length), offset);
   if (flaw !== undefined) world.violate(INVARIANTS.blocking, flaw);
-};
+}
 
 /** A run begins. */
 export function beginMirroring(scenario: Scenario): void {
   isChecked = scenario.mirror !== undefined && !mayFail(scenario);
+  current = undefined;
+  depth = 0;
+}
+
+/** This thread is a guest. */
+export function watchBlocking(guest: Guest): void {
+  current = guest;
 }
 
 function targetOf({ target }: Setup): Disk {
@@ -55,12 +84,21 @@ function targetOf({ target }: Setup): Disk {
 
 /** Runs the job of a scenario. @throws what refuses it */
 export function runMirror(scenario: Scenario, mirroring: Mirroring, setup: Setup): void {
-  const { job } = scenario;
+  const { job, chain } = scenario;
   const record = recordOf(0);
   const { disk } = attachDisk(setup);
   const target = targetOf(setup);
+  let isBlocking = false;
+  const setMirror = disk.setMirror.bind(disk);
+  disk.setMirror = (mirror) => {
+    isBlocking = mirror !== undefined;
+    setMirror(mirror);
+  };
   // It completes at the end of the last time that it keeps guests out.
-  watchDrains(disk, () => oracle.snapshot(record));
+  watchDrains(disk, () => {
+    oracle.snapshot(record);
+    record.blocks = isBlocking;
+  });
   const control = new JobControl(arena, controlOf(setup));
   const port = portOf<MessagePort>(record, (message: JobMessage) => {
     if (message.type === 'ready') tell(setup, READY);
@@ -82,6 +120,7 @@ export function runMirror(scenario: Scenario, mirroring: Mirroring, setup: Setup
       onSourceError: job.onSourceError,
       onTargetError: job.onTargetError,
       autoFinalize: job.autoFinalize,
+      layers: chain?.base,
     },
     1,
   );
@@ -92,20 +131,10 @@ export function runMirror(scenario: Scenario, mirroring: Mirroring, setup: Setup
 }
 
 /** Of an image it may not be that space was given back which is not in use any more; cuts show whether all the rest is. */
-function checkDurable({ job }: Scenario): void {
-  if (job.format === 'raw' && !files.isDurable(TARGETS[0])) {
+function checkDurable(scenario: Scenario): void {
+  if (targetFormat(scenario) === 'raw' && !files.isDurable(targetPath(scenario))) {
     world.violate(INVARIANTS.durable, 'the mirror completes before all of it is on the disk');
   }
-}
-
-function tell(setup: Setup, stage: number): void {
-  store(arena, setup.words + STAGE, stage);
-  advance(arena, setup.words + CHANGED);
-}
-
-/** Whether the job has told the host that it is ready. */
-export function isReady(setup: Setup): boolean {
-  return load(arena, setup.words + STAGE) >= READY;
 }
 
 export function runMirrorHelper(setup: Setup): void {
@@ -120,7 +149,8 @@ export function commitWhereAsked(scenario: Scenario, setup: Setup): void {
   store(arena, setup.words + STAGE, COMMITTED);
   let failure: PlainError | undefined;
   try {
-    pivot(scenario, setup);
+    if (scenario.mirror === undefined) shorten(scenario, setup);
+    else pivot(scenario, setup);
   } catch (error) {
     if (error instanceof WorldEnded) throw error;
     failure = toStillframeError(error).toPlain();
@@ -135,16 +165,18 @@ function pivot(scenario: Scenario, setup: Setup): void {
   const { disk } = attachDisk(setup);
   const target = targetOf(setup);
   watchDrains(disk);
-  const enter = ([first, ...rest]: readonly Disk[], body: () => void): void => {
-    if (first === undefined) body();
-    else first.exclusive(() => enter(rest, body));
-  };
-  enter(drainOrder(runtime, [disk, target]), () => {
+  exclusively([disk, target], () => {
     finishMirror(runtime, disk, mirror);
     oracle.snapshot(record);
     checkDurable(scenario);
     const [own, other] = [disk.descriptor, target.descriptor];
     swapBitmaps(runtime, own, other);
+    if (scenario.chain !== undefined) {
+      // What was the drive's own image lies on this one, and nobody uses it any more.
+      disk.changeRoot({ ...own, node: other.node });
+      record.movedAt = oracle.stamp();
+      return;
+    }
     disk.changeRoot({ ...own, node: onBacking(scenario.job.sync, other.node, own.node), discard: 'unmap' });
     target.changeRoot({ ...other, node: own.node });
     record.movedAt = oracle.stamp();

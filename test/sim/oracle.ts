@@ -484,12 +484,15 @@ export class GuestNode implements BlockNode {
   readonly #inner: BlockNode;
   readonly #oracle: Oracle;
   readonly #arena: Arena;
+  /** Where what changes nothing of what guests read goes. */
+  readonly unrecorded: BlockNode;
   /** Where a discarded range is read back to. */
   readonly #scratch: number;
 
   constructor(inner: BlockNode, guest: Guest, oracle: Oracle, arena: Arena, scratch: number) {
     this.#inner = inner;
     this.#guest = guest;
+    this.unrecorded = inner.unrecorded ?? inner;
     this.#oracle = oracle;
     this.#arena = arena;
     this.#scratch = scratch;

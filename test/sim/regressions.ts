@@ -9,6 +9,40 @@ export interface Regression {
 
 export const regressions: readonly Regression[] = [
   {
+    what: 'what a short image cuts off of its base comes to light when it is committed',
+    scenario: {
+      source: {
+        format: 'qcow2',
+        length: 70144,
+        clusterSize: 16384,
+        version: 2,
+        refcountBits: 16,
+        backing: [24064, 70144, 70144],
+      },
+      fill: [{ layer: 0, offset: 58368, length: 10752 }],
+      writers: [[{ id: 7, kind: 'read', offset: 68096, length: 1024 }]],
+      job: {
+        sync: 'top',
+        format: 'qcow2',
+        targetClusterSize: 4096,
+        target: 'new',
+        helpers: 0,
+        onCbwError: 'break-snapshot',
+        onSourceError: 'enospc',
+        onTargetError: 'stop',
+        autoFinalize: true,
+        speed: 0,
+      },
+      verbs: [],
+      host: 'keeper',
+      faults: [],
+      strategy: 2,
+      chain: { type: 'commit', top: 1, base: 2 },
+      end: undefined,
+    },
+    schedules: [12532],
+  },
+  {
     what: 'the target is left open when its last flush fails',
     scenario: {
       source: { format: 'raw', length: 52224, clusterSize: 512, version: 2, refcountBits: 16, backing: [] },

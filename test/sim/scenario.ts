@@ -22,6 +22,8 @@ export interface Scenario {
   readonly job: Job;
   /** The first job is a mirror; of what a backup has {@link job} says what both have. */
   readonly mirror?: Mirroring | undefined;
+  /** The first job makes the backing chain of the drive shorter; with {@link mirror} it commits the drive's own image. */
+  readonly chain?: Chaining | undefined;
   /** A second job, with an instant of its own. */
   readonly second?: Job | undefined;
   readonly verbs: readonly Verb[];
@@ -75,6 +77,15 @@ export interface Mirroring {
   readonly end: 'complete' | 'pivot' | 'cancel';
 }
 
+/** A part of a backing chain, whose images are counted from the drive's own down, which is 0. */
+export interface Chaining {
+  /** What images from `top` on to the one before `base` hold goes into `base`, or into the drive's own. */
+  readonly type: 'commit' | 'stream';
+  readonly top: number;
+  /** With `stream` it may be none. */
+  readonly base: number;
+}
+
 export interface Range {
   /** The image: 0 is the lowest. */
   readonly layer: number;
@@ -104,6 +115,7 @@ const KIB = 1024;
 /** The scenario of a seed. */
 export function makeScenario(seed: number): Scenario {
   const scenario = makeCopies(seed);
+  if (seed % 16 === 0) return withChainJob(scenario, seed);
   if (seed % 8 === 0) return withMirror(scenario, seed);
   return seed % 4 === 3 && scenario.job.sync !== 'none' ? withBitmap(scenario, seed) : scenario;
 }
@@ -175,6 +187,52 @@ function withMirror(scenario: Scenario, seed: number): Scenario {
     second: isPivot ? undefined : second,
     verbs: given,
     end: random.chance(0.3) ? cut : undefined,
+  };
+}
+
+/** The same with a longer chain, which the first job makes shorter. */
+function withChainJob(scenario: Scenario, seed: number): Scenario {
+  const random = new Random(seed + 2 ** 28);
+  const { length } = scenario.source;
+  const images = random.between(1, 3);
+  const kinds = ['stream', 'commit-active', ...(images > 1 ? ['commit', 'commit'] : [])] as const;
+  const kind = random.pick(kinds);
+  const top = kind === 'commit' ? 1 : 0;
+  const base =
+    kind === 'stream'
+      ? random.pick([images + 1, random.between(2, images + 1)])
+      : random.between(top + 1, images);
+  // What is committed is no longer than what it goes into.
+  const backing = Array.from({ length: images }, (_, index) =>
+    random.chance(0.5) || (kind !== 'stream' && index + 1 >= base)
+      ? length
+      : 512 * random.between(1, length / 512),
+  );
+  const fill: Range[] = [];
+  for (let layer = 0; layer <= images; layer++) {
+    const size = layer === images ? length : (backing[images - 1 - layer] ?? length);
+    for (let index = random.between(0, 4); index > 0; index--)
+      fill.push({ layer, ...range(random, size, 128 * KIB) });
+  }
+  const source: Scenario['source'] = { ...scenario.source, format: 'qcow2', backing };
+  const { mirror, ...rest } = withMirror({ ...scenario, source, fill }, seed);
+  const job: Job = { ...rest.job, sync: 'top', target: 'new', format: base === images ? 'raw' : 'qcow2' };
+  const chain: Chaining = { type: kind === 'stream' ? 'stream' : 'commit', top, base };
+  if (kind !== 'commit-active')
+    return { ...rest, source, fill, job: { ...job, helpers: 0 }, chain, second: undefined };
+  return {
+    ...rest,
+    source,
+    fill,
+    job,
+    chain,
+    second: undefined,
+    mirror: mirror && {
+      ...mirror,
+      targetReadsZero: false,
+      unmap: true,
+      end: mirror.end === 'cancel' ? 'cancel' : 'pivot',
+    },
   };
 }
 
@@ -334,14 +392,17 @@ export function mayFail({ faults }: Scenario): boolean {
   return faults.some(({ code }) => code === 'EIO' || code === 'ENOSPC');
 }
 
+/** Whether the first job changes what it works on in place. */
+export function isLive({ mirror, chain }: Scenario): boolean {
+  return mirror !== undefined || chain !== undefined;
+}
+
 /**
  * Whether a job may try for ever: an error never ends under a policy that never gives up, or an image that could not be
  * synced once, which a mirror has to do before it is ready, takes nothing more.
  */
 export function isHopeless(scenario: Scenario): boolean {
-  return (
-    scenario.faults.some(({ count }) => count > 100) || (scenario.mirror !== undefined && mayFail(scenario))
-  );
+  return scenario.faults.some(({ count }) => count > 100) || (isLive(scenario) && mayFail(scenario));
 }
 
 /** The jobs of a scenario. */

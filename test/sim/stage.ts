@@ -4,6 +4,7 @@ import { DISK_CONTROL_BYTES, type DiskDescriptor } from '#src/block/disk.js';
 import { editDiskBitmap, findBitmap } from '#src/block/disk-bitmaps.js';
 import { attachNode, closeNode, openImage } from '#src/block/graph.js';
 import type { NodeDescriptor } from '#src/block/node.js';
+import { relinkNode } from '#src/block/relink.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
 import { ARENA_BASE } from '#src/kernels/arena.js';
 import { arena, buffer, files, oracle, runtime, type Setup, TARGETS, world } from './context.js';
@@ -35,6 +36,19 @@ export function layerPath(scenario: Pick<Scenario, 'source'>, layer: number): st
   const top = scenario.source.backing.length;
   if (layer === top) return `${FOLDER}/source`;
   return `${FOLDER}/layer${layer}`;
+}
+
+/** Where a job that is no backup writes to. */
+export function targetPath(scenario: Scenario): string {
+  const { source, chain } = scenario;
+  if (chain === undefined) return TARGET;
+  return layerPath(scenario, source.backing.length - (chain.type === 'stream' ? 0 : chain.base));
+}
+
+/** The format of that. */
+export function targetFormat({ source, job, chain }: Scenario): 'raw' | 'qcow2' {
+  if (chain === undefined) return job.format;
+  return chain.type === 'commit' && chain.base === source.backing.length ? 'raw' : 'qcow2';
 }
 
 function writeFile(path: string, bytes: Uint8Array): void {
@@ -137,8 +151,9 @@ interface Still {
 }
 
 const [TARGET] = TARGETS;
-/** Number of the disk on the target of a mirror. */
+/** Numbers of the disks below the drive, or on the target of a mirror. */
 export const TARGET_DISK = 2;
+export const LAST_DISK = 4;
 const PIECE = 1024;
 let still: Still | undefined;
 
@@ -160,10 +175,10 @@ export function setUp(scenario: Scenario): Setup {
   if (bitmap?.persistent === true) storeBitmap(path, length, bitmap);
   // What follows gets memory that nobody had before.
   emptyArena();
-  const node = openImage(runtime, path, { format, readOnly: false });
-  const disk = diskOn(1, node, length, false);
-  const target = openTarget(scenario);
-  const unit = Math.max(unitOf(node), target === undefined ? 1 : unitOf(target.node));
+  const chain = scenario.chain && openChain(scenario);
+  const disk = chain?.[0] ?? diskOn(1, openImage(runtime, path, { format, readOnly: false }), length, false);
+  const target = scenario.chain === undefined ? openTarget(scenario) : chain?.[scenario.chain.base];
+  const unit = Math.max(unitOf(disk.node), target === undefined ? 1 : unitOf(target.node));
   oracle.begin(length, unit);
   const controls = jobsOf(scenario).map(({ speed }) => {
     const job = new JobControl(arena, arena.alloc(JOB_CONTROL_BYTES, 'job'));
@@ -173,7 +188,7 @@ export function setUp(scenario: Scenario): Setup {
   });
   files.settle();
   if (bitmap?.persistent === false) addBitmap(disk, bitmap);
-  const setup: Setup = { disk, target, controls, words: arena.alloc(64, 'simulator') };
+  const setup: Setup = { disk, target, chain, controls, words: arena.alloc(64, 'simulator') };
   oracle.diskText = JSON.stringify(setup);
   if (world.exploring) still = save(text, setup, drive, unit);
   return setup;
@@ -181,6 +196,30 @@ export function setUp(scenario: Scenario): Setup {
 
 function unitOf(node: NodeDescriptor): number {
   return node.driver === 'qcow2' ? 2 ** node.clusterBits : 1;
+}
+
+/** The images of the drive's chain from the drive's own down, as the daemon has them. */
+function openChain({ source, mirror, chain }: Scenario): DiskDescriptor[] {
+  const disks: DiskDescriptor[] = [];
+  const lowest = source.backing.length;
+  let below: DiskDescriptor | undefined;
+  for (let index = lowest; index >= 0; index--) {
+    const readOnly = index > 0 && (chain?.type === 'stream' || index !== chain?.base);
+    const format = index === lowest ? 'raw' : 'qcow2';
+    const path = layerPath({ source }, lowest - index);
+    const node = openImage(runtime, path, { format, readOnly, chain: false });
+    const length = index === 0 ? source.length : (source.backing[index - 1] ?? 0);
+    const linked = relinkNode(runtime, node, { backing: below && asBacking(below) });
+    below = { ...diskOn(1 + index, linked, length, readOnly), discard: mirror?.discard ?? 'unmap' };
+    disks.unshift(index === 0 ? { ...below, discard: 'unmap' } : below);
+  }
+  return disks;
+}
+
+/** An image as what another one lies on: what is written to it is seen there. */
+export function asBacking(disk: DiskDescriptor): NodeDescriptor {
+  const { node, length, readOnly } = disk;
+  return readOnly ? node : { driver: 'live', path: node.path, readOnly, length, disk };
 }
 
 /** The target of a mirror, which is there before the job. */
@@ -194,6 +233,7 @@ function openTarget({ job, mirror, source }: Scenario): DiskDescriptor | undefin
 function makeTarget(scenario: Scenario, previous: Uint8Array | undefined): void {
   const { source, job, mirror } = scenario;
   const { length } = source;
+  if (scenario.chain !== undefined) return;
   if (mirror !== undefined && job.target === 'new') {
     const { format, sync, targetClusterSize: clusterSize } = job;
     const top = source.backing.length;

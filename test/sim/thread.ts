@@ -17,6 +17,7 @@ import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
 import { checkVerb, type JobVerb } from '#src/job/status.js';
 import { ARENA_BASE } from '#src/kernels/arena.js';
 import { advance, load, waitWhile } from '#src/kernels/futex.js';
+import { runChainJob } from './chain.js';
 import {
   arena,
   buffer,
@@ -36,17 +37,19 @@ import {
   ENDED,
   GUESTS_DONE,
   hasStarted,
+  isReady,
   portOf,
   recordOf,
   watchDrains,
 } from './drive.js';
 import type { JobRecord } from './job-record.js';
 import { judge, outcomeOf } from './judge.js';
-import { beginMirroring, commitWhereAsked, isReady, runMirror, runMirrorHelper } from './mirror.js';
+import { beginMirroring, commitWhereAsked, runMirror, runMirrorHelper, watchBlocking } from './mirror.js';
 import { dataOf, INVARIANTS } from './oracle.js';
 import {
   type GuestOp,
   isHopeless,
+  isLive,
   type Job,
   jobsOf,
   type Mirroring,
@@ -54,7 +57,7 @@ import {
   type Scenario,
   type Verb,
 } from './scenario.js';
-import { BITMAP, isOnPrevious, PREVIOUS, setUp, TARGET_DISK } from './stage.js';
+import { BITMAP, isOnPrevious, LAST_DISK, PREVIOUS, setUp, TARGET_DISK } from './stage.js';
 import { beginExploring } from './visible.js';
 import { VIOLATED, WorldEnded } from './world.js';
 
@@ -86,6 +89,7 @@ files.onRename = (from, to) => {
 
 function runGuest(scenario: Scenario, ops: readonly GuestOp[], setup: Setup): void {
   const { disk, guest } = attachDisk(setup);
+  watchBlocking(guest);
   const all = scenario.writers.flat();
   const changes = all.filter(({ kind }) => kind !== 'read' && kind !== 'flush');
   const { control } = setup.disk;
@@ -213,13 +217,14 @@ function runJob(scenario: Scenario, setup: Setup, job: Job, which: number): void
 }
 
 function runFirstJob(scenario: Scenario, setup: Setup): void {
-  const { mirror } = scenario;
-  if (mirror === undefined) {
-    runJob(scenario, setup, scenario.job, 0);
+  const { mirror, chain, job } = scenario;
+  if (!isLive(scenario)) {
+    runJob(scenario, setup, job, 0);
     return;
   }
   try {
-    runMirror(scenario, mirror, setup);
+    if (mirror !== undefined) runMirror(scenario, mirror, setup);
+    else if (chain !== undefined) runChainJob(scenario, chain, setup);
   } catch (error) {
     wasRefused(scenario, recordOf(0), error);
     announceStart(setup, 2);
@@ -362,7 +367,7 @@ for (;;) {
   try {
     setup = thread === 0 ? setUp(scenario) : (JSON.parse(oracle.diskText) as Setup);
     beginExploring(scenario, setup);
-    forgetDisk(runtime, TARGET_DISK);
+    for (let id = TARGET_DISK; id <= LAST_DISK; id++) forgetDisk(runtime, id);
     beginMirroring(scenario);
     world.running = true;
     partOf(scenario, setup)();
@@ -406,7 +411,7 @@ function placesOf(scenario: Scenario, setup: Setup | undefined): Verdict['places
     places.push({ name: 'source', from: setup.disk.node.control, bytes: 1024 });
   oracle.jobs.forEach(({ frameText }, which) => {
     if (frameText === '') return;
-    if (which === 0 && scenario.mirror !== undefined) {
+    if (which === 0 && isLive(scenario)) {
       const { control, target }: MirrorDescriptor = JSON.parse(frameText);
       places.push({ name: 'mirror', from: control, bytes: MIRROR_CONTROL_BYTES });
       if (target.node.driver === 'qcow2')
