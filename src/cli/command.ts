@@ -56,7 +56,7 @@ export class Arguments {
     return found;
   }
 
-  /** A size in bytes with an optional suffix k, M, G or T (powers of 1024). */
+  /** A size in bytes with an optional suffix k, M, G, T, P or E (powers of 1024). */
   size(name: string): number | undefined {
     const value = this.text(name);
     return value === undefined ? undefined : parseSize(value, `--${name}`);
@@ -129,6 +129,7 @@ const SUFFIXES: Readonly<Record<string, number>> = {
   g: 1024 ** 3,
   t: 1024 ** 4,
   p: 1024 ** 5,
+  e: 1024 ** 6,
 };
 
 /** What `--snapshot` names, as qemu-img's `-l` does. */
@@ -141,11 +142,11 @@ export function parseSnapshot(text: string | undefined): SnapshotSelector | unde
 
 /** @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT */
 export function parseSize(text: string, what: string): number {
-  const [, digits, suffix] = /^(\d+(?:\.\d+)?)([bkmgtp]?)$/i.exec(text) ?? [];
+  const [, digits, suffix] = /^(0x[\da-f]+|\d+(?:\.\d+)?)([bkmgtpe]?)$/i.exec(text) ?? [];
   const bytes = Math.floor(Number(digits) * (SUFFIXES[(suffix ?? '').toLowerCase()] ?? Number.NaN));
   if (digits === undefined || !Number.isSafeInteger(bytes)) {
     throw usageError(
-      `${what}: '${text}' is not a size; give a number of bytes below 2^53, or one with k, M, G or T behind it`,
+      `${what}: '${text}' is not a size; give a number of bytes below 2^53, or one with k, M, G, T, P or E behind it`,
     );
   }
   return bytes;

@@ -13,7 +13,7 @@ export const create: Command = {
   name: 'create',
   usage: '[options] FILE [SIZE]',
   summary:
-    'Makes an image. SIZE is in bytes or has a suffix k, M, G or T; with a backing file it is optional.',
+    'Makes an image. SIZE is in bytes or has a suffix k, M, G, T, P or E; with a backing file it is optional.',
   positionals: [0, 2],
   options: [
     { long: 'format', short: 'f', value: 'FMT', help: 'raw or qcow2 (raw)' },

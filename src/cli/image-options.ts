@@ -80,8 +80,12 @@ export function asksForHelp(lists: readonly string[]): boolean {
   return lists.some((list) => pairsOf(list).some((pair) => pair === 'help' || pair === '?'));
 }
 
-/** Splits at commas; two of them stand for one in a value. */
+/** Splits at commas; two of them stand for one in a value. @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT */
 function pairsOf(list: string): string[] {
+  const [leading = '', trailing = ''] = [/^,*/, /,*$/].map((commas) => commas.exec(list)?.[0]);
+  if (/^,*$/.test(list) || leading.length % 2 === 1 || trailing.length % 2 === 1) {
+    throw usageError(`Invalid option list: ${list}`);
+  }
   const pairs = [''];
   for (const part of list.match(/,,|,|[^,]+/g) ?? []) {
     if (part === ',') pairs.push('');

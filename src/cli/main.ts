@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 import { type StillframeError, toStillframeError } from '../errors.js';
-import { type Command, helpOf, parseArguments, usageError } from './command.js';
+import { type Arguments, type Command, helpOf, parseArguments, usageError } from './command.js';
 import { printable } from './units.js';
 import { version } from './version.js';
 
@@ -58,6 +58,7 @@ async function main(argv: readonly string[]): Promise<number> {
     return 0;
   }
   let command: Command | undefined;
+  let args: Arguments | undefined;
   try {
     command = await commands.get(name)?.();
     if (command === undefined) throw usageError(`there is no command '${name}'; see 'stillframe --help'`);
@@ -66,11 +67,13 @@ async function main(argv: readonly string[]): Promise<number> {
       console.log(helpOf(command).trimEnd());
       return 0;
     }
-    return await command.run(parseArguments(command, rest));
+    args = parseArguments(command, rest);
+    return await command.run(args);
   } catch (error) {
     const known = toStillframeError(error);
     report(known, rest);
-    return command?.failure?.(known) ?? 1;
+    // A command line that makes no sense is 1 for every command.
+    return (args && command?.failure?.(known)) ?? 1;
   }
 }
 

@@ -1,7 +1,10 @@
+import { spawnSync } from 'node:child_process';
 import { linkSync, mkdtempSync, readFileSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeEach, describe, expect, it } from 'vitest';
+import { parseSize } from '#src/cli/command.js';
+import { asksForHelp, parseImageOptions } from '#src/cli/image-options.js';
 import { stillframe } from '../support/cli.js';
 import { hasPeer, run } from '../support/peers.js';
 
@@ -144,6 +147,50 @@ describe.skipIf(!hasPeer('qemu-img'))('create -o', () => {
     const theirs = run('qemu-img', ['create', '-f', format, '-o', 'help', 'x.img']);
     const skipped = /encrypt|extent_size_hint|nocow/;
     expect(names(ours)).toEqual(names(theirs)?.filter((name) => !skipped.test(name)));
+  });
+});
+
+describe.skipIf(!hasPeer('qemu-img'))('words, beside qemu-img', () => {
+  const measure = (args: readonly string[]) =>
+    spawnSync('qemu-img', ['measure', '-O', 'qcow2', ...args], { encoding: 'utf8' });
+
+  it.each(['', ',', ',,', 'cluster_size=4k,', ',cluster_size=4k', 'cluster_size=4k,,,', 'help,'])(
+    "'%s' is no list of options",
+    (list) => {
+      const message = `Invalid option list: ${list}`;
+      expect(measure(['-o', list, '--size', '1M']).stderr).toContain(`${message}\n`);
+      for (const parse of [() => parseImageOptions('qcow2', [list]), () => asksForHelp([list])]) {
+        expect(parse).toThrow(message);
+      }
+    },
+  );
+
+  it.each([
+    '7',
+    '1b',
+    '1k',
+    '1.5K',
+    '3M',
+    '2g',
+    '1T',
+    '0.001P',
+    '0.000001E',
+    '0.0000001e',
+    '0x1e',
+    '0x1B',
+    '010',
+  ])('%s is a size', (text) => {
+    // The size is rounded up to whole sectors in there.
+    const planned = (size: string): unknown => {
+      const { status, stdout } = measure(['-o', 'cluster_size=2M', '--size', size, '--output', 'json']);
+      return status === 0 ? JSON.parse(stdout) : undefined;
+    };
+    expect(planned(text)).toBeDefined();
+    expect(planned(String(parseSize(text, 'size')))).toEqual(planned(text));
+  });
+
+  it.each(['', '0x', '1Q', '1kb', '1KiB', '8P', '1E', '-1', 'k'])('%s is none', (text) => {
+    expect(() => parseSize(text, 'size')).toThrow(`size: '${text}' is not a size`);
   });
 });
 

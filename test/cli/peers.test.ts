@@ -276,6 +276,15 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('beside qemu-img', 
       },
     );
 
+    it.each([[['one.raw']], [['-Z', 'one.raw', 'same.raw']]])(
+      'a wrong command line ends alike: %j',
+      (words) => {
+        const args = ['compare', ...words];
+        expect(qemuImg(args).status).toBe(1);
+        expect(stillframe(args, { cwd: folder })).toMatchObject({ status: 1, stdout: '' });
+      },
+    );
+
     it('reports one object with --output json', () => {
       const args = ['compare', '--output', 'json', 'one.raw', 'last-byte.raw'];
       const { status, stdout } = stillframe(args, { cwd: folder });
