@@ -3,7 +3,7 @@ import { BackupJob, beginBackup } from '#src/backup/backup-job.js';
 import { Disk, type DiskDescriptor, freeRoot } from '#src/block/disk.js';
 import { closeDiskBitmaps, findBitmap, openDiskBitmaps } from '#src/block/disk-bitmaps.js';
 import { type FrameDescriptor, freeFrame } from '#src/block/filters/copy-before-write.js';
-import { closeNode, openImage } from '#src/block/graph.js';
+import { closeLayer, closeNode, liveDisk, openImage } from '#src/block/graph.js';
 import { JOB_CONTROL_BYTES, JobControl } from '#src/job/control.js';
 import type { JobMessage } from '#src/job/job.js';
 import { arena, buffer, copyBuffer, files, oracle, runtime, type Setup, TARGETS, world } from './context.js';
@@ -13,6 +13,7 @@ import { checkQcow2 } from './qcow2-check.js';
 import { isHopeless, isLive, type Job, jobsOf, mayFail, type Range, type Scenario } from './scenario.js';
 import {
   BITMAP,
+  DRIVE_DISK,
   diskOn,
   EMPTY_USED,
   emptyArena,
@@ -108,17 +109,15 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   } catch {
     closed = false;
   }
-  for (const { control, node } of [setup.disk, ...others]) {
-    freeRoot(runtime, control);
-    arena.free(control);
+  const close = setup.chain === undefined ? closeWhole : closeAlone;
+  for (const one of [setup.disk, ...others]) {
     try {
-      closeNode(
-        runtime,
-        setup.chain !== undefined && node.driver === 'qcow2' ? { ...node, backing: undefined } : node,
-      );
+      close(one);
     } catch {
       closed = false;
     }
+    freeRoot(runtime, one.control);
+    arena.free(one.control);
   }
   if (!closed && !faulty) return `${INVARIANTS.errors}: the drive cannot be closed`;
   if (files.openFiles !== 0) return `${INVARIANTS.memory}: ${files.openFiles} files are left open`;
@@ -136,6 +135,27 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   if (image !== undefined && image.leaks > 0 && !faulty)
     return `${INVARIANTS.format}: source: ${image.leaks} clusters leak`;
   return firstFlaw(cases, judgeTarget);
+}
+
+function closeWhole({ node }: DiskDescriptor): void {
+  closeNode(runtime, node);
+}
+
+/** Closes an image of a chain and nothing that it lies on. */
+function closeAlone(disk: DiskDescriptor): void {
+  const { node, id, readOnly } = disk;
+  if (node.driver !== 'qcow2') {
+    closeNode(runtime, node);
+    return;
+  }
+  // What others are committed into may have been opened anew, or could not be.
+  const now = readOnly || id === DRIVE_DISK ? node : liveDisk(runtime, disk).descriptor.node;
+  if (now.driver === 'qcow2') {
+    closeNode(runtime, { ...now, backing: undefined });
+    return;
+  }
+  closeLayer(runtime, now);
+  closeNode(runtime, node.file);
 }
 
 /** A byte for each granule of the scenario's bitmap: whether it is dirty. */

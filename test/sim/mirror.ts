@@ -12,7 +12,7 @@ import { type PlainError, toStillframeError } from '#src/errors.js';
 import { JobControl } from '#src/job/control.js';
 import type { JobMessage } from '#src/job/job.js';
 import { load, store } from '#src/kernels/futex.js';
-import { shorten } from './chain.js';
+import { growBase, shorten } from './chain.js';
 import { arena, buffer, controlOf, files, oracle, runtime, type Setup, world } from './context.js';
 import {
   announceStart,
@@ -106,6 +106,7 @@ export function runMirror(scenario: Scenario, mirroring: Mirroring, setup: Setup
     else if (message.type === 'ended' && message.outcome === 'completed' && record.movedAt === 0)
       checkDurable(scenario);
   });
+  const failure = growBase(scenario, setup, disk);
   const begun = beginMirror(
     runtime,
     disk,
@@ -121,6 +122,7 @@ export function runMirror(scenario: Scenario, mirroring: Mirroring, setup: Setup
       onTargetError: job.onTargetError,
       autoFinalize: job.autoFinalize,
       layers: chain?.base,
+      failure,
     },
     1,
   );

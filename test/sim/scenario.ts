@@ -202,11 +202,8 @@ function withChainJob(scenario: Scenario, seed: number): Scenario {
     kind === 'stream'
       ? random.pick([images + 1, random.between(2, images + 1)])
       : random.between(top + 1, images);
-  // What is committed is no longer than what it goes into.
-  const backing = Array.from({ length: images }, (_, index) =>
-    random.chance(0.5) || (kind !== 'stream' && index + 1 >= base)
-      ? length
-      : 512 * random.between(1, length / 512),
+  const backing = Array.from({ length: images }, () =>
+    random.chance(0.5) ? length : 512 * random.between(1, length / 512),
   );
   const fill: Range[] = [];
   for (let layer = 0; layer <= images; layer++) {

@@ -151,6 +151,8 @@ interface Still {
 }
 
 const [TARGET] = TARGETS;
+/** Number of the drive's disk. */
+export const DRIVE_DISK = 1;
 /** Numbers of the disks below the drive, or on the target of a mirror. */
 export const TARGET_DISK = 2;
 export const LAST_DISK = 4;
@@ -176,7 +178,8 @@ export function setUp(scenario: Scenario): Setup {
   // What follows gets memory that nobody had before.
   emptyArena();
   const chain = scenario.chain && openChain(scenario);
-  const disk = chain?.[0] ?? diskOn(1, openImage(runtime, path, { format, readOnly: false }), length, false);
+  const disk =
+    chain?.[0] ?? diskOn(DRIVE_DISK, openImage(runtime, path, { format, readOnly: false }), length, false);
   const target = scenario.chain === undefined ? openTarget(scenario) : chain?.[scenario.chain.base];
   const unit = Math.max(unitOf(disk.node), target === undefined ? 1 : unitOf(target.node));
   oracle.begin(length, unit);
@@ -210,7 +213,7 @@ function openChain({ source, mirror, chain }: Scenario): DiskDescriptor[] {
     const node = openImage(runtime, path, { format, readOnly, chain: false });
     const length = index === 0 ? source.length : (source.backing[index - 1] ?? 0);
     const linked = relinkNode(runtime, node, { backing: below && asBacking(below) });
-    below = { ...diskOn(1 + index, linked, length, readOnly), discard: mirror?.discard ?? 'unmap' };
+    below = { ...diskOn(DRIVE_DISK + index, linked, length, readOnly), discard: mirror?.discard ?? 'unmap' };
     disks.unshift(index === 0 ? { ...below, discard: 'unmap' } : below);
   }
   return disks;
