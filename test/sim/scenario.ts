@@ -17,7 +17,7 @@ export interface Scenario {
   /** Ranges that are written before anything else, of the images from the bottom up. */
   readonly fill: readonly Range[];
   readonly writers: readonly (readonly GuestOp[])[];
-  /** A dirty bitmap that records since the backup before the first job's. */
+  /** A dirty bitmap that records since the backup before the first job's, or before all. */
   readonly bitmap?: Bitmap | undefined;
   readonly job: Job;
   /** The first job is a mirror; of what a backup has {@link job} says what both have. */
@@ -130,14 +130,9 @@ function withBitmap(scenario: Scenario, seed: number): Scenario {
   const mode = random.pick<Job['bitmapMode']>(
     sync === 'bitmap' ? ['on-success', 'never', 'always'] : ['on-success', 'always'],
   );
-  const dirty = Array.from({ length: random.between(0, 4) }, () => range(random, source.length, 100 * KIB));
   return {
     ...scenario,
-    bitmap: {
-      granularity: 2 ** random.between(9, 17),
-      persistent: source.format === 'qcow2' && source.version === 3 && random.chance(0.7),
-      dirty,
-    },
+    bitmap: makeBitmap(random, source),
     job: {
       ...job,
       sync,
@@ -215,8 +210,10 @@ function withChainJob(scenario: Scenario, seed: number): Scenario {
   const { mirror, ...rest } = withMirror({ ...scenario, source, fill }, seed);
   const job: Job = { ...rest.job, sync: 'top', target: 'new', format: base === images ? 'raw' : 'qcow2' };
   const chain: Chaining = { type: kind === 'stream' ? 'stream' : 'commit', top, base };
-  if (kind !== 'commit-active')
-    return { ...rest, source, fill, job: { ...job, helpers: 0 }, chain, second: undefined };
+  if (kind !== 'commit-active') {
+    const bitmap = random.chance(0.4) ? makeBitmap(random, source) : undefined;
+    return { ...rest, source, fill, bitmap, job: { ...job, helpers: 0 }, chain, second: undefined };
+  }
   return {
     ...rest,
     source,
@@ -387,6 +384,15 @@ function range(random: Random, size: number, most: number): { offset: number; le
 /** Whether requests and jobs may fail. */
 export function mayFail({ faults }: Scenario): boolean {
   return faults.some(({ code }) => code === 'EIO' || code === 'ENOSPC');
+}
+
+function makeBitmap(random: Random, source: Scenario['source']): Bitmap {
+  const dirty = Array.from({ length: random.between(0, 4) }, () => range(random, source.length, 100 * KIB));
+  return {
+    granularity: 2 ** random.between(9, 17),
+    persistent: source.format === 'qcow2' && source.version === 3 && random.chance(0.7),
+    dirty,
+  };
 }
 
 /** Whether the first job changes what it works on in place. */
