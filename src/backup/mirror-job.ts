@@ -201,7 +201,11 @@ export class MirrorJob extends Job {
   #plan(): void {
     const { sync, targetReadsZero } = this.#options;
     const { length, discard } = this.#target.descriptor;
-    if (sync === 'none') return;
+    if (sync === 'none') {
+      // The target comes to lie on what was written before, which nobody may flush any more then.
+      this.#disk.flush();
+      return;
+    }
     if (sync === 'full' && !targetReadsZero) {
       if (discard !== 'unmap' || !mayUnmapZeroes(this.#target.descriptor.node)) {
         this.#mirror.mark(0, length);

@@ -75,7 +75,7 @@ function firstFlaw(cases: readonly Case[], look: (one: Case) => string | undefin
 export function judge(scenario: Scenario, setup: Setup): string | undefined {
   if (world.aborted === VIOLATED) return world.note;
   if (world.aborted === REDUNDANT) return undefined;
-  if (world.aborted === POWER_CUT) return judgeAfterCut(scenario);
+  if (world.aborted === POWER_CUT || isCutAtEnd(scenario)) return judgeAfterCut(scenario);
   const path = layerPath(scenario, scenario.source.backing.length);
   const cases = casesOf(scenario);
   const others = setup.chain?.slice(1) ?? (setup.target === undefined ? [] : [setup.target]);
@@ -135,6 +135,11 @@ export function judge(scenario: Scenario, setup: Setup): string | undefined {
   if (image !== undefined && image.leaks > 0 && !faulty)
     return `${INVARIANTS.format}: source: ${image.leaks} clusters leak`;
   return firstFlaw(cases, judgeTarget);
+}
+
+/** Whether the world ends by a cut where all have done what they had to. */
+function isCutAtEnd({ end }: Scenario): boolean {
+  return end !== undefined && end.step === undefined && end.sync === undefined;
 }
 
 function closeWhole({ node }: DiskDescriptor): void {

@@ -9,6 +9,40 @@ export interface Regression {
 
 export const regressions: readonly Regression[] = [
   {
+    what: 'what was written before a mirror of nothing is not flushed once its target has taken the place of the drive',
+    scenario: {
+      source: { format: 'raw', length: 1536, clusterSize: 4096, version: 3, refcountBits: 64, backing: [] },
+      fill: [],
+      writers: [[{ id: 2, kind: 'write', offset: 0, length: 512 }]],
+      job: {
+        sync: 'none',
+        format: 'qcow2',
+        targetClusterSize: 32768,
+        target: 'new',
+        helpers: 0,
+        onCbwError: 'break-guest-write',
+        onSourceError: 'report',
+        onTargetError: 'stop',
+        autoFinalize: true,
+        speed: 0,
+      },
+      verbs: [],
+      host: 'keeper',
+      faults: [],
+      strategy: 1,
+      mirror: {
+        copyMode: 'write-blocking',
+        granularity: 16384,
+        unmap: false,
+        targetReadsZero: true,
+        discard: 'unmap',
+        end: 'pivot',
+      },
+      end: { by: 'power' },
+    },
+    schedules: [8905],
+  },
+  {
     what: 'what a short image cuts off of its base comes to light when it is committed',
     scenario: {
       source: {

@@ -30,7 +30,10 @@ export interface Scenario {
   /** `verbs`: the host only gives the verbs; `keeper`: it also sees to it that the job ends; none: there is no host. */
   readonly host: 'none' | 'verbs' | 'keeper';
   readonly faults: readonly Fault[];
-  /** The world ends at this step, or before this sync of a file is done: by a power cut, or by the death of the process. */
+  /**
+   * The world ends at this step, before this sync of a file is done, or else once nothing is left to do: by a power cut, or by
+   * the death of the process.
+   */
   readonly end: { readonly step?: number; readonly sync?: number; readonly by: 'power' | 'kill' } | undefined;
   readonly strategy: number;
 }
@@ -166,6 +169,7 @@ function withMirror(scenario: Scenario, seed: number): Scenario {
   const cut = random.pick<Scenario['end']>([
     { step, by: 'power' },
     { step, by: 'kill' },
+    { by: 'power' },
     { sync: random.between(1, 16), by: 'power' },
   ]);
   return {
