@@ -807,13 +807,6 @@ export const mutants: readonly Mutant[] = [
     tests: chainJobs,
   },
   {
-    name: 'commit-unflushed',
-    what: 'a chain is made shorter before what was committed is on the disk',
-    file: COMMIT_JOB,
-    find: '    this.#base.flush();',
-    replace: '    void this.#base;',
-  },
-  {
     name: 'stream-disturbed',
     what: 'a guest may write to what is being streamed',
     file: STREAM_JOB,
@@ -827,6 +820,13 @@ export const mutants: readonly Mutant[] = [
     file: MIRROR,
     find: '    this.count();\n    this.flush();',
     replace: '    this.count();',
+  },
+  {
+    name: 'mirror-of-nothing-unflushed',
+    what: 'what was written before a mirror of nothing is never flushed once its target is the drive',
+    file: MIRROR_JOB,
+    find: '      this.#disk.flush();\n      return;',
+    replace: '      return;',
   },
   {
     name: 'mirror-taken-late',
