@@ -44,8 +44,9 @@ TrackedRequests.prototype.run = function <T>(start: number, end: number, body: (
     depth++;
     try {
       const result = body();
-      // Nobody else changes this part of the drive until the guest's request is over.
-      if (depth === 1) checkBlocking();
+      // Nobody else changes this part of the drive until the guest's request is over. Without a result it has only begun:
+      // the drive lies on something else by now, and it begins anew.
+      if (depth === 1 && result !== undefined) checkBlocking();
       return result;
     } finally {
       depth--;
