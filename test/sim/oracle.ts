@@ -168,8 +168,9 @@ export class Oracle {
 
   /** Whether a request changed the drive between two moments. */
   changedBetween({ id, kind }: GuestOp, from: number, to: number): boolean {
-    const applied = this.#op(id, OpWord.Applied);
-    return kind !== 'read' && kind !== 'flush' && applied > from && applied <= to;
+    const [begun, applied] = [this.#op(id, OpWord.Begun), this.#op(id, OpWord.Applied)];
+    // What was under way at `from` may have been in the drive by then.
+    return kind !== 'read' && kind !== 'flush' && begun > from && applied > 0 && applied <= to;
   }
 
   /** Whether a request has come to its end, and well. */
