@@ -2,7 +2,7 @@
 import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
 import { createEngine, type Engine } from '#src/index.js';
 import { makeCertificates, makeIntermediate } from '../support/certificates.js';
 import { firstDifference, Random } from '../support/data.js';
@@ -188,6 +188,19 @@ describe.skipIf(!peers)('an export is read over TLS', () => {
       await disk.close();
     }
     expect(firstDifference(readFileSync(at('target')), content)).toBe(-1);
+  });
+
+  it('from an authority that the environment adds to those that Node knows', async () => {
+    server = kitX509();
+    vi.stubEnv('NODE_EXTRA_CA_CERTS', join(at('pki'), 'ca-cert.pem'));
+    const other = await createEngine({ workers: 1 });
+    try {
+      const disk = await other.openDisk(nameOf(server, ''), { format: 'raw', readOnly: true });
+      await disk.close();
+    } finally {
+      vi.unstubAllEnvs();
+      await other.close();
+    }
   });
 
   it('with anybody, where nobody is to be verified', async () => {

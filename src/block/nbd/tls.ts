@@ -134,7 +134,9 @@ function credentials(path: string, tls: NbdTls): Credentials {
 
 /** PEM: those that Node knows. Its module is large, and hardly anybody needs it here. */
 function knownAuthorities(): string {
-  return process.getBuiltinModule('node:tls').rootCertificates.join('\n');
+  const { rootCertificates } = process.getBuiltinModule('node:tls');
+  const more = process.env['NODE_EXTRA_CA_CERTS'] ?? '';
+  return [...rootCertificates, ...(more === '' ? [] : [readCredentials(more)])].join('\n');
 }
 
 function clientCertificate(path: string, folder: string, passphrase: string | undefined): Certificate {
