@@ -2,7 +2,7 @@ import { type BitmapSet, bitmapNotFound } from '../bitmap/bitmap-set.js';
 import { checkBitmap, type DirtyBitmap, defaultGranularity } from '../bitmap/dirty-bitmap.js';
 import { StillframeError, toStillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { closeNode, type OpenImageOptions, openImage } from './graph.js';
+import { closeNode, type OpenImageOptions, openForEditing, openImage } from './graph.js';
 import type { Qcow2Descriptor } from './node.js';
 import { bitmapsOf, loadBitmap, noBitmapsInVersion2, readBitmap } from './qcow2/index.js';
 import { attachFile } from './raw/file.js';
@@ -36,12 +36,7 @@ export function editBitmap(
   actions: readonly BitmapAction[],
   options: Pick<OpenImageOptions, 'format'>,
 ): void {
-  const image = openImage(runtime, path, {
-    ...options,
-    readOnly: false,
-    backing: false,
-    recordDirty: false,
-  });
+  const image = openForEditing(runtime, path, options);
   try {
     for (const action of actions) {
       try {

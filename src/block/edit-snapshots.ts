@@ -1,6 +1,6 @@
 import { StillframeError, toStillframeError } from '../errors.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { closeFiles, closeNode, type OpenImageOptions, openImage } from './graph.js';
+import { closeFiles, closeNode, type OpenImageOptions, openForEditing } from './graph.js';
 import { listSnapshots } from './live-changes.js';
 import type { NodeDescriptor } from './node.js';
 import { applySnapshot, createSnapshot, deleteSnapshot } from './qcow2/index.js';
@@ -13,6 +13,12 @@ export type SnapshotAction =
   | { readonly action: 'apply'; readonly name: string }
   /** The first snapshot of that name goes. */
   | { readonly action: 'delete'; readonly name: string };
+
+/** What `qemu-img` says where a snapshot cannot be applied. */
+const WORDS: ReadonlyMap<string, string> = new Map([
+  ['ERR_STILLFRAME_NOT_FOUND', 'No such file or directory'],
+  ['ERR_STILLFRAME_UNSUPPORTED_FEATURE', 'Operation not supported'],
+]);
 
 /** Most bytes of a name. */
 const MOST_NAME_BYTES = 255;
@@ -32,12 +38,7 @@ export function editSnapshots(
   { action, name }: SnapshotAction,
   options: Pick<OpenImageOptions, 'format'>,
 ): void {
-  const image = openImage(runtime, path, {
-    ...options,
-    readOnly: false,
-    backing: false,
-    recordDirty: false,
-  });
+  const image = openForEditing(runtime, path, options);
   try {
     if (action === 'apply') apply(runtime, image, name);
     else closing(runtime, image, () => (action === 'create' ? create : remove)(runtime, image, name));
@@ -101,13 +102,9 @@ function apply(runtime: Runtime, image: NodeDescriptor, name: string): void {
   } catch (error) {
     const { code, message } = toStillframeError(error);
     if (code === 'ERR_STILLFRAME_BITMAP_BUSY') throw error;
-    const words =
-      code === 'ERR_STILLFRAME_NOT_FOUND'
-        ? 'No such file or directory'
-        : code === 'ERR_STILLFRAME_UNSUPPORTED_FEATURE'
-          ? 'Operation not supported'
-          : message;
-    throw new StillframeError(code, `Failed to load snapshot: ${words}`, { cause: error });
+    throw new StillframeError(code, `Failed to load snapshot: ${WORDS.get(code) ?? message}`, {
+      cause: error,
+    });
   } finally {
     closeFiles(runtime, image);
   }

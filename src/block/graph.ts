@@ -109,6 +109,15 @@ export function openImage(runtime: Runtime, name: string, options: OpenImageOpti
   return openLayer(runtime, path, options, chain);
 }
 
+/** Opens an image that nobody else uses and nothing below it, to change what it keeps beside its data. @throws as {@link openImage} */
+export function openForEditing(
+  runtime: Runtime,
+  path: string,
+  { format }: Pick<OpenImageOptions, 'format'>,
+): ImageDescriptor {
+  return openImage(runtime, path, { format, readOnly: false, backing: false, recordDirty: false });
+}
+
 /**
  * Opens what an image lies on, by its name.
  *

@@ -2,10 +2,13 @@ import { createPrivateKey } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { systemError } from '../errors.js';
+import type { Certificate } from '../os/openssl.js';
 
 /** The fastest cipher of TLS 1.3 (of those with the hash that keys are for), and of TLS 1.2. */
-export const PSK_SUITES = 'TLS_AES_128_GCM_SHA256';
-export const PSK_CIPHERS = 'DHE-PSK-AES128-GCM-SHA256:PSK-AES128-GCM-SHA256:PSK';
+export const PSK_CIPHERS = {
+  suites: 'TLS_AES_128_GCM_SHA256',
+  ciphers: 'DHE-PSK-AES128-GCM-SHA256:PSK-AES128-GCM-SHA256:PSK',
+};
 
 /** A key that both sides know, and whose it is. */
 export interface Psk {
@@ -34,15 +37,13 @@ export function readCredentials(path: string): string {
   }
 }
 
-/** Certificate and key of one end, in PEM, by the names that NBD programs look for. */
-export interface Certificate {
-  readonly chain: string;
-  /** Without a passphrase. */
-  readonly key: string;
+/** The keys of a file: {@link parsePskFile}. @throws what {@link readCredentials} throws */
+export function readPskFile(path: string): Psk[] {
+  return parsePskFile(readCredentials(path));
 }
 
 /**
- * Reads `server-cert.pem` and `server-key.pem`, or those of the client.
+ * Reads `server-cert.pem` and `server-key.pem`, or those of the client: the names that NBD programs look for.
  *
  * @throws what {@link readCredentials} throws, Error where the key has another passphrase
  */

@@ -86,14 +86,20 @@ export interface Ring {
 /** A name, or a numerical address. */
 export type Hostname = { readonly name: string } | { readonly ip: string };
 
+/** In PEM: a certificate with those up to the authority's, and its key without a passphrase. */
+export interface Certificate {
+  readonly chain: string;
+  readonly key: string;
+}
+
 export interface TlsSettings {
   readonly endpoint: 'server' | 'client';
   /** TLS 1.3. */
   readonly suites: string;
   /** TLS 1.2. */
   readonly ciphers: string;
-  /** PEM: our certificate with those up to the authority's, and its key. Undefined: keys that both know, or none. */
-  readonly certificate: { readonly chain: string; readonly key: string } | undefined;
+  /** Ours. Undefined: keys that both know, or none. */
+  readonly certificate: Certificate | undefined;
   /**
    * PEM: the others need a certificate of one of these; empty: no certificate will do, only a key that both know.
    * Undefined: whatever they have or not.

@@ -4,6 +4,17 @@ import type { ServerSockets } from './server-sockets.js';
 /** Data of a record of TLS at most, in bytes. */
 const RECORD_BYTES = 16 * 1024;
 
+/** The channel whose addresses are two words of memory; undefined: 0 says that there is none. @param at bytes */
+export function loadChannel(words: Float64Array, at: number): TlsChannel | undefined {
+  const [ssl = 0, network = 0] = words.subarray(at / 8, at / 8 + 2);
+  return ssl === 0 ? undefined : { ssl, network };
+}
+
+/** Puts the addresses of a channel where {@link loadChannel} finds them. */
+export function storeChannel(words: Float64Array, at: number, channel: TlsChannel | undefined): void {
+  words.set([channel?.ssl ?? 0, channel?.network ?? 0], at / 8);
+}
+
 /** Sends of what there is to send as much as the socket takes without waiting. @returns whether that was all */
 export function sendOutNow(tls: OpenSsl, channel: TlsChannel, sockets: ServerSockets, fd: number): boolean {
   for (;;) {
@@ -36,11 +47,16 @@ export function receiveInput(
     : sockets.receiveTo(fd, address, length, true);
 }
 
-/** Says good-bye, as far as the other one takes it, and frees the channel. Never throws. */
+/** Says that nothing more will be sent, as far as the other one takes it at once. */
+export function sayGoodbye(tls: OpenSsl, channel: TlsChannel, sockets: ServerSockets, fd: number): void {
+  tls.finish(channel);
+  sendOutNow(tls, channel, sockets, fd);
+}
+
+/** Says good-bye and frees the channel. Never throws. */
 export function closeChannel(tls: OpenSsl, channel: TlsChannel, sockets: ServerSockets, fd: number): void {
   try {
-    tls.finish(channel);
-    sendOutNow(tls, channel, sockets, fd);
+    sayGoodbye(tls, channel, sockets, fd);
   } catch {
     // The other one is gone already.
   }

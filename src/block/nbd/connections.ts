@@ -4,6 +4,7 @@ import { advance, load, store, waitWhile, withLock } from '../../kernels/futex.j
 import { EXPORT } from '../../nbd/protocol/numbers.js';
 import { requireOpenSsl, type TlsChannel, TlsError } from '../../os/openssl.js';
 import { type SocketAddress, type Sockets, sockets } from '../../os/sockets.js';
+import { loadChannel, storeChannel } from '../../os/tls-channel.js';
 import {
   CHANNEL,
   CONTEXTS,
@@ -29,7 +30,7 @@ import {
   STATE,
   WRITTEN,
 } from './control.js';
-import { connectionError, refusedError } from './errors.js';
+import { connectionError, refusedError, untrustedError } from './errors.js';
 import { negotiate, type Session } from './handshake.js';
 import { currentOwner } from './owner.js';
 import { ConnectionLost, SocketStream, TlsWire } from './stream.js';
@@ -138,7 +139,7 @@ export class Connections {
       if (this.#load(LEAVING) !== 0) this.#sockets.setTimeout(fd, this.timeoutMs);
       return {
         slot,
-        stream: new SocketStream(fd, 0, this.#channel(slot)),
+        stream: new SocketStream(fd, 0, this.#wire(slot, fd)),
         headers: HEADERS[load(this.#arena, at + HEADERS_AT)] ?? 'simple',
       };
     }
@@ -203,7 +204,7 @@ export class Connections {
       } catch (error) {
         this.#close(slot);
         this.checkInterrupted();
-        const known = error instanceof StillframeError ? error : this.#connectError(error);
+        const known = error instanceof StillframeError ? error : this.#connectionError(error);
         const again =
           known.code === 'ERR_STILLFRAME_NBD_CONNECTION' && performance.now() + RETRY_MS < untilMs;
         if (!again || this.#ready() > 0) throw known;
@@ -260,11 +261,11 @@ export class Connections {
     throw failure;
   }
 
-  #connectError(error: unknown): StillframeError {
+  #connectionError(error: unknown): StillframeError {
     const { path, target } = this.#export;
     // With TLS 1.3 a client has made its handshake by the time when it hears that it is not trusted.
     if (error instanceof ConnectionLost && error.cause instanceof TlsError) {
-      return refusedError(path, `no TLS with the server: ${error.cause.message}`);
+      return untrustedError(path, error.cause.message);
     }
     if (error instanceof ConnectionLost) return connectionError(path, error.message, error);
     const { address } = target;
@@ -371,12 +372,12 @@ export class Connections {
         const headers = HEADERS[load(this.#arena, at + HEADERS_AT)] ?? 'simple';
         // Nobody reads what the server would have to say: it is not worth waiting for.
         this.#sockets.setTimeout(fd, RETRY_MS);
-        const channel = this.#channel(slot);
-        const stream = new SocketStream(fd, performance.now() + RETRY_MS, channel);
+        const wire = this.#wire(slot, fd);
+        const stream = new SocketStream(fd, performance.now() + RETRY_MS, wire);
         farewell({ slot, stream, headers });
-        if (channel !== undefined) {
+        if (wire !== undefined) {
           // TLS has its own farewell. The server's is waited for: who closes before it has come resets the connection.
-          new TlsWire(fd, channel).finish();
+          wire.finish();
           this.#sockets.finish(fd);
           stream.read(new Uint8Array(1), 0, 1);
         }
@@ -396,13 +397,16 @@ export class Connections {
 
   /** What speaks TLS on the connection of a slot; undefined: nothing does. */
   #channel(slot: number): TlsChannel | undefined {
-    const index = (this.#slot(slot) + CHANNEL) / 8;
-    const [ssl = 0, network = 0] = this.#arena.f64.subarray(index, index + 2);
-    return ssl === 0 ? undefined : { ssl, network };
+    return loadChannel(this.#arena.f64, this.#slot(slot) + CHANNEL);
+  }
+
+  #wire(slot: number, fd: number): TlsWire | undefined {
+    const channel = this.#channel(slot);
+    return channel && new TlsWire(fd, channel);
   }
 
   #setChannel(slot: number, channel: TlsChannel | undefined): void {
-    this.#arena.f64.set([channel?.ssl ?? 0, channel?.network ?? 0], (this.#slot(slot) + CHANNEL) / 8);
+    storeChannel(this.#arena.f64, this.#slot(slot) + CHANNEL, channel);
   }
 
   #close(slot: number): void {

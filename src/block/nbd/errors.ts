@@ -27,3 +27,8 @@ export function serverText(bytes: Uint8Array): string {
   const text = new TextDecoder().decode(bytes.subarray(0, 1024)).replace(/\p{C}+/gu, ' ');
   return text.length > 200 ? `${text.slice(0, 200)}…` : text;
 }
+
+/** Client and server do not agree on TLS, or do not trust each other. */
+export function untrustedError(name: string, what: string): StillframeError {
+  return refusedError(name, `no TLS with the server: ${what}`);
+}

@@ -9,7 +9,7 @@ import {
 } from '../../os/openssl.js';
 import { type ServerSockets, serverSockets } from '../../os/server-sockets.js';
 import { SocketError } from '../../os/sockets.js';
-import { receiveInput, sendOutNow } from '../../os/tls-channel.js';
+import { receiveInput, sayGoodbye, sendOutNow } from '../../os/tls-channel.js';
 
 /** The connection is gone, or takes too long: nothing more can be done with it. */
 export class ConnectionLost extends Error {}
@@ -24,6 +24,13 @@ interface Wire {
 
 /** Data that is encrypted before the deadline is looked at again, in bytes. */
 const PART_BYTES = 128 * 1024;
+
+function plainWire(fd: number): Wire {
+  return {
+    receive: (bytes, start, length) => readSync(fd, bytes, start, length, null),
+    send: (bytes, start, length) => writeSync(fd, bytes, start, length, null),
+  };
+}
 
 /** The TLS of one connection; whoever has the connection for itself uses it. */
 export class TlsWire implements Wire {
@@ -67,8 +74,7 @@ export class TlsWire implements Wire {
 
   /** Tells the server that nothing more will come, as far as it takes that at once. */
   finish(): void {
-    this.#tls.finish(this.#channel);
-    sendOutNow(this.#tls, this.#channel, this.#sockets, this.#fd);
+    sayGoodbye(this.#tls, this.#channel, this.#sockets, this.#fd);
   }
 
   /** Calls `step`, or waits for what it needs. @param toCome data that the server still has to send, or is sending */
@@ -107,24 +113,19 @@ export class TlsWire implements Wire {
 /** Blocking reads and writes on a connected socket, with a deadline over any number of them. */
 export class SocketStream {
   readonly fd: number;
-  /** Undefined: plain text. */
-  readonly channel: TlsChannel | undefined;
   /** Nothing is waited for beyond it, in the milliseconds of `performance.now()`. */
   deadlineMs: number;
   readonly #wire: Wire;
 
-  /** The time-out of the socket bounds each call; see {@link Sockets.setTimeout}. */
-  constructor(fd: number, deadlineMs: number, channel?: TlsChannel) {
+  /**
+   * The time-out of the socket bounds each call; see {@link Sockets.setTimeout}.
+   *
+   * @param wire default: plain text
+   */
+  constructor(fd: number, deadlineMs: number, wire: Wire = plainWire(fd)) {
     this.fd = fd;
-    this.channel = channel;
     this.deadlineMs = deadlineMs;
-    this.#wire =
-      channel === undefined
-        ? {
-            receive: (bytes, start, length) => readSync(fd, bytes, start, length, null),
-            send: (bytes, start, length) => writeSync(fd, bytes, start, length, null),
-          }
-        : new TlsWire(fd, channel);
+    this.#wire = wire;
   }
 
   /** Fills `length` bytes from `start` on. @throws ConnectionLost */

@@ -3,16 +3,15 @@ import { isIP } from 'node:net';
 import { join } from 'node:path';
 import { StillframeError } from '../../errors.js';
 import {
-  type Certificate,
   PSK_CIPHERS,
-  PSK_SUITES,
   type Psk,
-  parsePskFile,
   readAuthorities,
   readCertificate,
   readCredentials,
+  readPskFile,
 } from '../../nbd/credentials.js';
 import {
+  type Certificate,
   type OpenSsl,
   requireOpenSsl,
   type TlsChannel,
@@ -20,7 +19,7 @@ import {
   type TlsSettings,
 } from '../../os/openssl.js';
 import { SocketError } from '../../os/sockets.js';
-import { refusedError } from './errors.js';
+import { untrustedError } from './errors.js';
 import { ConnectionLost, SocketStream, TlsWire } from './stream.js';
 import type { NbdTarget, NbdTls } from './uri.js';
 
@@ -61,8 +60,9 @@ export function startTls(
   try {
     const channel = openChannel(path, target, tls, context);
     keep(channel);
-    shakeHands(path, plain, new TlsWire(plain.fd, channel), channel);
-    return new SocketStream(plain.fd, plain.deadlineMs, channel);
+    const wire = new TlsWire(plain.fd, channel);
+    shakeHands(path, plain, wire, channel);
+    return new SocketStream(plain.fd, plain.deadlineMs, wire);
   } finally {
     forget?.();
     tls.freeContext(context);
@@ -82,22 +82,22 @@ function shakeHands(path: string, { deadlineMs }: SocketStream, wire: TlsWire, c
   try {
     for (;;) {
       const came = wire.handshake();
-      if (came === 0) throw refused(path, 'it has closed the connection');
+      if (came === 0) throw untrustedError(path, 'it has closed the connection');
       if (came !== undefined) return;
       if (performance.now() > deadlineMs) throw new ConnectionLost(late);
     }
   } catch (error) {
     if (error instanceof TlsError) {
       const why = requireOpenSsl().distrust(channel);
-      throw refused(path, why === undefined ? error.message : `its certificate is not trusted: ${why}`);
+      throw untrustedError(
+        path,
+        why === undefined ? error.message : `its certificate is not trusted: ${why}`,
+      );
     }
     if (!(error instanceof SocketError)) throw error;
     throw new ConnectionLost(error.code === 'EAGAIN' ? late : error.message, { cause: error });
   }
 }
-
-const refused = (path: string, text: string): StillframeError =>
-  refusedError(path, `no TLS with the server: ${text}`);
 
 function withText<T>(path: string, what: string, body: () => T): T {
   try {
@@ -112,10 +112,9 @@ function credentials(path: string, tls: NbdTls): Credentials {
   const { certificates: folder, pskFile, verifyPeer } = tls;
   if (pskFile !== undefined) {
     const psk = findPsk(path, pskFile, tls.username);
-    const ciphers = { suites: PSK_SUITES, ciphers: PSK_CIPHERS };
     return {
       psk,
-      settings: { endpoint: 'client', ...ciphers, certificate: undefined, authorities: NOBODY },
+      settings: { endpoint: 'client', ...PSK_CIPHERS, certificate: undefined, authorities: NOBODY },
     };
   }
   const own = folder !== undefined && existsSync(join(folder, 'client-cert.pem'));
@@ -153,7 +152,7 @@ function clientCertificate(path: string, folder: string, passphrase: string | un
 
 /** @param username undefined: whose key it is where there is only one */
 function findPsk(path: string, file: string, username: string | undefined): Psk {
-  const entries = parsePskFile(readCredentials(file));
+  const entries = readPskFile(file);
   const found =
     username === undefined && entries.length === 1
       ? entries[0]

@@ -106,14 +106,10 @@ function parseUri(name: string): NbdTarget {
   checkExportName(name, exportName);
   const secure = scheme.toLowerCase() === 'nbds';
   const host = authority.slice(at + 1);
+  const over = transport.toLowerCase();
   // Whom a certificate at a socket has to be for, as other clients take it.
-  const atSocket = secure && transport.toLowerCase() === 'unix' && /^[^:]+$/.test(host) ? host : undefined;
-  const address = addressOf(
-    name,
-    transport.toLowerCase(),
-    atSocket === undefined ? host : '',
-    parameters.get('socket'),
-  );
+  const atSocket = secure && over === 'unix' && /^[^:]+$/.test(host) ? host : undefined;
+  const address = addressOf(name, over, atSocket === undefined ? host : '', parameters.get('socket'));
   return {
     address,
     exportName,

@@ -5,22 +5,20 @@ import {
   AUTOCLEAR_BITMAPS,
   EXTENSION_BITMAPS,
   EXTENSION_FEATURE_TABLE,
+  EXTENSION_HEAD_BYTES,
   FIELD,
   findExtension,
   type HeaderExtension,
   type Qcow2Header,
   readHeader,
+  SECTOR_BYTES,
 } from './header.js';
 import type { State } from './state.js';
 
 /** Bytes of the extension's data: count uint32, reserved uint32, length uint64, offset uint64. */
 export const EXTENSION_BITMAPS_BYTES = 24;
-/** Type and length of an extension, and the whole of the one that ends the list. */
-const EXTENSION_HEAD_BYTES = 8;
 /** The extension with its head, and the one that ends the list behind it. */
 const WHOLE_BYTES = EXTENSION_HEAD_BYTES + EXTENSION_BITMAPS_BYTES + EXTENSION_HEAD_BYTES;
-/** What a disk writes whole or not at all. */
-const SECTOR_BYTES = 512;
 
 /** What the extension says. */
 export interface BitmapsFields {

@@ -4,9 +4,11 @@ import type { FileNode } from '../raw/file.js';
 import {
   EXTENSION_BACKING_FORMAT,
   EXTENSION_FEATURE_TABLE,
+  EXTENSION_HEAD_BYTES,
   FIELD,
   type Qcow2Header,
   readHeader,
+  SECTOR_BYTES,
 } from './header.js';
 
 /** What a header says of a backing file. */
@@ -14,10 +16,6 @@ export interface BackingReference {
   readonly name: string;
   readonly format: string | undefined;
 }
-
-const EXTENSION_HEAD_BYTES = 8;
-/** What a disk writes whole or not at all. */
-const SECTOR_BYTES = 512;
 
 /** Size of a drive in bytes and the L1 table that maps it. */
 export type Layout = Pick<Qcow2Header, 'length' | 'l1Size' | 'l1TableOffset'>;
@@ -60,14 +58,13 @@ export function rewriteBacking(
       return;
     }
     // What nobody looks at yet, the first sector that tells of it, and at last what nobody looks at any more.
-    const rest = Math.min(SECTOR_BYTES, clusterSize);
-    put(rest, clusterSize, change.withName(current));
+    put(SECTOR_BYTES, clusterSize, change.withName(current));
     if (short !== undefined) {
-      put(0, rest, short);
-      put(rest, clusterSize, whole);
+      put(0, SECTOR_BYTES, short);
+      put(SECTOR_BYTES, clusterSize, whole);
     }
-    put(0, rest, whole);
-    put(rest, clusterSize, whole);
+    put(0, SECTOR_BYTES, whole);
+    put(SECTOR_BYTES, clusterSize, whole);
   } finally {
     arena.free(buffer);
   }
@@ -141,9 +138,8 @@ class HeaderChange {
     const beyond = Math.min(header.clusterSize, Math.max(SECTOR_BYTES, end, oldEnd));
     const moved = this.whole.compare(this.#old, SECTOR_BYTES, beyond, SECTOR_BYTES, beyond) !== 0;
     const few = extensions.filter(({ type }) => type !== EXTENSION_FEATURE_TABLE);
-    const fits = this.#endOf(few) <= SECTOR_BYTES;
-    this.short = moved && header.clusterSize > SECTOR_BYTES ? this.#encode(few) : undefined;
-    this.apart = beside !== undefined && (this.short === undefined || fits);
+    this.short = moved ? this.#encode(few) : undefined;
+    this.apart = beside !== undefined && (!moved || this.#endOf(few) <= SECTOR_BYTES);
   }
 
   /** The new name in a header that is otherwise `bytes`. */

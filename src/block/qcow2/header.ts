@@ -16,6 +16,10 @@ export const MAX_SNAPSHOTS = 65536;
 export const MIN_CLUSTER_BITS = 9;
 export const MAX_CLUSTER_BITS = 21;
 
+/** What a disk writes whole or not at all. */
+export const SECTOR_BYTES = 512;
+/** Type and length of an extension, and the whole of the one that ends the list. */
+export const EXTENSION_HEAD_BYTES = 8;
 export const EXTENSION_END = 0;
 export const EXTENSION_BACKING_FORMAT = 0xe2792aca;
 export const EXTENSION_FEATURE_TABLE = 0x6803f857;

@@ -163,13 +163,7 @@ class Editor {
     const state = this.#metadata.state;
     const l1 = state.get('l1');
     const size = this.#metadata.l1Entries;
-    let raised = 0;
-    const taken: HostRun[] = [];
-    try {
-      this.#walk(l1, size, (run) => {
-        this.#metadata.raise(run);
-        raised++;
-      });
+    this.#countingOnceMore(l1, size, (taken) => {
       this.#metadata.flush();
       const l1TableOffset = this.#writeL1(l1, size, taken);
       const info = { ...wanted, id: nextId(entries) };
@@ -178,10 +172,7 @@ class Editor {
       this.#correctFlags();
       this.#metadata.flush();
       this.#commit(entries.length + 1, table);
-    } catch (error) {
-      this.#undo(l1, size, raised, taken);
-      throw error;
-    }
+    });
     this.#lowerTable(header, entries);
     this.#finish();
   }
@@ -215,23 +206,30 @@ class Editor {
   copy(selector: SnapshotSelector): Layout {
     const header = this.#begin();
     const { l1TableOffset, l1Size, length } = headerOfSnapshot(this.#runtime, this.#file, header, selector);
-    return this.#withL1(l1TableOffset, l1Size, (l1) => {
-      let raised = 0;
-      const taken: HostRun[] = [];
-      try {
-        this.#walk(l1, l1Size, (run) => {
-          this.#metadata.raise(run);
-          raised++;
-        });
+    return this.#withL1(l1TableOffset, l1Size, (l1) =>
+      this.#countingOnceMore(l1, l1Size, (taken) => {
         this.#clearFlags(l1, l1Size);
         const layout = { length, l1Size, l1TableOffset: this.#writeL1(l1, l1Size, taken) };
         this.#metadata.flush();
         return layout;
-      } catch (error) {
-        this.#undo(l1, l1Size, raised, taken);
-        throw error;
-      }
-    });
+      }),
+    );
+  }
+
+  /** Counts all that an L1 table in memory refers to once more; no longer where `body` fails, nor what that has taken. */
+  #countingOnceMore<T>(l1: number, entries: number, body: (taken: HostRun[]) => T): T {
+    let raised = 0;
+    const taken: HostRun[] = [];
+    try {
+      this.#walk(l1, entries, (run) => {
+        this.#metadata.raise(run);
+        raised++;
+      });
+      return body(taken);
+    } catch (error) {
+      this.#undo(l1, entries, raised, taken);
+      throw error;
+    }
   }
 
   /** Makes the header say that this is the drive, and gives up what it was before. */

@@ -1,6 +1,7 @@
 import type { Arena } from '../../kernels/arena.js';
 import { advance, load, store, waitWhile, withLock } from '../../kernels/futex.js';
 import type { TlsChannel } from '../../os/openssl.js';
+import { loadChannel, storeChannel } from '../../os/tls-channel.js';
 import type { Agreement } from '../protocol/server-handshake.js';
 import type { ExportDescriptor } from './exports.js';
 
@@ -480,14 +481,11 @@ export class ConnectionState {
 
   /** What speaks TLS with the client, until the connection ends; undefined: the connection is plain. */
   get channel(): TlsChannel | undefined {
-    const words = this.#server.arena.f64;
-    const first = (this.pointer + CHANNEL) >> 3;
-    const [ssl = 0, network = 0] = words.subarray(first, first + 2);
-    return ssl === 0 ? undefined : { ssl, network };
+    return loadChannel(this.#server.arena.f64, this.pointer + CHANNEL);
   }
 
   set channel(channel: TlsChannel | undefined) {
-    this.#server.arena.f64.set([channel?.ssl ?? 0, channel?.network ?? 0], (this.pointer + CHANNEL) >> 3);
+    storeChannel(this.#server.arena.f64, this.pointer + CHANNEL, channel);
   }
 
   /** As {@link ServerState.beginLookOut}. */

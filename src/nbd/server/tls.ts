@@ -1,14 +1,6 @@
 import { StillframeError } from '../../errors.js';
 import { type OpenSsl, requireOpenSsl } from '../../os/openssl.js';
-import {
-  PSK_CIPHERS,
-  PSK_SUITES,
-  type Psk,
-  parsePskFile,
-  readAuthorities,
-  readCertificate,
-  readCredentials,
-} from '../credentials.js';
+import { PSK_CIPHERS, type Psk, readAuthorities, readCertificate, readPskFile } from '../credentials.js';
 
 /** With what a server proves who it is; clients without TLS are not served then. */
 export type TlsOptions =
@@ -53,14 +45,13 @@ export interface TlsHandshakes {
 export function prepareTls(options: TlsOptions): ListenerTls {
   const { createContext } = requireOpenSsl();
   if ('pskFile' in options) {
-    const keys = parsePskFile(readCredentials(options.pskFile));
+    const keys = readPskFile(options.pskFile);
     if (keys.length === 0) {
       throw invalid(options.pskFile, 'has no key: no line like user:0123456789abcdef');
     }
     const settings = {
       endpoint: 'server',
-      suites: PSK_SUITES,
-      ciphers: PSK_CIPHERS,
+      ...PSK_CIPHERS,
       certificate: undefined,
       authorities: undefined,
     } as const;
