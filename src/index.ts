@@ -8,6 +8,7 @@ export type { FreezeOptions } from './backup/freeze.js';
 export type { MirrorCopyMode, MirrorSyncMode } from './backup/mirror-job.js';
 export type { BitmapMode, SyncMode } from './backup/modes.js';
 export type { CompressionType } from './backup/target.js';
+export type { AmendOptions } from './block/amend.js';
 export type { ImageCheck, Repaired } from './block/check.js';
 export type { CommitOptions } from './block/commit.js';
 export type { CompareResult } from './block/comparison.js';

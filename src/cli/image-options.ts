@@ -68,11 +68,34 @@ const kinds: Readonly<Record<TargetFormat, Readonly<Record<string, OptionKind>>>
   },
 };
 
-/** What `-o help` prints. */
+/** What of an image can be changed later. */
+const AMENDABLE = [
+  'backing_file',
+  'backing_fmt',
+  'compat',
+  'data_file',
+  'data_file_raw',
+  'lazy_refcounts',
+  'refcount_bits',
+  'size',
+];
+
+/** What `-o help` prints where images are made. */
 export function imageOptionsHelp(format: TargetFormat): string {
-  const rows = Object.entries(kinds[format]).sort(([a], [b]) => (a < b ? -1 : 1));
-  const lines = rows.map(([name, { type, help }]) => `  ${`${name}=<${type}>`.padEnd(22)} - ${help}`);
-  return `Supported ${format} options:\n${lines.join('\n')}`;
+  return `Supported ${format} options:\n${rowsOf(Object.entries(kinds[format]))}`;
+}
+
+/** What `-o help` of `amend` prints. */
+export function amendOptionsHelp(): string {
+  const rows = Object.entries(kinds.qcow2).filter(([name]) => AMENDABLE.includes(name));
+  return `Amend options for 'qcow2':\n${rowsOf(rows)}`;
+}
+
+function rowsOf(options: readonly (readonly [string, OptionKind])[]): string {
+  return options
+    .toSorted(([a], [b]) => (a < b ? -1 : 1))
+    .map(([name, { type, help }]) => `  ${`${name}=<${type}>`.padEnd(22)} - ${help}`)
+    .join('\n');
 }
 
 /** Whether the lists ask for help. */
@@ -96,6 +119,18 @@ function pairsOf(list: string): string[] {
 
 const TRUE = ['on', 'yes', 'true', 'y'];
 const FALSE = ['off', 'no', 'false', 'n'];
+
+/**
+ * Parses what was given to `-o` of `amend`, see {@link parseImageOptions}.
+ *
+ * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT also for options of new images only
+ */
+export function parseAmendOptions(lists: readonly string[]): ImageOptions {
+  const parsed = parseImageOptions('qcow2', lists);
+  const fixed = [...parsed.given.keys()].find((name) => !AMENDABLE.includes(name));
+  if (fixed === undefined) return parsed;
+  throw usageError(`-o: Invalid parameter '${fixed}': it can be chosen when an image is made only`);
+}
 
 /**
  * Parses what was given to `-o`, any number of times; the last word counts.

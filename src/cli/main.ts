@@ -15,6 +15,7 @@ const commands = new Map<string, () => Promise<Command>>([
   ['measure', async () => (await import('./measure.js')).measure],
   ['resize', async () => (await import('./resize.js')).resize],
   ['rebase', async () => (await import('./rebase.js')).rebase],
+  ['amend', async () => (await import('./amend.js')).amend],
   ['commit', async () => (await import('./commit.js')).commit],
   ['snapshot', async () => (await import('./snapshot.js')).snapshot],
   ['bitmap', async () => (await import('./bitmap.js')).bitmap],

@@ -7,6 +7,7 @@ import {
 } from 'node:worker_threads';
 import { Piscina } from 'piscina';
 import type { ConvertOptions } from '../backup/convert.js';
+import type { AmendOptions } from '../block/amend.js';
 import type { ImageCheck, Repaired } from '../block/check.js';
 import type { CommitOptions } from '../block/commit.js';
 import { type CompareResult, compareResult, type Finding } from '../block/comparison.js';
@@ -436,6 +437,17 @@ export class Engine {
   /** Gives an image another backing file, like `qemu-img rebase`. */
   rebaseImage(path: string, options: RebaseOptions, onProgress?: OnProgress): Promise<void> {
     return this.#withProgress(onProgress, (port) => ({ kind: 'rebase', path, options, port }));
+  }
+
+  /**
+   * Changes the version of an image, the width of its refcounts and the like, like `qemu-img amend`. An interruption
+   * leaves an image with some of the changes, and leaked clusters at worst.
+   *
+   * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT, …_UNSUPPORTED_FEATURE (the format, or features that the
+   *   wanted version does not have), …_NO_SPACE and what opening an image throws
+   */
+  amendImage(path: string, options: AmendOptions, onProgress?: OnProgress): Promise<void> {
+    return this.#withProgress(onProgress, (port) => ({ kind: 'amend', path, options, port }));
   }
 
   /** Writes what an image holds into its backing file, like `qemu-img commit`. */

@@ -14,6 +14,7 @@ import {
 } from '../backup/mirror-job.js';
 import { StreamJob } from '../backup/stream-job.js';
 import { type TransactionAction, transact } from '../backup/transaction.js';
+import { type AmendOptions, amendImage } from '../block/amend.js';
 import { checkImage, type ImageCheck } from '../block/check.js';
 import { type CommitOptions, commitImage } from '../block/commit.js';
 import { comparePart } from '../block/compare.js';
@@ -238,6 +239,12 @@ export type Task =
       readonly kind: 'commit';
       readonly path: string;
       readonly options: CommitOptions;
+      readonly port: MessagePort;
+    }
+  | {
+      readonly kind: 'amend';
+      readonly path: string;
+      readonly options: AmendOptions;
       readonly port: MessagePort;
     }
   | {
@@ -497,6 +504,8 @@ export class TaskRunner {
         return rebaseImage(this.#runtime, task.path, task.options, progressTo(task.port));
       case 'commit':
         return commitImage(this.#runtime, task.path, task.options, progressTo(task.port));
+      case 'amend':
+        return amendImage(this.#runtime, task.path, task.options, progressTo(task.port));
       case 'bitmap':
         return editBitmap(this.#runtime, task.path, task.name, task.actions, task.options);
       case 'edit-snapshots':

@@ -7,8 +7,8 @@ import {
   EXTENSION_BACKING_FORMAT,
   EXTENSION_DATA_FILE,
   EXTENSION_FEATURE_TABLE,
-  FEATURES,
   FIELD,
+  featureTable,
   HEADER_LENGTH_V2,
   INCOMPATIBLE_COMPRESSION,
   INCOMPATIBLE_DATA_FILE,
@@ -19,12 +19,11 @@ import {
   MIN_CLUSTER_BITS,
   QCOW2_MAGIC,
   SUBCLUSTERS,
+  WRITTEN_HEADER_LENGTH,
 } from './header.js';
 import { type Layout, planLayout } from './layout.js';
 import { fillRefcounts } from './refcount-entry.js';
 
-/** What QEMU writes, too: up to and with the compression type, padded to 8. */
-const HEADER_LENGTH = 112;
 /** Bytes of tables that are written at once. */
 const STEP_BYTES = 1024 * 1024;
 
@@ -285,9 +284,9 @@ function encodeHeader(path: string, options: Complete, layout: Layout): Uint8Arr
     bytes.writeBigUInt64BE(options.lazyRefcounts ? COMPATIBLE_LAZY_REFCOUNTS : 0n, FIELD.compatibleFeatures);
     bytes.writeBigUInt64BE(options.dataFileRaw ? AUTOCLEAR_DATA_FILE_RAW : 0n, FIELD.autoclearFeatures);
     bytes.writeUInt32BE(Math.log2(options.refcountBits), FIELD.refcountOrder);
-    bytes.writeUInt32BE(HEADER_LENGTH, FIELD.headerLength);
+    bytes.writeUInt32BE(WRITTEN_HEADER_LENGTH, FIELD.headerLength);
     bytes[FIELD.compressionType] = options.compressionType;
-    at = HEADER_LENGTH;
+    at = WRITTEN_HEADER_LENGTH;
   }
 
   const name = Buffer.from(options.backingFile ?? '', 'utf8');
@@ -297,12 +296,7 @@ function encodeHeader(path: string, options: Complete, layout: Layout): Uint8Arr
   if (format.length > 15) throw bad(`the backing format '${options.backingFormat}' is longer than 15 bytes`);
   const dataFile = Buffer.from(options.dataFile ?? '', 'utf8');
   if (dataFile.includes(0)) throw bad('the name of the data file contains a zero byte');
-  const features = Buffer.alloc(FEATURES.length * 48);
-  for (const [index, feature] of FEATURES.entries()) {
-    features[index * 48] = feature.type;
-    features[index * 48 + 1] = feature.bit;
-    features.write(feature.name, index * 48 + 2, 'latin1');
-  }
+  const features = featureTable();
   const extensions = [
     ...(name.length > 0 && format.length > 0 ? [{ type: EXTENSION_BACKING_FORMAT, data: format }] : []),
     ...(dataFile.length > 0 ? [{ type: EXTENSION_DATA_FILE, data: dataFile }] : []),

@@ -3,12 +3,17 @@ import type { Runtime } from '../../kernels/runtime.js';
 import type { FileNode } from '../raw/file.js';
 import {
   EXTENSION_BACKING_FORMAT,
+  EXTENSION_BITMAPS,
+  EXTENSION_DATA_FILE,
   EXTENSION_FEATURE_TABLE,
   EXTENSION_HEAD_BYTES,
   FIELD,
+  featureTable,
+  HEADER_LENGTH_V2,
   type Qcow2Header,
   readHeader,
   SECTOR_BYTES,
+  WRITTEN_HEADER_LENGTH,
 } from './header.js';
 
 /** What a header says of a backing file. */
@@ -20,14 +25,25 @@ export interface BackingReference {
 /** Size of a drive in bytes and the L1 table that maps it. */
 export type Layout = Pick<Qcow2Header, 'length' | 'l1Size' | 'l1TableOffset'>;
 
+/** What of a header can be made something else; all tables stay where they are. */
+export type Wording = Pick<
+  Qcow2Header,
+  | 'version'
+  | 'incompatibleFeatures'
+  | 'compatibleFeatures'
+  | 'autoclearFeatures'
+  | 'compressionType'
+  | 'backingFile'
+  | 'backingFormat'
+  | 'dataFile'
+>;
+
 function padded(length: number): number {
   return Math.ceil(length / 8) * 8;
 }
 
 /**
- * Makes the header name another backing file, or none. All else in it stays as it is, extensions that nobody knows
- * included. The change happens by the write of one sector, whole or not at all, and is durable afterwards: the new name
- * is put beside the old one first. Only where the cluster has no room for both it is written over.
+ * Makes the header name another backing file, or none: see {@link rewriteHeader}.
  *
  * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT where the name or the format is too long, before anything
  *   is written
@@ -37,6 +53,19 @@ export function rewriteBacking(
   file: FileNode,
   backing: BackingReference | undefined,
 ): void {
+  rewriteHeader(runtime, file, { backingFile: backing?.name, backingFormat: backing?.format });
+}
+
+/**
+ * Makes the header say something else. All else in it stays as it is, extensions that nobody knows included; version 2
+ * has neither features nor the bitmaps that need one. The change happens by the write of one sector, whole or not at
+ * all, and is durable afterwards: a new name is put beside the old one first. Only where the cluster has no room for
+ * both, or its first sector none for the extensions, it is written over.
+ *
+ * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT where a name or the format is too long, before anything is
+ *   written
+ */
+export function rewriteHeader(runtime: Runtime, file: FileNode, words: Partial<Wording>): void {
   const { arena } = runtime;
   const header = readHeader(runtime, file);
   const { clusterSize } = header;
@@ -44,7 +73,7 @@ export function rewriteBacking(
   try {
     file.read(0, buffer, clusterSize);
     const current = Buffer.from(arena.copyOut(buffer, clusterSize));
-    const change = new HeaderChange(file.descriptor.path, header, current, backing);
+    const change = new HeaderChange(file.descriptor.path, header, current, { ...header, ...words });
     const put = (from: number, to: number, bytes: Buffer): void => {
       if (bytes.compare(current, from, to, from, to) === 0) return;
       arena.u8.set(bytes.subarray(from, to), buffer);
@@ -92,12 +121,42 @@ export function writeLayout(
   }
 }
 
+/** Where the refcount table is and how many clusters it has, and the width of the refcounts that it leads to. */
+export type RefcountStructure = Pick<
+  Qcow2Header,
+  'version' | 'refcountTableOffset' | 'refcountTableClusters' | 'refcountOrder'
+>;
+
+/** Writes the refcount structure into the header, in its first sector: all of it or nothing. */
+export function writeRefcountStructure(
+  runtime: Runtime,
+  file: FileNode,
+  { version, refcountTableOffset, refcountTableClusters, refcountOrder }: RefcountStructure,
+): void {
+  const { arena } = runtime;
+  const start = FIELD.refcountTableOffset;
+  const bytes = Buffer.alloc((version === 2 ? FIELD.snapshotCount : FIELD.headerLength) - start);
+  file.readBytes(start, bytes);
+  bytes.writeBigUInt64BE(BigInt(refcountTableOffset), 0);
+  bytes.writeUInt32BE(refcountTableClusters, FIELD.refcountTableClusters - start);
+  // In version 2 extensions are there, and the width is fixed.
+  if (version === 3) bytes.writeUInt32BE(refcountOrder, FIELD.refcountOrder - start);
+  const pointer = arena.alloc(bytes.length, 'qcow2 header');
+  try {
+    arena.u8.set(bytes, pointer);
+    file.write(start, pointer, bytes.length);
+    file.flush();
+  } finally {
+    arena.free(pointer);
+  }
+}
+
 interface Extension {
   readonly type: number;
   readonly data: Uint8Array;
 }
 
-/** How a header's cluster becomes one with another backing file. */
+/** How a header's cluster becomes one that says something else. */
 class HeaderChange {
   /** Everything in its place. */
   readonly whole: Buffer;
@@ -109,29 +168,44 @@ class HeaderChange {
   /** The old name and extensions are not touched before the first sector is written. */
   readonly apart: boolean;
   readonly #path: string;
-  readonly #header: Qcow2Header;
   readonly #old: Buffer;
+  /** What is in front of the extensions. */
+  readonly #fields: Buffer;
   readonly #name: Buffer;
   readonly #nameAt: number;
 
-  constructor(path: string, header: Qcow2Header, old: Buffer, backing: BackingReference | undefined) {
+  constructor(path: string, header: Qcow2Header, old: Buffer, words: Wording) {
     this.#path = path;
-    this.#header = header;
     this.#old = Buffer.from(old);
-    this.#name = Buffer.from(backing?.name ?? '', 'utf8');
-    const format = Buffer.from(backing?.format ?? '', 'utf8');
-    if (this.#name.length > 1023) throw this.#bad(`its name has ${this.#name.length} bytes, more than 1023`);
-    if (this.#name.includes(0)) throw this.#bad('its name contains a zero byte');
-    if (format.length > 15) throw this.#bad(`the format '${backing?.format}' is longer than 15 bytes`);
+    this.#fields = fieldsOf(header, this.#old, words);
+    this.#name = Buffer.from(words.backingFile ?? '', 'utf8');
+    const format = Buffer.from(words.backingFormat ?? '', 'utf8');
+    if (this.#name.length > 1023) throw this.#badName(`has ${this.#name.length} bytes, more than 1023`);
+    if (this.#name.includes(0)) throw this.#badName('contains a zero byte');
+    if (format.length > 15) {
+      throw this.#bad(`the format '${words.backingFormat}' of its backing file is longer than 15 bytes`);
+    }
+    const dataFile = Buffer.from(words.dataFile ?? '', 'utf8');
+    if (dataFile.includes(0)) throw this.#bad('the name of its data file contains a zero byte');
 
+    const isNamed = this.#name.length > 0;
     const all = header.extensions.map(({ type, offset, length }) => ({
       type,
       data: this.#old.subarray(offset, offset + length),
     }));
-    const extensions = all.filter(({ type }) => type !== EXTENSION_BACKING_FORMAT);
+    const gone = [EXTENSION_BACKING_FORMAT, EXTENSION_DATA_FILE];
+    if (words.version < header.version) gone.push(EXTENSION_FEATURE_TABLE, EXTENSION_BITMAPS);
+    const extensions: Extension[] = all.filter(({ type }) => !gone.includes(type));
+    if (dataFile.length > 0) extensions.unshift({ type: EXTENSION_DATA_FILE, data: dataFile });
     if (format.length > 0) extensions.unshift({ type: EXTENSION_BACKING_FORMAT, data: format });
-    const end = this.#endOf(extensions);
-    const oldEnd = this.#endOf(all);
+    if (words.version > header.version) {
+      // The names of features are a courtesy.
+      const further = [...extensions, { type: EXTENSION_FEATURE_TABLE, data: featureTable() }];
+      const end = this.#endOf(this.#fields.length, further, isNamed);
+      if (end + this.#name.length <= header.clusterSize) extensions.splice(0, Infinity, ...further);
+    }
+    const end = this.#endOf(this.#fields.length, extensions, isNamed);
+    const oldEnd = this.#endOf(header.headerLength, all, header.backingFile !== undefined);
     const beside = this.#beside(Math.max(end, oldEnd));
     this.#nameAt = this.#name.length === 0 ? 0 : (beside ?? end);
     this.whole = this.#encode(extensions);
@@ -139,7 +213,8 @@ class HeaderChange {
     const moved = this.whole.compare(this.#old, SECTOR_BYTES, beyond, SECTOR_BYTES, beyond) !== 0;
     const few = extensions.filter(({ type }) => type !== EXTENSION_FEATURE_TABLE);
     this.short = moved ? this.#encode(few) : undefined;
-    this.apart = beside !== undefined && (!moved || this.#endOf(few) <= SECTOR_BYTES);
+    const fewEnd = this.#endOf(this.#fields.length, few, isNamed);
+    this.apart = beside !== undefined && (!moved || fewEnd <= SECTOR_BYTES);
   }
 
   /** The new name in a header that is otherwise `bytes`. */
@@ -151,7 +226,7 @@ class HeaderChange {
 
   /** A place for the name behind `end` where it does not touch the old one beyond the first sector. */
   #beside(end: number): number | undefined {
-    const { clusterSize } = this.#header;
+    const clusterSize = this.#old.length;
     const oldAt = Number(this.#old.readBigUInt64BE(FIELD.backingFileOffset));
     const oldEnd = oldAt + this.#old.readUInt32BE(FIELD.backingFileSize);
     const free = (at: number): boolean =>
@@ -160,24 +235,23 @@ class HeaderChange {
   }
 
   /** Where a list of extensions ends, with what says so where a name is to follow. */
-  #endOf(extensions: readonly Extension[]): number {
+  #endOf(headerLength: number, extensions: readonly Extension[], isNamed: boolean): number {
     const bytes = extensions.reduce((sum, { data }) => sum + EXTENSION_HEAD_BYTES + padded(data.length), 0);
     // The end of the extensions is a head of zeroes; without a name behind them it may be the end of the cluster.
-    const end = this.#header.headerLength + bytes;
-    return this.#name.length === 0
-      ? Math.min(end + EXTENSION_HEAD_BYTES, this.#header.clusterSize)
-      : end + EXTENSION_HEAD_BYTES;
+    const end = headerLength + bytes;
+    return isNamed ? end + EXTENSION_HEAD_BYTES : Math.min(end + EXTENSION_HEAD_BYTES, this.#old.length);
   }
 
   #encode(extensions: readonly Extension[]): Buffer {
-    const bytes = Buffer.alloc(this.#header.clusterSize);
-    if (Math.max(this.#endOf(extensions), this.#nameAt + this.#name.length) > bytes.length) {
+    const bytes = Buffer.alloc(this.#old.length);
+    const end = this.#endOf(this.#fields.length, extensions, this.#name.length > 0);
+    if (Math.max(end, this.#nameAt + this.#name.length) > bytes.length) {
       throw this.#bad(
-        `the name does not fit into the header's cluster of ${bytes.length} bytes; use a shorter one`,
+        `its names do not fit into the header's cluster of ${bytes.length} bytes; use shorter ones`,
       );
     }
-    this.#old.copy(bytes, 0, 0, this.#header.headerLength);
-    let at = this.#header.headerLength;
+    this.#fields.copy(bytes);
+    let at = this.#fields.length;
     for (const { type, data } of extensions) {
       bytes.writeUInt32BE(type, at);
       bytes.writeUInt32BE(data.length, at + 4);
@@ -190,10 +264,34 @@ class HeaderChange {
     return bytes;
   }
 
+  #badName(what: string): StillframeError {
+    return this.#bad(`the name of its backing file ${what}`);
+  }
+
   #bad(what: string): StillframeError {
     return new StillframeError(
       'ERR_STILLFRAME_INVALID_ARGUMENT',
-      `cannot change the backing file of '${this.#path}': ${what}`,
+      `cannot change the header of '${this.#path}': ${what}`,
     );
   }
+}
+
+/** What is in front of the extensions, with the name of the backing file still where it was. */
+function fieldsOf(header: Qcow2Header, old: Buffer, words: Wording): Buffer {
+  const { version } = words;
+  const upgraded = version > header.version;
+  const length = version === 2 ? HEADER_LENGTH_V2 : upgraded ? WRITTEN_HEADER_LENGTH : header.headerLength;
+  const fields = Buffer.alloc(length);
+  old.copy(fields, 0, 0, Math.min(length, header.headerLength));
+  fields.writeUInt32BE(version, 4);
+  if (version === 2) return fields;
+  fields.writeBigUInt64BE(words.incompatibleFeatures, FIELD.incompatibleFeatures);
+  fields.writeBigUInt64BE(words.compatibleFeatures, FIELD.compatibleFeatures);
+  fields.writeBigUInt64BE(words.autoclearFeatures, FIELD.autoclearFeatures);
+  if (upgraded) {
+    fields.writeUInt32BE(header.refcountOrder, FIELD.refcountOrder);
+    fields.writeUInt32BE(length, FIELD.headerLength);
+  }
+  if (length > FIELD.compressionType) fields[FIELD.compressionType] = words.compressionType;
+  return fields;
 }

@@ -8,6 +8,8 @@ export const QCOW2_MAGIC = 0x514649fb;
 /** Header length in bytes of version 2, and the smallest one of version 3. */
 export const HEADER_LENGTH_V2 = 72;
 export const HEADER_LENGTH_V3 = 104;
+/** What QEMU writes, too: up to and with the compression type, padded to 8. */
+export const WRITTEN_HEADER_LENGTH = 112;
 
 /** Limits on what an image may ask for, in bytes unless named otherwise. */
 export const MAX_L1_BYTES = 32 * 1024 * 1024;
@@ -60,6 +62,17 @@ export const FEATURES: readonly { readonly type: 0 | 1 | 2; readonly bit: number
     { type: 2, bit: 0, name: 'bitmaps' },
     { type: 2, bit: 1, name: 'raw external data' },
   ];
+
+/** The extension with the names of all feature bits, 48 bytes each. */
+export function featureTable() {
+  const table = Buffer.alloc(FEATURES.length * 48);
+  for (const [index, feature] of FEATURES.entries()) {
+    table[index * 48] = feature.type;
+    table[index * 48 + 1] = feature.bit;
+    table.write(feature.name, index * 48 + 2, 'latin1');
+  }
+  return table;
+}
 
 export const INCOMPATIBLE_DIRTY = 1n << 0n;
 export const INCOMPATIBLE_CORRUPT = 1n << 1n;

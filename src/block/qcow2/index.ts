@@ -1,3 +1,4 @@
+export { type AmendQcow2Options, amendQcow2 } from './amend.js';
 export {
   type BitmapInfo,
   bitmapsOf,

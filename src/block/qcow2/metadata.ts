@@ -912,7 +912,7 @@ export class Metadata {
         let failure: unknown;
         for (let index = 0; index < batch.length; index += FREE_ENTRY / 8) {
           try {
-            this.#giveUp({ offset: batch[index] ?? 0, clusters: batch[index + 1] ?? 0 });
+            this.giveUp({ offset: batch[index] ?? 0, clusters: batch[index + 1] ?? 0 });
           } catch (error) {
             failure ??= error;
           }
@@ -928,7 +928,7 @@ export class Metadata {
   }
 
   /** Lowers what L1 and L2 entries of the image referred to, which may be anything. */
-  #giveUp(run: HostRun): void {
+  giveUp(run: HostRun): void {
     const problem = this.overlap(run.offset, run.clusters * this.clusterSize);
     if (problem !== undefined) {
       throw this.corrupt(`what was in use at offset ${run.offset} ${problem}; it was not given up`);

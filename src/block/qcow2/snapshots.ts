@@ -35,6 +35,10 @@ export interface NewSnapshot {
 
 /** State of the machine (64 bits), length of the drive, instruction count. */
 const EXTRA_BYTES = 24;
+/** Version 3 has the first two of them in every entry. */
+const LEAST_EXTRA_BYTES = 16;
+/** Where an entry says how many it has. */
+const EXTRA_SIZE_AT = 36;
 
 /**
  * Makes an internal snapshot of an open, writable image that nobody uses meanwhile. The snapshot is there once the header
@@ -65,6 +69,16 @@ export function deleteSnapshot(
   file = attachFile(runtime, image.file),
 ): void {
   edit(runtime, image, file, (editor) => editor.delete(id));
+}
+
+/** Gives every entry of the snapshot table what version 3 asks for and version 2 does not. Otherwise as {@link createSnapshot}. */
+export function completeSnapshots(runtime: Runtime, image: Qcow2Descriptor, file: FileNode): void {
+  edit(runtime, image, file, (editor) => editor.complete());
+}
+
+/** Marks what the drive alone has as its own, where refcounts have become lower, and nothing else. */
+export function correctCopiedFlags(runtime: Runtime, image: Qcow2Descriptor, file: FileNode): void {
+  edit(runtime, image, file, (editor) => editor.correctFlags());
 }
 
 /**
@@ -183,23 +197,40 @@ class Editor {
     const gone = entries.find(({ info }) => info.id === id);
     if (gone === undefined) throw this.#invalid(`it has no snapshot with ID ${id}`);
     const kept = entries.filter((entry) => entry !== gone);
-    const taken: HostRun[] = [];
-    try {
-      const table = this.#writeTable(
-        kept.map(({ raw }) => raw),
-        taken,
-      );
-      this.#metadata.flush();
-      this.#commit(kept.length, table);
-    } catch (error) {
-      for (const run of taken) this.#locked(() => this.#metadata.release(run));
-      throw error;
-    }
+    this.#replaceTable(kept.map(({ raw }) => raw));
     this.#lowerSnapshot(gone);
     this.#metadata.flush();
     this.#correctFlags();
     this.#lowerTable(header, entries);
     this.#finish();
+  }
+
+  complete(): void {
+    const header = this.#begin();
+    const entries = this.#entries(header);
+    if (entries.every(({ raw }) => raw.readUInt32BE(EXTRA_SIZE_AT) >= LEAST_EXTRA_BYTES)) return;
+    this.#replaceTable(entries.map((entry) => completed(entry)));
+    this.#lowerTable(header, entries);
+    this.#finish();
+  }
+
+  correctFlags(): void {
+    this.#metadata.finish();
+    this.#correctFlags();
+    this.#metadata.finish();
+  }
+
+  /** Makes the header refer to another table; the caller gives the old one up. */
+  #replaceTable(rows: readonly Buffer[]): void {
+    const taken: HostRun[] = [];
+    try {
+      const table = this.#writeTable(rows, taken);
+      this.#metadata.flush();
+      this.#commit(rows.length, table);
+    } catch (error) {
+      for (const run of taken) this.#locked(() => this.#metadata.release(run));
+      throw error;
+    }
   }
 
   /** Counts all that a snapshot has once more. @returns its layout, with an L1 table of its own */
@@ -536,10 +567,25 @@ function encode(
   entry.writeUInt32BE(info['date-sec'], 16);
   entry.writeUInt32BE(info['date-nsec'], 20);
   entry.writeBigUInt64BE(info['vm-clock-nsec'], 24);
-  entry.writeUInt32BE(EXTRA_BYTES, 36);
+  entry.writeUInt32BE(EXTRA_BYTES, EXTRA_SIZE_AT);
   entry.writeBigUInt64BE(BigInt(length), SNAPSHOT_BYTES + 8);
   entry.writeBigUInt64BE(info.icount ?? NO_ICOUNT, SNAPSHOT_BYTES + 16);
   id.copy(entry, text);
   name.copy(entry, text + id.length);
   return entry;
+}
+
+/** An entry with all of the extra data that is known. */
+function completed({ info, length, raw }: Entry): Buffer {
+  const extraBytes = raw.readUInt32BE(EXTRA_SIZE_AT);
+  if (extraBytes >= LEAST_EXTRA_BYTES) return raw;
+  const extra = Buffer.alloc(EXTRA_BYTES);
+  extra.writeBigUInt64BE(BigInt(info['vm-state-size']), 0);
+  extra.writeBigUInt64BE(BigInt(length), 8);
+  extra.writeBigUInt64BE(NO_ICOUNT, 16);
+  const texts = raw.subarray(SNAPSHOT_BYTES + extraBytes);
+  const entry = Buffer.concat([raw.subarray(0, SNAPSHOT_BYTES), extra, texts, Buffer.alloc(7)]);
+  entry.writeUInt32BE(EXTRA_BYTES, EXTRA_SIZE_AT);
+  const bytes = SNAPSHOT_BYTES + EXTRA_BYTES + raw.readUInt16BE(12) + raw.readUInt16BE(14);
+  return entry.subarray(0, Math.ceil(bytes / 8) * 8);
 }

@@ -1,5 +1,6 @@
 import { StillframeError } from '../../../errors.js';
-import { FIELD, MAX_REFCOUNT_TABLE_BYTES } from '../header.js';
+import { MAX_REFCOUNT_TABLE_BYTES } from '../header.js';
+import { writeRefcountStructure } from '../header-write.js';
 import { storeRefcount } from '../refcount-entry.js';
 import { type CheckedImage, REFCOUNT_TABLE_OFFSET_MASK } from './image.js';
 
@@ -7,7 +8,8 @@ import { type CheckedImage, REFCOUNT_TABLE_OFFSET_MASK } from './image.js';
  * Writes a new refcount structure, which says what the counters of the image say, into clusters that nothing refers to,
  * and makes the header refer to it. The old structure stays as it is, counted, for the caller to free.
  *
- * The header, which is the commit point, is written when everything else is durable.
+ * The header, which is the commit point, is written when everything else is durable. The width of the refcounts is that
+ * of the image's header as `image` has it, which need not be that of the old structure.
  *
  * @throws StillframeError ERR_STILLFRAME_NO_SPACE where a refcount table for this file would be too large
  */
@@ -47,11 +49,11 @@ class Rebuild {
     }
     image.write(offset, image.refcountTable, entries * 8);
     image.flush();
-    arena.view.setBigUint64(image.buffer, BigInt(offset));
-    arena.view.setUint32(image.buffer + 8, this.#tableClusters);
-    // Twelve bytes of one sector: both fields or none.
-    image.write(FIELD.refcountTableOffset, image.buffer, 12);
-    image.flush();
+    writeRefcountStructure(image.runtime, image.file, {
+      ...image.header,
+      refcountTableOffset: offset,
+      refcountTableClusters: this.#tableClusters,
+    });
   }
 
   /** Until the header has changed, the old blocks are the ones that count, also those with a wrong entry. */

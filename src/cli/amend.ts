@@ -1,0 +1,78 @@
+import { createEngine } from '../index.js';
+import {
+  ALLOW_BACKING,
+  type Command,
+  FORMAT,
+  FORMATS,
+  OUTPUT,
+  OUTPUTS,
+  PROGRESS,
+  QUIET,
+  usageError,
+} from './command.js';
+import { amendOptionsHelp, asksForHelp, parseAmendOptions } from './image-options.js';
+import { ProgressLine, toolProgress } from './progress.js';
+
+export const amend: Command = {
+  name: 'amend',
+  usage: '[options] -o K=V,… FILE',
+  summary:
+    'Changes options of a qcow2 image. With compat=0.10 it loses its dirty bitmaps, which that version does not have.',
+  positionals: [0, Infinity],
+  options: [
+    {
+      long: 'options',
+      short: 'o',
+      value: 'K=V,…',
+      multiple: true,
+      help: "what is to be changed; 'help' lists what can be",
+    },
+    FORMAT,
+    { long: 'force', help: 'changes nothing: no option that there is needs it' },
+    PROGRESS,
+    QUIET,
+    ALLOW_BACKING,
+    OUTPUT,
+  ],
+  run: async (args) => {
+    const lists = args.texts('options');
+    if (lists === undefined) throw usageError('Must specify options (-o)');
+    const [file, ...more] = args.positionals;
+    const format = args.choice('format', FORMATS);
+    const help = asksForHelp(lists);
+    if (help && format === 'qcow2') {
+      console.log(amendOptionsHelp());
+      return 0;
+    }
+    if (file === undefined || more.length > 0) throw usageError('Expecting one image file name');
+    const line = new ProgressLine(process.stderr);
+    const engine = await createEngine({ workers: 1 });
+    try {
+      const found = format ?? (await engine.imageInfo(file)).format;
+      if (found !== 'qcow2')
+        throw usageError(`images of format ${found} have no options that can be amended`);
+      if (help) {
+        console.log(amendOptionsHelp());
+        return 0;
+      }
+      const { creation, size, backingFile, backingFormat } = parseAmendOptions(lists);
+      const { version, dataFile, dataFileRaw, lazyRefcounts, refcountBits } = creation;
+      await engine.amendImage(
+        file,
+        {
+          ...{ format: found, allowBacking: args.texts('allow-backing') },
+          ...{ version, length: size, backingFile, backingFormat },
+          ...{ dataFile, dataFileRaw, lazyRefcounts, refcountBits },
+        },
+        toolProgress(line, args),
+      );
+      line.end();
+      if (args.choice('output', OUTPUTS, 'human') === 'json') {
+        console.log(JSON.stringify({ type: 'result', filename: file }));
+      }
+      return 0;
+    } finally {
+      await engine.close();
+    }
+  },
+};
