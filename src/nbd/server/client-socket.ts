@@ -18,10 +18,13 @@ export const IDLE_MS = 100;
 const AHEAD_BYTES = 16 * 1024;
 
 /**
- * Of so much data the client sends parts as they are taken, one after the other: a call that waits for all of them takes
- * less processor time than looking out for each.
+ * Of so much data the client sends parts as they are taken, one after the other. Where few connections are at work, looking
+ * out for each part spares the client from waking us for each of them; where many are, somebody always has something to
+ * do, and a call that waits for all of them takes less processor time.
  */
 const BULK_BYTES = 64 * 1024;
+/** Threads that may be at work when a large payload is looked out for: each has a client that wants a processor. */
+const MOST_FOR_BULK = Math.max(1, Math.floor(availableParallelism() / 2));
 
 /** How long a thread looks out for bytes before it sleeps, in milliseconds. */
 const LOOK_OUT_MS = 0.05;
@@ -141,8 +144,9 @@ export class ClientSocket {
     }
     for (let done = ahead; done < length; ) {
       const left = length - done;
+      const looksOut = left < BULK_BYTES || this.state.busyThreads <= MOST_FOR_BULK;
       const got =
-        (left < BULK_BYTES ? this.#lookOut(pointer + done, left, true) : undefined) ??
+        (looksOut ? this.#lookOut(pointer + done, left, true) : undefined) ??
         this.#attempt(() => this.#wire.receiveAll(pointer + done, left));
       if (got === 0) throw new ClientLost('the client went away in the middle of its data');
       done += got ?? 0;

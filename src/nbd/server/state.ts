@@ -147,6 +147,11 @@ export class ServerState {
     return this.#load(THREADS);
   }
 
+  /** Threads that do not wait for work. */
+  get busyThreads(): number {
+    return this.#load(THREADS) - this.#load(IDLE);
+  }
+
   /** In the order they were added; null: it was removed. */
   set exports(exports: readonly (ExportDescriptor | null)[]) {
     const json = new TextEncoder().encode(JSON.stringify(exports));
@@ -486,6 +491,11 @@ export class ConnectionState {
 
   set channel(channel: TlsChannel | undefined) {
     storeChannel(this.#server.arena.f64, this.pointer + CHANNEL, channel);
+  }
+
+  /** As {@link ServerState.busyThreads}. */
+  get busyThreads(): number {
+    return this.#server.busyThreads;
   }
 
   /** As {@link ServerState.beginLookOut}. */
