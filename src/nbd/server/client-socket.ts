@@ -204,11 +204,10 @@ export class ClientSocket {
     const lookOut = rest ? this.#forRest : this.#forRequest;
     if (!rest && this.#singles <= SINGLE_REQUESTS) return undefined;
     if (!lookOut.worthwhile || !this.state.beginLookOut(MOST_LOOK_OUT)) return undefined;
-    const until = performance.now() + LOOK_OUT_MS;
     let got = 0;
     try {
-      do got = this.#attempt(() => this.#wire.receiveNow(pointer, most)) ?? 0;
-      while (got < 0 && performance.now() < until);
+      const until = performance.now() + LOOK_OUT_MS;
+      got = this.#attempt(() => this.#wire.lookOut(pointer, most, until)) ?? 0;
     } finally {
       this.state.endLookOut();
     }

@@ -5,7 +5,7 @@ import type { ServerSockets } from '../../os/server-sockets.js';
 import type { Sockets } from '../../os/sockets.js';
 import { receiveInput, sendOutNow } from '../../os/tls-channel.js';
 import type { ConnectionState } from './state.js';
-import type { Wire } from './wire.js';
+import { receiveUntil, type Wire } from './wire.js';
 
 /**
  * With TLS. The channel is used under a lock of its own, for as long as it takes to encrypt or to decrypt; threads wait
@@ -55,13 +55,14 @@ export class TlsWire implements Wire {
     return done;
   }
 
-  receiveNow(pointer: number, most: number): number {
+  lookOut(pointer: number, most: number, until: number): number {
     for (;;) {
-      const got = this.#decrypt(pointer, most);
-      if (got >= 0) return got;
+      const got = this.#locked(() => this.#tls.readTo(this.#channel, this.#memory + pointer, most));
+      // What else is to be done, receiving does.
+      if (got !== TLS_NEEDS_INPUT) return got;
       const { address, length } = this.#tls.input(this.#channel);
-      const came = this.#sockets.receiveNow(this.#fd, address, length);
-      if (came <= 0) return -1;
+      const came = receiveUntil(this.#sockets, this.#fd, address, length, until);
+      if (came <= 0) return came;
       this.#put(came);
     }
   }

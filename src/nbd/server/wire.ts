@@ -17,8 +17,13 @@ export interface Wire {
   receive(pointer: number, most: number): number | undefined;
   /** Reads all of it. @returns fewer bytes only at the end or after the time-out; undefined: the same with none read */
   receiveAll(pointer: number, length: number): number | undefined;
-  /** Reads without waiting. @returns the bytes read; 0 or less: nothing, or nothing that {@link receive} would not tell */
-  receiveNow(pointer: number, most: number): number;
+  /**
+   * Reads without sleeping, and looks for bytes again and again.
+   *
+   * @param until how long, by `performance.now()`, in milliseconds
+   * @returns the bytes read; 0 or less: nothing, or nothing that {@link receive} would not tell
+   */
+  lookOut(pointer: number, most: number, until: number): number;
   /** Waits until something was taken. @param more what follows belongs to it @returns the bytes taken */
   send(pointer: number, length: number, more: boolean): number;
 }
@@ -47,12 +52,26 @@ export class PlainWire implements Wire {
     return this.#sockets.receiveAll(this.#fd, this.#memory + pointer, length);
   }
 
-  receiveNow(pointer: number, most: number): number {
-    return this.#sockets.receiveNow(this.#fd, this.#memory + pointer, most);
+  lookOut(pointer: number, most: number, until: number): number {
+    return receiveUntil(this.#sockets, this.#fd, this.#memory + pointer, most, until);
   }
 
   send(pointer: number, length: number, more: boolean): number {
     if (more) return this.#sockets.sendFrom(this.#fd, this.#memory + pointer, length, true);
     return writeSync(this.#fd, this.#arena.u8, pointer, length, null);
+  }
+}
+
+/** Reads what there is, and looks for the first of it until then. @returns as {@link ServerSockets.receiveNow} */
+export function receiveUntil(
+  sockets: ServerSockets,
+  fd: number,
+  address: number,
+  length: number,
+  until: number,
+): number {
+  for (;;) {
+    const came = sockets.receiveNow(fd, address, length);
+    if (came >= 0 || performance.now() >= until) return came;
   }
 }
