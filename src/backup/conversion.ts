@@ -10,6 +10,8 @@ import type { Runtime } from '../kernels/runtime.js';
 export interface Conversion {
   /** They follow one another, each filled up to whole sectors. */
   readonly sources: readonly NodeDescriptor[];
+  /** What is copied of each. */
+  readonly parts: readonly Part[];
   readonly target: NodeDescriptor;
   readonly length: number;
   /** Granularity of copying, a power of two: what has data anywhere is read whole. */
@@ -26,6 +28,12 @@ export interface Conversion {
   readonly compress: boolean;
   readonly salvage: boolean;
   readonly bytesPerSecond: number | undefined;
+}
+
+/** Part of an image, in bytes. */
+export interface Part {
+  readonly offset: number;
+  readonly length: number;
 }
 
 /** Where a thread of a conversion tells how far it is. */
@@ -61,19 +69,26 @@ export function copyPart(
   new Copier(runtime, conversion, team, buffer, listener).run();
 }
 
+/** Part of a source that is [start, end) of what is copied, the last bytes of it filled up with zeroes. */
+interface Piece extends Part {
+  readonly start: number;
+  readonly end: number;
+  readonly node: BlockNode;
+}
+
 /** Sources that follow one another. */
 class Sources {
-  readonly #pieces: { readonly start: number; readonly end: number; readonly node: BlockNode }[] = [];
+  readonly #pieces: Piece[] = [];
   readonly #onlyTop: number | undefined;
   readonly #zero: 'zero' | 'data';
   readonly #salvage: boolean;
 
-  constructor(runtime: Runtime, { sources, onlyTop, sparseSize, salvage }: Conversion) {
+  constructor(runtime: Runtime, { sources, parts, onlyTop, sparseSize, salvage }: Conversion) {
     let start = 0;
-    for (const source of sources) {
-      const node = attachNode(runtime, source);
-      const end = start + Math.ceil(node.length / SECTOR) * SECTOR;
-      this.#pieces.push({ start, end, node });
+    for (const [index, source] of sources.entries()) {
+      const { offset, length } = parts[index] ?? { offset: 0, length: 0 };
+      const end = start + roundUp(length, SECTOR);
+      this.#pieces.push({ start, end, node: attachNode(runtime, source), offset, length });
       start = end;
     }
     this.#onlyTop = onlyTop;
@@ -92,12 +107,14 @@ class Sources {
   }
 
   #kindAt(offset: number, most: number): { readonly kind: Kind; readonly length: number } {
-    const { start, end, node } = this.#pieceAt(offset);
-    const length = Math.min(most, end - offset);
-    const at = offset - start;
+    const piece = this.#pieceAt(offset);
+    const { node } = piece;
+    const length = Math.min(most, piece.end - offset);
+    const left = piece.start + piece.length - offset;
     // A tail that is less than a sector.
-    if (at >= node.length) return { kind: this.#zero, length };
-    const inNode = Math.min(length, node.length - at);
+    if (left <= 0) return { kind: this.#zero, length };
+    const inNode = Math.min(length, left);
+    const at = piece.offset + (offset - piece.start);
     if (this.#onlyTop === undefined) {
       const { flags, length: bytes } = chainStatus(node, at, inNode);
       return { kind: flags & STATUS_ZERO ? this.#zero : 'data', length: bytes };
@@ -120,17 +137,17 @@ class Sources {
     zero: (pointer: number, length: number) => void,
   ): void {
     for (let done = 0; done < length; ) {
-      const { start, end, node } = this.#pieceAt(offset + done);
-      const at = offset + done - start;
-      const bytes = Math.min(length - done, end - start - at);
-      const inNode = Math.max(0, Math.min(bytes, node.length - at));
-      if (inNode > 0) node.read(at, pointer + done, inNode);
+      const piece = this.#pieceAt(offset + done);
+      const at = offset + done - piece.start;
+      const bytes = Math.min(length - done, piece.end - piece.start - at);
+      const inNode = Math.max(0, Math.min(bytes, piece.length - at));
+      if (inNode > 0) piece.node.read(piece.offset + at, pointer + done, inNode);
       if (inNode < bytes) zero(pointer + done + inNode, bytes - inNode);
       done += bytes;
     }
   }
 
-  #pieceAt(offset: number): { readonly start: number; readonly end: number; readonly node: BlockNode } {
+  #pieceAt(offset: number): Piece {
     const piece = this.#pieces.find(({ end }) => offset < end);
     if (piece === undefined) throw new RangeError(`offset ${offset} is beyond the last source`);
     return piece;

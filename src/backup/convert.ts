@@ -22,7 +22,7 @@ import { attachFile } from '../block/raw/file.js';
 import { StillframeError } from '../errors.js';
 import { Team, type TeamMemory } from '../job/team.js';
 import type { Runtime } from '../kernels/runtime.js';
-import { type Conversion, type ConversionListener, copyPart } from './conversion.js';
+import { type Conversion, type ConversionListener, copyPart, type Part } from './conversion.js';
 import { abandonTarget, commitTarget, type Target } from './target.js';
 
 /** How an image is converted. Semantics: `qemu-img convert`. */
@@ -56,6 +56,11 @@ export interface ConvertOptions {
   readonly skipBrokenBitmaps?: boolean | undefined;
   /** At most this many bytes are read in a second. Default: as many as can be. */
   readonly bytesPerSecond?: number | undefined;
+  /**
+   * What is copied of a single source: from the byte `skip` of it on, up to the byte `end` at most. A beginning behind
+   * the end is told to `onMessage`, and the target is empty. Default: all of it.
+   */
+  readonly range?: { readonly skip: number; readonly end: number } | undefined;
   /** Folders from which the target's header may open a backing file. Default: the target's own. */
   readonly allowTargetBacking?: readonly string[] | undefined;
 }
@@ -105,11 +110,12 @@ export function convertImages(
       opened.push(openImage(runtime, path, { ...how, readOnly: true }));
     }
     const bitmaps = options.bitmaps === true ? bitmapsToCopy(runtime, opened, options, host) : [];
-    const length = opened.reduce((sum, source) => sum + roundUp(lengthOf(source), SECTOR), 0);
+    const parts = opened.map((source) => partOf(source, options.range, host));
+    const length = parts.reduce((sum, part) => sum + roundUp(part.length, SECTOR), 0);
     const target = openTarget(runtime, opened, targetName, length, options);
     try {
       if (options.compress === true) checkCompression(target.descriptor);
-      const conversion = conversionOf(runtime, opened, target, length, options);
+      const conversion = conversionOf(runtime, opened, parts, target, options);
       try {
         host.started(conversion);
         copyPart(runtime, conversion, team, buffer, host);
@@ -170,6 +176,13 @@ function checkOptions(sources: readonly ConvertSource[], target: string, options
   if (options.skipBrokenBitmaps === true && options.bitmaps !== true) {
     throw invalid('Use of --skip-broken-bitmaps requires --bitmaps');
   }
+  const { range } = options;
+  if (range !== undefined) {
+    if (sources.length > 1) throw invalid('a part can be copied of a single image only');
+    if (!Number.isInteger(range.skip) || range.skip < 0 || !(range.end >= 0)) {
+      throw invalid(`no part of an image is from byte ${range.skip} to ${range.end}`);
+    }
+  }
   if (options.bitmaps === true && sources.length > 1) {
     throw invalid('Copying bitmaps only possible with single source');
   }
@@ -194,6 +207,16 @@ function checkOptions(sources: readonly ConvertSource[], target: string, options
 
 function lengthOf(descriptor: NodeDescriptor): number {
   return descriptor.driver === 'file' ? 0 : descriptor.length;
+}
+
+function partOf(source: NodeDescriptor, range: ConvertOptions['range'], host: ConvertHost): Part {
+  const length = lengthOf(source);
+  if (range === undefined) return { offset: 0, length };
+  const end = Math.min(length, range.end);
+  if (range.skip > end) {
+    host.message(`'${source.path}': cannot skip ${range.skip} bytes: what is to be copied ends at ${end}`);
+  }
+  return { offset: Math.min(range.skip, end), length: Math.max(0, end - range.skip) };
 }
 
 function roundUp(bytes: number, unit: number): number {
@@ -308,8 +331,8 @@ function foldersOf(image: string, backingFile: string): string[] {
 function conversionOf(
   runtime: Runtime,
   sources: readonly NodeDescriptor[],
+  parts: readonly Part[],
   target: Target,
-  length: number,
   options: ConvertOptions,
 ): Conversion {
   const node = attachNode(runtime, target.descriptor);
@@ -317,8 +340,9 @@ function conversionOf(
   const { sparseSize = DEFAULT_SPARSE_BYTES } = options;
   return {
     sources,
+    parts,
     target: target.descriptor,
-    length,
+    length: parts.reduce((sum, part) => sum + roundUp(part.length, SECTOR), 0),
     // A target's cluster is written by one thread, at once.
     align: Math.max(DEFAULT_SPARSE_BYTES, clusterSize),
     claimBytes: roundUp(CLAIM_BYTES, Math.max(DEFAULT_SPARSE_BYTES, clusterSize)),

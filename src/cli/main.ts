@@ -12,6 +12,7 @@ const commands = new Map<string, () => Promise<Command>>([
   ['check', async () => (await import('./check.js')).check],
   ['compare', async () => (await import('./compare.js')).compare],
   ['convert', async () => (await import('./convert.js')).convert],
+  ['dd', async () => (await import('./dd.js')).dd],
   ['measure', async () => (await import('./measure.js')).measure],
   ['resize', async () => (await import('./resize.js')).resize],
   ['rebase', async () => (await import('./rebase.js')).rebase],
