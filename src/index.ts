@@ -17,7 +17,7 @@ export type { BitmapStatus } from './block/disk-bitmaps.js';
 export type { BitmapAction, BitmapSource } from './block/edit-bitmap.js';
 export type { SnapshotAction } from './block/edit-snapshots.js';
 export type { OnCbwError } from './block/filters/copy-before-write.js';
-export type { ImageFormat, TargetFormat } from './block/graph.js';
+export type { ImageFormat, ImageLayers, NamedImage, TargetFormat } from './block/graph.js';
 export type { ImageInfo } from './block/info.js';
 export type { MapBatch, MapEntry } from './block/map-batch.js';
 export type { Measure, MeasureOptions } from './block/measure.js';

@@ -56,7 +56,7 @@ import {
   openFile,
   statFile,
 } from './raw/file.js';
-import { attachRaw, openRaw } from './raw/raw.js';
+import { attachRaw, openRaw, type RawPart } from './raw/raw.js';
 import { withTraits } from './traits.js';
 
 /** Formats that are written, as `-O` names them. */
@@ -92,6 +92,29 @@ export interface OpenImageOptions {
   readonly chain?: boolean | undefined;
   /** Read a qcow2 image as it is in an internal snapshot; only read-only. */
   readonly snapshot?: SnapshotSelector | undefined;
+  /** What the image lies on where that is not what its name and its header say. */
+  readonly layers?: ImageLayers | undefined;
+}
+
+/** What an image lies on, as its user has it instead of its name and its header (QEMU: options of a node). */
+export interface ImageLayers {
+  /** Which part of its file a raw image is. */
+  readonly part?: RawPart | undefined;
+  /** The backing file of a qcow2 image; null: none, what it has not itself reads as zeroes. */
+  readonly backing?: NamedImage | null | undefined;
+  /** Path of the external data file of a qcow2 image that has one. */
+  readonly dataFile?: string | undefined;
+  /** What the key of the certificate is encrypted with by which a server is told who we are. */
+  readonly passphrase?: string | undefined;
+}
+
+/** An image that a user names. */
+export interface NamedImage {
+  /** Path, or the name of an NBD export. */
+  readonly path: string;
+  /** Probed from the first bytes when absent. */
+  readonly format?: ImageFormat | undefined;
+  readonly layers?: ImageLayers | undefined;
 }
 
 /**
@@ -126,7 +149,7 @@ export function openForEditing(
 export function openStorage(
   runtime: Runtime,
   name: string,
-  options: Pick<OpenFileOptions, 'readOnly' | 'lock' | 'writeBehind'>,
+  options: Pick<OpenFileOptions, 'readOnly' | 'lock' | 'writeBehind'> & Pick<ImageLayers, 'passphrase'>,
 ): StorageDescriptor {
   return isNbdName(name) ? openNbd(runtime, name, options) : openFile(runtime, name, options);
 }
@@ -158,8 +181,8 @@ function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, ch
     );
   }
   const lock = options.lock ?? (options.readOnly ? 'read' : 'write');
-  const { readOnly, writeBehind } = options;
-  const file = openStorage(runtime, path, { readOnly, lock, writeBehind });
+  const { readOnly, writeBehind, layers = {} } = options;
+  const file = openStorage(runtime, path, { readOnly, lock, writeBehind, passphrase: layers.passphrase });
   let backing: NodeDescriptor | undefined;
   let dataFile: FileDescriptor | undefined;
   try {
@@ -182,20 +205,24 @@ function openLayer(runtime: Runtime, path: string, options: OpenImageOptions, ch
           `'${path}' has no header of a known format; say format 'raw' to open it for writing`,
         );
       }
-      return openRaw(runtime, file);
+      return openRaw(runtime, file, layers.part);
     }
     if (format !== 'qcow2') return openForeignLayer(runtime, file, format, options, chain);
     const header = readHeader(runtime, node);
     if (header.hasDataFile && options.backing !== false) {
-      dataFile = openDataFile(runtime, path, header.dataFile, chain, {
-        readOnly,
-        lock,
-        writeBehind,
-      });
+      const how = { readOnly, lock, writeBehind };
+      dataFile =
+        layers.dataFile === undefined
+          ? openDataFile(runtime, path, header.dataFile, chain, how)
+          : openOwnFile(runtime, path, 'external data file', resolve(layers.dataFile), chain, how);
     }
-    if (header.backingFile !== undefined && options.backing !== false && options.chain !== false) {
-      const format = formatOfBacking(path, header.backingFormat);
-      backing = openBacking(runtime, path, header.backingFile, format, lock, chain);
+    if (options.backing !== false && options.chain !== false) {
+      if (layers.backing !== undefined) {
+        backing = layers.backing === null ? undefined : openNamed(runtime, layers.backing, lock, chain);
+      } else if (header.backingFile !== undefined) {
+        const format = formatOfBacking(path, header.backingFormat);
+        backing = openBacking(runtime, path, header.backingFile, format, lock, chain);
+      }
     }
     const { snapshot, recordDirty } = options;
     return openQcow2(runtime, file, backing, { readOnly, dataFile, snapshot, recordDirty });
@@ -224,6 +251,14 @@ function openBacking(
     );
   }
   return openLayer(runtime, path, { format, readOnly: true, lock: lock === 'none' ? 'none' : 'read' }, chain);
+}
+
+/** Opens the backing file that a user names; its header may open what that of an image of its own might. */
+function openNamed(runtime: Runtime, named: NamedImage, lock: LockMode, chain: Chain): NodeDescriptor {
+  const path = imagePath(named.path);
+  const options = { ...named, readOnly: true, lock: lock === 'none' ? 'none' : 'read' } as const;
+  const folders = [...chain.folders, ...allowedFolders(path, undefined)];
+  return openLayer(runtime, path, options, { ...chain, folders });
 }
 
 /** Opens an image of a format that is only read: its header, its extents and its parent. */
@@ -298,17 +333,29 @@ function openNamedFile(
   chain: Chain,
   options: OpenFileOptions,
 ): FileDescriptor {
-  const identity = fileIdentity(path);
-  if (chain.files.some((other) => other.identity === identity)) {
-    throw new StillframeError(
-      'ERR_STILLFRAME_BACKING_CYCLE',
-      `'${imagePath}' names '${path}', an image of its own chain, as its ${what}`,
-    );
-  }
   if (!chain.devices && statFile(path)?.isBlockDevice() === true) {
     throw new StillframeError(
       'ERR_STILLFRAME_BACKING_FORBIDDEN',
       `the header of '${imagePath}' names the device '${path}' as its ${what}; if you trust the image, allow its folder with --allow-backing ${dirname(path)}`,
+    );
+  }
+  return openOwnFile(runtime, imagePath, what, path, chain, options);
+}
+
+/** @param what the kind of file, for errors */
+function openOwnFile(
+  runtime: Runtime,
+  imagePath: string,
+  what: string,
+  path: string,
+  chain: Chain,
+  options: OpenFileOptions,
+): FileDescriptor {
+  const identity = fileIdentity(path);
+  if (chain.files.some((other) => other.identity === identity)) {
+    throw new StillframeError(
+      'ERR_STILLFRAME_BACKING_CYCLE',
+      `'${imagePath}' has '${path}', an image of its own chain, as its ${what}`,
     );
   }
   const file = openFile(runtime, path, options);

@@ -10,6 +10,7 @@ import {
   QUIET,
   usageError,
 } from './command.js';
+import { editedImage, IMAGE_NAMES } from './image-names.js';
 import { amendOptionsHelp, asksForHelp, parseAmendOptions } from './image-options.js';
 import { ProgressLine, toolProgress } from './progress.js';
 
@@ -32,6 +33,7 @@ export const amend: Command = {
     PROGRESS,
     QUIET,
     ALLOW_BACKING,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   run: async (args) => {
@@ -48,7 +50,8 @@ export const amend: Command = {
     const line = new ProgressLine(process.stderr);
     const engine = await createEngine({ workers: 1 });
     try {
-      const found = format ?? (await engine.imageInfo(file)).format;
+      const { path, ...named } = await editedImage(engine, args, file);
+      const found = named.format ?? (await engine.imageInfo(path)).format;
       if (found !== 'qcow2')
         throw usageError(`images of format ${found} have no options that can be amended`);
       if (help) {
@@ -58,7 +61,7 @@ export const amend: Command = {
       const { creation, size, backingFile, backingFormat } = parseAmendOptions(lists);
       const { version, dataFile, dataFileRaw, lazyRefcounts, refcountBits } = creation;
       await engine.amendImage(
-        file,
+        path,
         {
           ...{ format: found, allowBacking: args.texts('allow-backing') },
           ...{ version, length: size, backingFile, backingFormat },

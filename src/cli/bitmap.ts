@@ -1,5 +1,6 @@
 import { type BitmapAction, createEngine } from '../index.js';
 import { type Command, FORMAT, FORMATS, usageError } from './command.js';
+import { editedImage, IMAGE_NAMES } from './image-names.js';
 
 const ACTIONS = ['add', 'remove', 'clear', 'enable', 'disable', 'merge'] as const;
 
@@ -35,6 +36,7 @@ export const bitmap: Command = {
       help: 'bytes a bit of a new bitmap stands for, 512 to 2G (the cluster size, but 4k to 64k)',
     },
     FORMAT,
+    ...IMAGE_NAMES,
   ],
   run: async (args) => {
     const asked = args.given.flatMap(({ name, value }) => {
@@ -46,25 +48,26 @@ export const bitmap: Command = {
     }
     const has = (action: (typeof ACTIONS)[number]) => asked.some((one) => one.action === action);
     const granularity = args.size('granularity');
-    const path = args.text('source-file');
+    const sourcePath = args.text('source-file');
     const sourceFormat = args.choice('source-format', FORMATS);
     if (granularity !== undefined && !has('add')) throw usageError('granularity only supported with --add');
-    if (path !== undefined && !has('merge')) {
+    if (sourcePath !== undefined && !has('merge')) {
       throw usageError('Merge bitmap source file only supported with --merge');
     }
-    if (sourceFormat !== undefined && path === undefined) throw usageError('-F only supported with -b');
+    if (sourceFormat !== undefined && sourcePath === undefined) throw usageError('-F only supported with -b');
     const [file, name, ...more] = args.positionals;
     if (file === undefined || name === undefined || more.length > 0) {
       throw usageError('Expecting filename and bitmap name');
     }
-    const from = path === undefined ? undefined : { path, format: sourceFormat };
+    const from = sourcePath === undefined ? undefined : { path: sourcePath, format: sourceFormat };
     const actions = asked.map(({ action, value }): BitmapAction => {
       if (action === 'merge') return { action, source: value ?? '', from };
       return action === 'add' ? { action, granularity: granularity || undefined } : { action };
     });
     const engine = await createEngine({ workers: 1 });
     try {
-      await engine.bitmap(file, name, actions, { format: args.choice('format', FORMATS) });
+      const { path, format } = await editedImage(engine, args, file);
+      await engine.bitmap(path, name, actions, { format });
       return 0;
     } finally {
       await engine.close();

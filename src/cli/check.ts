@@ -1,5 +1,6 @@
 import { createEngine, type ImageCheck } from '../index.js';
-import { type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS } from './command.js';
+import { type Command, FORCE_SHARE, FORMAT, OUTPUT, OUTPUTS, usageError } from './command.js';
+import { IMAGE_NAMES, namedImage } from './image-names.js';
 import { printable } from './units.js';
 
 const REPAIRS = ['leaks', 'all'] as const;
@@ -52,6 +53,7 @@ export const check: Command = {
     { long: 'source-cache', short: 'T', value: 'MODE', help: "qemu-img's; without effect" },
     { long: 'quiet', short: 'q', help: 'print nothing but what is wrong or repaired, on stderr' },
     FORCE_SHARE,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   failure: (error) => (error.code === 'ERR_STILLFRAME_CHECK_UNSUPPORTED' ? 63 : 1),
@@ -60,10 +62,13 @@ export const check: Command = {
     const quiet = args.flag('quiet');
     const engine = await createEngine({ workers: 1 });
     try {
-      const result = await engine.checkImage(args.positionals[0] ?? '', {
-        format: args.choice('format', FORMATS),
-        repair: args.choice('repair', REPAIRS),
-        forceShare: args.flag('force-share'),
+      const repair = args.choice('repair', REPAIRS);
+      const named = await namedImage(engine, args, args.positionals[0] ?? '');
+      if (repair !== undefined && named.readOnly) throw usageError('read-only images cannot be repaired');
+      const result = await engine.checkImage(named.path, {
+        format: named.format,
+        repair,
+        forceShare: named.forceShare,
         onMessage: (line) => process.stderr.write(`${printable(line)}\n`),
         onRepaired: ({ leaks, corruptions }) => {
           if (json || quiet) return;

@@ -1,5 +1,6 @@
 import { createEngine } from '../index.js';
-import { ALLOW_BACKING, type Command, FORMAT, FORMATS, OUTPUT, OUTPUTS, PROGRESS, QUIET } from './command.js';
+import { ALLOW_BACKING, type Command, FORMAT, OUTPUT, OUTPUTS, PROGRESS, QUIET } from './command.js';
+import { editedImage, IMAGE_NAMES } from './image-names.js';
 import { ProgressLine, toolProgress } from './progress.js';
 
 export const commit: Command = {
@@ -20,6 +21,7 @@ export const commit: Command = {
     PROGRESS,
     QUIET,
     ALLOW_BACKING,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   run: async (args) => {
@@ -27,10 +29,11 @@ export const commit: Command = {
     const line = new ProgressLine(process.stderr);
     const engine = await createEngine({ workers: 1 });
     try {
+      const { path, format } = await editedImage(engine, args, file);
       await engine.commitImage(
-        file,
+        path,
         {
-          format: args.choice('format', FORMATS),
+          format,
           base: args.text('base'),
           keep: args.flag('keep'),
           bytesPerSecond: args.size('rate'),

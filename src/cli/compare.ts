@@ -4,7 +4,6 @@ import {
   type Command,
   FORCE_SHARE,
   FORMAT,
-  FORMATS,
   OUTPUT,
   OUTPUTS,
   PROGRESS,
@@ -12,6 +11,7 @@ import {
   QUIET,
   SNAPSHOT,
 } from './command.js';
+import { howToOpen, IMAGE_NAMES, namedImage } from './image-names.js';
 import { ProgressLine, toolProgress } from './progress.js';
 
 /** qemu-img names the sector. */
@@ -52,24 +52,24 @@ export const compare: Command = {
     QUIET,
     ALLOW_BACKING,
     FORCE_SHARE,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   failure: (error) => (error.code === 'ERR_STILLFRAME_IO' ? 4 : 2),
   run: async (args) => {
     const [first = '', second = ''] = args.positionals;
     const json = args.choice('output', OUTPUTS, 'human') === 'json';
-    const common = {
-      allowBacking: args.texts('allow-backing'),
-      forceShare: args.flag('force-share'),
-    };
-    const formats = [args.choice('format', FORMATS), args.choice('second-format', FORMATS)] as const;
     const line = new ProgressLine(process.stderr);
     const engine = await createEngine();
     try {
-      const result = await engine.compareImages(first, second, {
+      const [one, other] = [
+        await namedImage(engine, args, first),
+        await namedImage(engine, args, second, { format: 'second-format' }),
+      ];
+      const result = await engine.compareImages(one.path, other.path, {
         strict: args.flag('strict'),
-        first: { ...common, format: formats[0], snapshot: parseSnapshot(args.text('snapshot')) },
-        second: { ...common, format: formats[1] },
+        first: { ...howToOpen(one, args), snapshot: parseSnapshot(args.text('snapshot')) },
+        second: howToOpen(other, args),
         onProgress: toolProgress(line, args),
       });
       line.clear();

@@ -1,6 +1,7 @@
-import { createEngine } from '../index.js';
+import { createEngine, type Engine } from '../index.js';
 import {
   ALLOW_BACKING,
+  type Arguments,
   type Command,
   FORCE_SHARE,
   FORMAT,
@@ -14,11 +15,26 @@ import {
   TARGET_FORMATS,
   usageError,
 } from './command.js';
+import { editedImage, IMAGE_NAMES, namedImage, newFile } from './image-names.js';
 import { asksForHelp, IMAGE_OPTIONS, imageOptionsHelp, parseImageOptions } from './image-options.js';
 import { ProgressLine, toolProgress } from './progress.js';
 import { cancelOnSignal, tellInterrupted } from './signals.js';
 
 const MOST_COROUTINES = 16;
+
+/** The image that is there to be written into. @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT */
+async function existingTarget(engine: Engine, args: Arguments, target: string) {
+  const manner = {
+    format: 'target-format',
+    imageOptions: 'target-image-opts',
+    forceShare: undefined,
+  } as const;
+  const { path, format } = await editedImage(engine, args, target, manner);
+  if (format === undefined && path !== target) throw usageError(`'${target}': say its driver`);
+  const known = TARGET_FORMATS.find((one) => one === format);
+  if (format === undefined || known !== undefined) return { path, format: known };
+  throw usageError(`'${target}': images of format ${format} are not written to`);
+}
 
 export const convert: Command = {
   name: 'convert',
@@ -70,13 +86,15 @@ export const convert: Command = {
     QUIET,
     ALLOW_BACKING,
     FORCE_SHARE,
+    ...IMAGE_NAMES,
+    { long: 'target-image-opts', help: 'with -n: TARGET is named like that' },
     OUTPUT,
   ],
   run: async (args) => {
-    const format = args.choice('target-format', TARGET_FORMATS, 'raw');
+    const targetFormat = args.choice('target-format', TARGET_FORMATS);
     const lists = args.texts('options') ?? [];
     if (asksForHelp(lists)) {
-      console.log(imageOptionsHelp(format));
+      console.log(imageOptionsHelp(targetFormat ?? 'raw'));
       return 0;
     }
     const sources = args.positionals.slice(0, -1);
@@ -84,7 +102,10 @@ export const convert: Command = {
     if (target === undefined || sources.length === 0) throw usageError('Must specify image file name');
     const existing = args.flag('no-create');
     if (existing && lists.length > 0) throw usageError('-o has no effect when skipping image creation');
-    const { creation, size, ...parsed } = parseImageOptions(format, lists);
+    if (!existing && args.flag('target-image-opts')) {
+      throw usageError('--target-image-opts requires use of -n flag');
+    }
+    const { creation, size, ...parsed } = parseImageOptions(targetFormat ?? 'raw', lists);
     if (size !== undefined) throw usageError('-o size: the target has the size of the sources');
     const backingFile = args.text('backing') ?? parsed.backingFile;
     const backingFormat = args.choice('backing-format', FORMATS) ?? parsed.backingFormat;
@@ -110,12 +131,15 @@ export const convert: Command = {
     const ending = new AbortController();
     const signals = cancelOnSignal(() => ending.abort());
     try {
-      await engine.convertImage(sources, target, {
+      const named = await Promise.all(sources.map((source) => namedImage(engine, args, source)));
+      const { path, format = 'raw' } = existing
+        ? await existingTarget(engine, args, target)
+        : { path: newFile(target), format: targetFormat };
+      await engine.convertImage(named, path, {
         source: {
-          format: args.choice('format', FORMATS),
           snapshot: parseSnapshot(args.text('snapshot')),
           allowBacking: args.texts('allow-backing'),
-          forceShare: args.flag('force-share'),
+          forceShare: named.some(({ forceShare }) => forceShare),
         },
         format,
         creation,

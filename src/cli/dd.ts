@@ -4,13 +4,13 @@ import {
   type Command,
   FORCE_SHARE,
   FORMAT,
-  FORMATS,
   OUTPUT,
   OUTPUTS,
   parseSize,
   TARGET_FORMATS,
   usageError,
 } from './command.js';
+import { howToOpen, IMAGE_NAMES, namedImage, newFile } from './image-names.js';
 import { cancelOnSignal, tellInterrupted } from './signals.js';
 
 const OPERANDS = ['bs', 'count', 'skip', 'if', 'of'] as const;
@@ -44,6 +44,7 @@ export const dd: Command = {
     { long: 'target-format', short: 'O', value: 'FMT', help: 'format of the new image: raw or qcow2 (raw)' },
     FORCE_SHARE,
     ALLOW_BACKING,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   run: async (args) => {
@@ -66,12 +67,9 @@ export const dd: Command = {
     const ending = new AbortController();
     const signals = cancelOnSignal(() => ending.abort());
     try {
-      await engine.convertImage(source, target, {
-        source: {
-          format: args.choice('format', FORMATS),
-          allowBacking: args.texts('allow-backing'),
-          forceShare: args.flag('force-share'),
-        },
+      const named = await namedImage(engine, args, source);
+      await engine.convertImage(named.path, newFile(target), {
+        source: howToOpen(named, args),
         format,
         range: { skip: skip * block, end: count * block },
         signal: ending.signal,

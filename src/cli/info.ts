@@ -1,5 +1,6 @@
 import { createEngine, type ImageInfo } from '../index.js';
-import { ALLOW_BACKING, type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS } from './command.js';
+import { ALLOW_BACKING, type Command, FORCE_SHARE, FORMAT, OUTPUT, OUTPUTS } from './command.js';
+import { howToOpen, IMAGE_NAMES, namedImage } from './image-names.js';
 import { snapshotTable } from './snapshot.js';
 import { formatBytes, printable } from './units.js';
 
@@ -48,20 +49,19 @@ export const info: Command = {
     { long: 'backing-chain', help: 'describe all images of the backing chain' },
     ALLOW_BACKING,
     FORCE_SHARE,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   run: async (args) => {
     const output = args.choice('output', OUTPUTS, 'human');
     const engine = await createEngine({ workers: 1 });
     try {
-      const file = args.positionals[0] ?? '';
-      const options = {
-        format: args.choice('format', FORMATS),
-        allowBacking: args.texts('allow-backing'),
-        forceShare: args.flag('force-share'),
-      };
+      const named = await namedImage(engine, args, args.positionals[0] ?? '');
+      const options = howToOpen(named, args);
       const chain = args.flag('backing-chain');
-      const infos = chain ? await engine.chainInfo(file, options) : [await engine.imageInfo(file, options)];
+      const infos = chain
+        ? await engine.chainInfo(named.path, options)
+        : [await engine.imageInfo(named.path, options)];
       if (output === 'json') console.log(JSON.stringify(chain ? infos : infos[0], null, 4));
       else console.log(infos.map(human).join('\n\n'));
       return 0;

@@ -5,12 +5,12 @@ import {
   type Command,
   FORCE_SHARE,
   FORMAT,
-  FORMATS,
   OUTPUT,
   OUTPUTS,
   parseSnapshot,
   SNAPSHOT,
 } from './command.js';
+import { howToOpen, IMAGE_NAMES, namedImage } from './image-names.js';
 import { printable } from './units.js';
 
 /**
@@ -115,11 +115,11 @@ export const map: Command = {
     SNAPSHOT,
     ALLOW_BACKING,
     FORCE_SHARE,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   run: async (args) => {
     const json = args.choice('output', OUTPUTS, 'human') === 'json';
-    const file = args.positionals[0] ?? '';
     const engine = await createEngine({ workers: 1 });
     let failure: unknown;
     const lines = new JsonLines();
@@ -145,13 +145,12 @@ export const map: Command = {
           failure = error;
         }
       };
-      await engine.mapImage(file, print, {
+      const named = await namedImage(engine, args, args.positionals[0] ?? '');
+      await engine.mapImage(named.path, print, {
+        ...howToOpen(named, args),
         start: args.size('start-offset'),
         length: args.size('max-length'),
-        format: args.choice('format', FORMATS),
         snapshot: parseSnapshot(args.text('snapshot')),
-        allowBacking: args.texts('allow-backing'),
-        forceShare: args.flag('force-share'),
       });
       if (failure !== undefined) throw failure;
       process.stdout.write(heading);

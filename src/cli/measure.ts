@@ -4,13 +4,13 @@ import {
   type Command,
   FORCE_SHARE,
   FORMAT,
-  FORMATS,
   OUTPUT,
   OUTPUTS,
   parseSnapshot,
   TARGET_FORMATS,
   usageError,
 } from './command.js';
+import { howToOpen, IMAGE_NAMES, namedImage } from './image-names.js';
 import { asksForHelp, IMAGE_OPTIONS, imageOptionsHelp, parseImageOptions } from './image-options.js';
 
 export const measure: Command = {
@@ -26,6 +26,7 @@ export const measure: Command = {
     { long: 'snapshot', short: 'l', value: 'NAME', help: 'read FILE as it is in an internal snapshot' },
     ALLOW_BACKING,
     FORCE_SHARE,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   run: async (args) => {
@@ -41,19 +42,18 @@ export const measure: Command = {
     if (file !== undefined && size !== undefined) {
       throw usageError('--size N cannot be used together with a filename.');
     }
-    const what = size ?? file;
-    if (what === undefined) throw usageError('Either --size N or one filename must be specified.');
+    if (size === undefined && file === undefined)
+      throw usageError('Either --size N or one filename must be specified.');
     const engine = await createEngine({ workers: 1 });
     try {
-      const result = await engine.measureImage(what, {
+      const named = file === undefined ? undefined : await namedImage(engine, args, file);
+      const result = await engine.measureImage(named?.path ?? size ?? 0, {
         format,
         creation,
         hasBacking: backingFile !== undefined,
-        source: {
-          format: args.choice('format', FORMATS),
+        source: named && {
+          ...howToOpen(named, args),
           snapshot: parseSnapshot(args.text('snapshot')),
-          allowBacking: args.texts('allow-backing'),
-          forceShare: args.flag('force-share'),
         },
       });
       if (args.choice('output', OUTPUTS, 'human') === 'json') {

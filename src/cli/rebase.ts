@@ -10,6 +10,7 @@ import {
   QUIET,
   usageError,
 } from './command.js';
+import { editedImage, IMAGE_NAMES } from './image-names.js';
 import { ProgressLine, toolProgress } from './progress.js';
 
 export const rebase: Command = {
@@ -36,6 +37,7 @@ export const rebase: Command = {
     PROGRESS,
     QUIET,
     ALLOW_BACKING,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   run: async (args) => {
@@ -48,10 +50,11 @@ export const rebase: Command = {
     const line = new ProgressLine(process.stderr);
     const engine = await createEngine({ workers: 1 });
     try {
+      const { path, format } = await editedImage(engine, args, file);
       await engine.rebaseImage(
-        file,
+        path,
         {
-          format: args.choice('format', FORMATS),
+          format,
           backing,
           backingFormat: args.choice('backing-format', FORMATS),
           unsafe,

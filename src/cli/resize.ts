@@ -1,14 +1,6 @@
 import { createEngine } from '../index.js';
-import {
-  ALLOW_BACKING,
-  type Command,
-  FORMAT,
-  FORMATS,
-  OUTPUT,
-  OUTPUTS,
-  parseSize,
-  QUIET,
-} from './command.js';
+import { ALLOW_BACKING, type Command, FORMAT, OUTPUT, OUTPUTS, parseSize, QUIET } from './command.js';
+import { editedImage, IMAGE_NAMES } from './image-names.js';
 
 export const resize: Command = {
   name: 'resize',
@@ -26,6 +18,7 @@ export const resize: Command = {
     },
     QUIET,
     ALLOW_BACKING,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   run: async (args) => {
@@ -34,8 +27,9 @@ export const resize: Command = {
     const size = parseSize(digits ?? '', 'SIZE');
     const engine = await createEngine({ workers: 1 });
     try {
-      const length = await engine.resizeImage(file, {
-        format: args.choice('format', FORMATS),
+      const { path, format } = await editedImage(engine, args, file);
+      const length = await engine.resizeImage(path, {
+        format,
         size: sign === '-' ? -size : size,
         relative: sign !== '',
         shrink: args.flag('shrink'),

@@ -1,5 +1,6 @@
 import { createEngine, type ImageInfo } from '../index.js';
-import { type Command, FORCE_SHARE, FORMAT, FORMATS, OUTPUT, OUTPUTS, QUIET, usageError } from './command.js';
+import { type Command, FORCE_SHARE, FORMAT, OUTPUT, OUTPUTS, QUIET, usageError } from './command.js';
+import { editedImage, howToOpen, IMAGE_NAMES, namedImage } from './image-names.js';
 import { formatBytes, printable } from './units.js';
 
 /** The table of internal snapshots that `qemu-img snapshot -l` and `info` print. */
@@ -27,7 +28,7 @@ const ACTIONS = ['create', 'apply', 'delete'] as const;
 
 export const snapshot: Command = {
   name: 'snapshot',
-  usage: '(-l | -c NAME | -a NAME | -d NAME) [options] FILE',
+  usage: '[-l | -c NAME | -a NAME | -d NAME] [options] FILE',
   summary: 'Lists the internal snapshots of an image, makes one, goes back to one, or deletes one.',
   positionals: [0, Infinity],
   options: [
@@ -56,6 +57,7 @@ export const snapshot: Command = {
     FORMAT,
     FORCE_SHARE,
     QUIET,
+    ...IMAGE_NAMES,
     OUTPUT,
   ],
   run: async (args) => {
@@ -66,21 +68,18 @@ export const snapshot: Command = {
     if (wanted.length > 1) throw usageError("Cannot mix '-l', '-a', '-c', '-d'");
     const [file, ...more] = args.positionals;
     if (file === undefined || more.length > 0) throw usageError('Expecting one image file name');
-    if (wanted.length === 0) {
-      throw usageError("snapshot needs -l, -c, -a or -d; see 'stillframe snapshot --help'");
-    }
     const [action] = wanted;
-    const format = args.choice('format', FORMATS);
-    if (action !== undefined && args.flag('force-share')) {
-      throw usageError(`Could not open '${file}': force-share=on can only be used with read-only images`);
-    }
     const engine = await createEngine({ workers: 1 });
     try {
-      if (action !== undefined) {
-        await engine.snapshot(file, action, { format });
+      if (action !== undefined || wanted.length === 0) {
+        const { path, format } = await editedImage(engine, args, file);
+        if (action !== undefined) await engine.snapshot(path, action, { format });
+        // Like qemu-img, which opens the image and finds nothing to do.
+        else await engine.imageInfo(path, { format });
         return 0;
       }
-      const { snapshots } = await engine.imageInfo(file, { format, forceShare: args.flag('force-share') });
+      const named = await namedImage(engine, args, file);
+      const { snapshots } = await engine.imageInfo(named.path, howToOpen(named, args));
       if (args.choice('output', OUTPUTS, 'human') === 'json')
         console.log(JSON.stringify(snapshots ?? [], null, 4));
       else if (snapshots !== undefined) {

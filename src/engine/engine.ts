@@ -16,7 +16,7 @@ import type { DiskDescriptor } from '../block/disk.js';
 import type { BitmapAction } from '../block/edit-bitmap.js';
 import type { SnapshotAction } from '../block/edit-snapshots.js';
 import { interruptNode } from '../block/files.js';
-import type { ImageFormat } from '../block/graph.js';
+import type { ImageFormat, ImageLayers, NamedImage } from '../block/graph.js';
 import type { ImageInfo } from '../block/info.js';
 import { MapBatch, type MapRange, type PackedMap } from '../block/map-batch.js';
 import type { Measure, MeasureOptions } from '../block/measure.js';
@@ -55,9 +55,11 @@ export interface ImageOptions {
   readonly snapshot?: SnapshotSelector | undefined;
   /** Open although another program has the image open for writing (qemu-img's `-U`). Default false. */
   readonly forceShare?: boolean | undefined;
+  /** What the image lies on where that is not what its name and its header say. */
+  readonly layers?: ImageLayers | undefined;
 }
 
-export interface OpenDiskOptions extends ImageOptions {
+export interface OpenDiskOptions extends Omit<ImageOptions, 'layers'> {
   /** Default false: the disk takes writes and keeps other writers out. */
   readonly readOnly?: boolean | undefined;
   /** Whether discards are passed down or dropped. Default `unmap`. */
@@ -107,7 +109,7 @@ export interface ConvertImageOptions extends ConvertOptions {
   readonly onMessage?: ((line: string) => void) | undefined;
 }
 
-export interface CheckOptions extends Omit<ImageOptions, 'allowBacking'> {
+export interface CheckOptions extends Omit<ImageOptions, 'allowBacking' | 'layers'> {
   /**
    * What is put right: `leaks`, clusters that take space for nothing; `all`, whatever can be. Default: nothing, and the
    * image is only read. With it the image is opened for writing, also where it is marked corrupt.
@@ -149,6 +151,7 @@ function imageTask(options: ImageOptions | undefined): ImageTask {
     format: options?.format,
     backing: options?.allowBacking,
     snapshot: options?.snapshot,
+    layers: options?.layers,
     ...(options?.forceShare === true ? { lock: 'none' as const } : {}),
   };
 }
@@ -471,16 +474,22 @@ export class Engine {
   /**
    * Converts an image into another one, like `qemu-img convert`; of several the second follows the first and so on. The
    * target is `TARGET.partial` until it is complete and durable, and replaces what has its name then.
+   *
+   * @param sources with formats and layers of their own, or all of those of `options.source`
    */
   async convertImage(
-    sources: string | readonly string[],
+    sources: string | readonly (string | NamedImage)[],
     target: string,
     options: ConvertImageOptions = {},
   ): Promise<void> {
     const { source, workers = this.workers, signal, onProgress, onMessage, ...how } = options;
     signal?.throwIfAborted();
-    const paths = typeof sources === 'string' ? [sources] : sources;
-    const from = paths.map((path) => ({ path, options: imageTask(source) }));
+    const list = typeof sources === 'string' ? [sources] : sources;
+    const from = list.map((image) => {
+      if (typeof image === 'string') return { path: image, options: imageTask(source) };
+      const { path, format, layers } = image;
+      return { path, options: imageTask({ ...source, format, layers }) };
+    });
     const { result } = await this.#runTeam<boolean, void>(
       (team, port) => ({ kind: 'convert', sources: from, target, options: how, team, port }),
       (started, team, port) =>

@@ -95,16 +95,25 @@ function withLists(value: string | Tree): unknown {
  * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT
  */
 export function parseOption(text: string, kind: Kind, implied?: string): JsonObject {
+  if (text.startsWith('{')) return checked(parseJson(text), kind);
+  return checked(coerce(kind, parseKeyval(text, implied)), kind);
+}
+
+/** @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT where the text is no JSON, or no object */
+export function parseJson(text: string): JsonObject {
   let value: unknown;
-  if (text.startsWith('{')) {
-    try {
-      value = JSON.parse(text);
-    } catch (error) {
-      throw invalid(`JSON parse error: ${error instanceof Error ? error.message : String(error)}`);
-    }
-  } else value = coerce(kind, parseKeyval(text, implied));
+  try {
+    value = JSON.parse(text);
+  } catch (error) {
+    throw invalid(`JSON parse error: ${error instanceof Error ? error.message : String(error)}`);
+  }
   if (!isObject(value)) throw invalid(`'${text}' is no object`);
-  const wrong = wrongValue(kind, value, '');
-  if (wrong !== undefined) throw invalid(wrong);
   return value;
+}
+
+/** Options as they are, where they are what they should be. @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT */
+export function checked(options: unknown, kind: Kind): JsonObject {
+  const wrong = wrongValue(kind, options, '');
+  if (wrong !== undefined || !isObject(options)) throw invalid(wrong ?? 'it is no object');
+  return options;
 }
