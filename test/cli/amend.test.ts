@@ -164,6 +164,27 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('stillframe amend b
     same('compat=1.1');
   });
 
+  it('does not make version 3 of a header that has no room for it', async () => {
+    const path = at('full');
+    run('qemu-img', ['create', '-q', '-f', 'qcow2', '-o', 'compat=0.10,cluster_size=512', path, '64k']);
+    const bytes = readFileSync(path);
+    // An extension that nobody knows.
+    bytes.writeUInt32BE(0x12345678, 72);
+    bytes.writeUInt32BE(400, 76);
+    writeFileSync(path, bytes);
+    await expect(engine.amendImage(path, { version: 3 })).rejects.toThrow(
+      expect.objectContaining({ code: 'ERR_STILLFRAME_INVALID_ARGUMENT' }),
+    );
+    expect(readFileSync(path).equals(bytes)).toBe(true);
+    bytes.writeUInt32BE(384, 76);
+    writeFileSync(path, bytes);
+    await engine.amendImage(path, { version: 3 });
+    const header = readFileSync(path);
+    expect(header.readUInt32BE(4)).toBe(3);
+    expect(header.subarray(112, 512 - 8).equals(bytes.subarray(72, 72 + 392))).toBe(true);
+    run('qemu-img', ['check', '-q', path]);
+  });
+
   it('keeps bitmaps through changes that leave them, and loses them where version 2 has none', async () => {
     make(
       [...CREATE, 'image', '4M'],

@@ -1,4 +1,5 @@
 import { closeSync, openSync, readSync, statSync } from 'node:fs';
+import { amendImage } from '#src/block/amend.js';
 import { checkImage, type ImageCheck } from '#src/block/check.js';
 import { type BitmapAction, editBitmap } from '#src/block/edit-bitmap.js';
 import { isImage } from '#src/block/files.js';
@@ -432,6 +433,13 @@ export class Exercise {
             relative: true,
             shrink: true,
           });
+        }
+        if (dice.chance(0.4)) {
+          const version = dice.chance(0.5) ? undefined : dice.pick([2, 3] as const);
+          const refcountBits = dice.chance(0.5) ? undefined : 2 ** dice.between(0, 6);
+          const lazyRefcounts = dice.chance(0.7) ? undefined : dice.chance(0.5);
+          const options = { format: 'qcow2', version, refcountBits, lazyRefcounts } as const;
+          return amendImage(this.#runtime, this.#path, options, () => undefined);
         }
         const action = dice.pick<BitmapAction>([
           { action: 'add', granularity: dice.chance(0.5) ? 512 : 65536 },

@@ -237,9 +237,10 @@ class HeaderChange {
   /** Where a list of extensions ends, with what says so where a name is to follow. */
   #endOf(headerLength: number, extensions: readonly Extension[], isNamed: boolean): number {
     const bytes = extensions.reduce((sum, { data }) => sum + EXTENSION_HEAD_BYTES + padded(data.length), 0);
-    // The end of the extensions is a head of zeroes; without a name behind them it may be the end of the cluster.
     const end = headerLength + bytes;
-    return isNamed ? end + EXTENSION_HEAD_BYTES : Math.min(end + EXTENSION_HEAD_BYTES, this.#old.length);
+    // The end of the extensions is a head of zeroes; without a name behind them it may be the end of the cluster.
+    if (!isNamed && end <= this.#old.length) return Math.min(end + EXTENSION_HEAD_BYTES, this.#old.length);
+    return end + EXTENSION_HEAD_BYTES;
   }
 
   #encode(extensions: readonly Extension[]): Buffer {
