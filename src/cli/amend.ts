@@ -1,4 +1,4 @@
-import { createEngine } from '../index.js';
+import { createEngine, type ImageInfo } from '../index.js';
 import {
   ALLOW_BACKING,
   type Command,
@@ -13,6 +13,11 @@ import {
 import { editedImage, IMAGE_NAMES } from './image-names.js';
 import { amendOptionsHelp, asksForHelp, parseAmendOptions } from './image-options.js';
 import { ProgressLine, toolProgress } from './progress.js';
+import { printable } from './units.js';
+
+function bitmapsOf({ 'format-specific': specific }: ImageInfo): readonly { readonly name: string }[] {
+  return specific?.type === 'qcow2' ? (specific.data.bitmaps ?? []) : [];
+}
 
 export const amend: Command = {
   name: 'amend',
@@ -51,7 +56,8 @@ export const amend: Command = {
     const engine = await createEngine({ workers: 1 });
     try {
       const { path, ...named } = await editedImage(engine, args, file);
-      const found = named.format ?? (await engine.imageInfo(path)).format;
+      const before = await engine.imageInfo(path, named);
+      const found = before.format;
       if (found !== 'qcow2')
         throw usageError(`images of format ${found} have no options that can be amended`);
       if (help) {
@@ -70,6 +76,13 @@ export const amend: Command = {
         toolProgress(line, args),
       );
       line.end();
+      if (version === 2 && !args.flag('quiet')) {
+        for (const { name } of bitmapsOf(before)) {
+          process.stderr.write(
+            `stillframe: warning: compat=0.10 has no dirty bitmaps: '${printable(name)}' is gone\n`,
+          );
+        }
+      }
       if (args.choice('output', OUTPUTS, 'human') === 'json') {
         console.log(JSON.stringify({ type: 'result', filename: file }));
       }

@@ -198,6 +198,13 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('stillframe amend b
     const disk = await engine.openDisk(at('ours/image'), { readOnly: true });
     expect(await disk.bitmaps()).toMatchObject([{ name: 'bitmap', count: 65536 }]);
     await disk.close();
+    copyFileSync(at('ours/image'), at('told'));
+    const done = stillframe(['amend', '-o', 'compat=0.10', at('told')]);
+    expect(done).toEqual({
+      status: 0,
+      stdout: '',
+      stderr: "stillframe: warning: compat=0.10 has no dirty bitmaps: 'bitmap' is gone\n",
+    });
     await amendBoth('compat=0.10');
     same('compat=0.10');
     await amendBoth('compat=1.1');

@@ -17,6 +17,7 @@ const DISK = 'src/block/disk.ts';
 const NODE = 'src/block/qcow2/node.ts';
 const REBASE = 'src/block/rebase.ts';
 const METADATA = 'src/block/qcow2/metadata.ts';
+const ALL_TABLES = 'src/block/qcow2/all-tables.ts';
 const TARGET = 'src/backup/target.ts';
 const JOB = 'src/backup/backup-job.ts';
 const ANY_JOB = 'src/job/job.ts';
@@ -41,6 +42,7 @@ const fleece = ['test/backup/fleece.test.ts', 'test/nbd/freeze.test.ts'];
 const rounds = ['test/backup/rounds.test.ts'];
 const power = ['test/block/qcow2-power-cut.test.ts'];
 const kill = ['test/block/kill/power-cut.test.ts'];
+const amended = ['test/block/qcow2-amend-power-cut.test.ts'];
 const qcow2 = ['test/block/qcow2.test.ts'];
 const contract = ['test/block/conformance.test.ts'];
 const compressed = ['test/block/qcow2-compressed.test.ts'];
@@ -971,6 +973,22 @@ export const mutants: readonly Mutant[] = [
     find: 'if (this.#held) return this.use(body);',
     replace: '',
     tests: ['test/block/disk.test.ts'],
+  },
+  {
+    name: 'zeroes-before-counts',
+    what: 'a downgraded image refers to a cluster of zeroes before the disk has how often it is counted',
+    file: ALL_TABLES,
+    find: '    this.#metadata.flush();\n    this.#file.write(offset',
+    replace: '    this.#file.write(offset',
+    tests: amended,
+  },
+  {
+    name: 'zeroed-freed-early',
+    what: 'what a downgraded image had beneath its zeroes is given up before its tables on the disk know',
+    file: ALL_TABLES,
+    find: '    this.#file.flush();\n    this.#locked(() => {\n      this.#metadata.l2.forget',
+    replace: '    this.#locked(() => {\n      this.#metadata.l2.forget',
+    tests: amended,
   },
   {
     name: 'parked-while-taken',
