@@ -1,4 +1,4 @@
-import { combineNames } from './graph.js';
+import { combineNames, type ImageLayers } from './graph.js';
 import { FIELDS, type MapRange, type PackedMap } from './map-batch.js';
 import type { BlockNode, NodeDescriptor } from './node.js';
 import { chainStatus, shownStatus } from './status.js';
@@ -51,14 +51,19 @@ export function mapNode(node: BlockNode, range: MapRange, onBatch: (batch: Packe
  * Names of the files that data is in, for each image of the chain, top first.
  *
  * @param filename the name the caller gave
+ * @param layers what the caller has the image lie on instead
  */
-export function mapFiles(node: BlockNode, filename: string): string[][] {
+export function mapFiles(node: BlockNode, filename: string, layers?: ImageLayers): string[][] {
   const names: string[][] = [];
   let name = filename;
+  let named = layers;
   for (let layer: BlockNode | undefined = node; layer !== undefined; layer = layer.backing) {
     const { descriptor } = layer;
-    names.push(filesOfLayer(descriptor, name));
-    if ('backingFile' in descriptor) name = combineNames(name, descriptor.backingFile ?? '');
+    names.push(named?.dataFile === undefined ? filesOfLayer(descriptor, name) : [named.dataFile]);
+    const { backing } = named ?? {};
+    if (backing) name = backing.path;
+    else if ('backingFile' in descriptor) name = combineNames(name, descriptor.backingFile ?? '');
+    named = backing?.layers;
   }
   return names;
 }

@@ -1,5 +1,6 @@
 import { createEngine } from '../index.js';
 import { type Command, FORMATS, OUTPUT, OUTPUTS, parseSize, TARGET_FORMATS, usageError } from './command.js';
+import { newFile } from './image-names.js';
 import {
   asksForHelp,
   formattingLine,
@@ -51,7 +52,7 @@ export const create: Command = {
     }
     const engine = await createEngine({ workers: 1 });
     try {
-      const length = await engine.createImage(file, {
+      const length = await engine.createImage(newFile(file), {
         ...creation,
         format,
         length: size,

@@ -1,5 +1,5 @@
 import { createEngine, type ImageInfo } from '../index.js';
-import { ALLOW_BACKING, type Command, FORCE_SHARE, FORMAT, OUTPUT, OUTPUTS } from './command.js';
+import { ALLOW_BACKING, type Command, FORCE_SHARE, FORMAT, OUTPUT, OUTPUTS, usageError } from './command.js';
 import { howToOpen, IMAGE_NAMES, namedImage } from './image-names.js';
 import { snapshotTable } from './snapshot.js';
 import { formatBytes, printable } from './units.js';
@@ -57,6 +57,9 @@ export const info: Command = {
     const engine = await createEngine({ workers: 1 });
     try {
       const named = await namedImage(engine, args, args.positionals[0] ?? '');
+      if (named.layers?.backing) {
+        throw usageError('info tells what the header names: leave out what the backing file is');
+      }
       const options = howToOpen(named, args);
       const chain = args.flag('backing-chain');
       const infos = chain

@@ -679,7 +679,7 @@ export class TaskRunner {
     const descriptor = openImage(this.#runtime, path, { ...options, readOnly: true });
     try {
       const node = attachNode(this.#runtime, descriptor);
-      port.postMessage(mapFiles(node, path));
+      port.postMessage(mapFiles(node, path, options.layers));
       let posted = 0;
       mapNode(node, range, (batch) => {
         port.postMessage(batch, [batch.buffer]);

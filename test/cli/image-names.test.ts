@@ -198,6 +198,13 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))(
       ['info', '--backing-chain', json({ driver: 'qcow2', file: { driver: 'file', filename: 'image' } })],
       ['map', '--output', 'json', '--image-opts', `${PLAIN},backing=`],
       ['map', '--output', 'json', json({ driver: 'raw', offset: 512, size: 2048, 'file.filename': 'base' })],
+      ['map', '--image-opts', OTHER],
+      ['map', '--image-opts', 'driver=qcow2,file.filename=external,data-file.filename=moved'],
+      [
+        'map',
+        '--image-opts',
+        'driver=qcow2,file.filename=alone,backing.driver=raw,backing.file.filename=other',
+      ],
       ['check', '--image-opts', PLAIN],
       ['compare', '--image-opts', OTHER, 'driver=raw,file.filename=other'],
       ['compare', json({ driver: 'qcow2', file: { filename: 'image' } }), 'image'],
@@ -260,6 +267,8 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))(
     it.each([
       [['info', '--image-opts', '-f', 'qcow2', PLAIN]],
       [['info', '--image-opts', 'image']],
+      [['info', '--backing-chain', '--image-opts', OTHER]],
+      [['create', '-f', 'raw', json({ driver: 'raw', file: { filename: 'new' } }), '1M']],
       [['info', 'json:{']],
       [['check', '--image-opts', 'driver=qcow2,foo=1,file.filename=image']],
       [['compare', '--image-opts', '-F', 'raw', PLAIN, PLAIN]],

@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { makeCertificates } from '../support/certificates.js';
-import { startStillframe } from '../support/cli.js';
+import { startStillframe, stillframe } from '../support/cli.js';
 import { hasPeer, run } from '../support/peers.js';
 import { hasQemu, type Step, same } from '../support/sessions.js';
 
@@ -122,6 +122,13 @@ describe.skipIf(!hasQemu() || !hasPeer('openssl'))('an encrypted key', () => {
       await Promise.race([ended, expect.poll(() => existsSync(there), { timeout: 30_000 }).toBe(true)]);
       client.child.kill('SIGTERM');
       expect(await ended).toBe('');
+      // And a tool whose image is named by options.
+      const at = `file.server.type=unix,file.server.path=${address}`;
+      const image = `driver=raw,file.driver=nbd,${at},file.tls-creds=t,file.tls-hostname=localhost`;
+      const info = ['info', '--output=json', ...objects('client'), '--image-opts', image];
+      for (const told of [stillframe(info).stdout, run('qemu-img', info)]) {
+        expect(JSON.parse(told)).toMatchObject({ 'virtual-size': 65536, format: 'raw' });
+      }
     } finally {
       served.kill('SIGTERM');
       await gone;
