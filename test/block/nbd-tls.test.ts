@@ -24,9 +24,12 @@ beforeAll(async () => {
   makeCertificates(at('pki'));
   makeCertificates(at('other'), 'DNS:*.example.org', 'IP:127.0.0.1');
   makeIntermediate(at('pki'), at('middle'));
-  mkdirSync(at('anonymous'));
-  for (const folder of ['middle', 'anonymous']) {
+  for (const folder of ['anonymous', 'stranger']) mkdirSync(at(folder));
+  for (const folder of ['middle', 'anonymous', 'stranger']) {
     cpSync(join(at('pki'), 'ca-cert.pem'), join(at(folder), 'ca-cert.pem'));
+  }
+  for (const file of ['client-cert.pem', 'client-key.pem']) {
+    cpSync(join(at('other'), file), join(at('stranger'), file));
   }
   writeFileSync(at('disk'), content);
   writeFileSync(at('keys.psk'), `alice:${KEY}\n`);
@@ -156,6 +159,17 @@ describe.skipIf(!peers)('an export is read over TLS', () => {
     await expect(readAll(nameOf(server, parameters()))).rejects.toMatchObject({
       code: 'ERR_STILLFRAME_NBD_REFUSED',
       message: expect.stringMatching(text),
+    });
+  });
+
+  it.each([
+    ['no certificate of ours', 'anonymous'],
+    ['one of another authority', 'stranger'],
+  ])('but not by a server that wants to know the client, with %s', async (_, folder) => {
+    server = kitX509('--tls-verify-peer');
+    await expect(readAll(nameOf(server, `&tls-certificates=${at(folder)}`))).rejects.toMatchObject({
+      code: 'ERR_STILLFRAME_NBD_CONNECTION',
+      message: expect.stringContaining('client-cert.pem'),
     });
   });
 

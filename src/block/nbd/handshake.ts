@@ -13,8 +13,9 @@ import {
   REPLY,
   REPLY_ERROR,
 } from '../../nbd/protocol/numbers.js';
+import { TlsError } from '../../os/openssl.js';
 import { connectionError, protocolError, refusedError, serverText } from './errors.js';
-import type { SocketStream } from './stream.js';
+import { ConnectionLost, type SocketStream } from './stream.js';
 import type { NbdTarget } from './uri.js';
 
 /** What client and server have agreed on. */
@@ -70,13 +71,26 @@ export function negotiate(
     const agreed = exportName(talk, target, greeting.noZeroes);
     return { stream, session: { ...agreed, headers: 'simple', contexts: new Map() } };
   }
-  const headers = chooseHeaders(talk);
+  const headers = target.tls === undefined ? chooseHeaders(talk) : heard(() => chooseHeaders(talk));
   const contexts =
     headers === 'simple'
       ? new Map<string, number>()
       : chooseContexts(talk, target.exportName, [BASE_ALLOCATION, ...target.contexts]);
   const agreed = go(talk, target) ?? exportName(talk, target, greeting.noZeroes);
   return { stream, session: { ...agreed, headers, contexts } };
+}
+
+/** What is asked first after the TLS handshake: only with its answer it is known that the server trusts us, too. */
+function heard<T>(ask: () => T): T {
+  try {
+    return ask();
+  } catch (error) {
+    // A server that says why tells of it in TLS; many only go away.
+    if (!(error instanceof ConnectionLost) || error.cause instanceof TlsError) throw error;
+    const why =
+      'it may want another certificate of its clients (client-cert.pem in the folder tls-certificates)';
+    throw new ConnectionLost(`${error.message} after the TLS handshake: ${why}`, { cause: error.cause });
+  }
 }
 
 function greet(name: string, stream: SocketStream): { fixed: boolean; noZeroes: boolean } {
