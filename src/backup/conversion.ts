@@ -164,8 +164,8 @@ class Copier {
   readonly #sources: Sources;
   readonly #target: BlockNode;
   readonly #unit: number;
-  /** Clusters of the target are not written whole. */
-  readonly #bySubcluster: boolean;
+  /** Units are written in runs: they are parts of clusters, or larger than what the data is aligned to. */
+  readonly #byRuns: boolean;
   readonly #started = performance.now();
 
   constructor(
@@ -184,11 +184,12 @@ class Copier {
     this.#sources = new Sources(runtime, conversion);
     this.#target = attachNode(runtime, conversion.target);
     const { descriptor, clusterSize = SECTOR } = this.#target;
-    this.#bySubcluster = descriptor.driver === 'qcow2' && descriptor.extendedL2 && !conversion.compress;
-    const least = this.#bySubcluster ? clusterSize / SUBCLUSTERS : clusterSize;
+    const bySubcluster = descriptor.driver === 'qcow2' && descriptor.extendedL2 && !conversion.compress;
+    const least = bySubcluster ? clusterSize / SUBCLUSTERS : clusterSize;
     // The masks of units are for powers of two.
     const unit = 2 ** Math.ceil(Math.log2(Math.max(least, conversion.sparseSize, SECTOR)));
     this.#unit = conversion.compress ? clusterSize : Math.min(COPY_BUFFER_BYTES, unit);
+    this.#byRuns = bySubcluster || this.#unit > conversion.align;
   }
 
   run(): void {
@@ -280,7 +281,7 @@ class Copier {
     if (zero < units) {
       if (compress)
         this.#runs(length, false, (from, to) => this.#writeCompressed(at + from, from, to - from));
-      else if (this.#bySubcluster) {
+      else if (this.#byRuns) {
         this.#runs(length, false, (from, to) => this.#target.write(at + from, this.#data + from, to - from));
       } else this.#target.writeUnits(at, this.#data, length, this.#unit, this.#mask);
     }

@@ -70,6 +70,7 @@ const TARGETS: readonly [name: string, options: ConvertImageOptions][] = [
   ['qcow2', { format: 'qcow2' }],
   ['qcow2, one thread', { format: 'qcow2', workers: 1 }],
   ['qcow2, nothing left out', { format: 'qcow2', sparseSize: 0 }],
+  ['qcow2, large holes only', { format: 'qcow2', sparseSize: MIB }],
   ['qcow2 of 512-byte clusters', { format: 'qcow2', creation: { clusterSize: 512 } }],
   ['qcow2 of 2 MiB clusters', { format: 'qcow2', creation: { clusterSize: 2 * MIB } }],
   ['qcow2 version 2', { format: 'qcow2', creation: { version: 2 } }],
