@@ -34,7 +34,7 @@ const BUFFER_BYTES = 1024 * 1024;
  *
  * @param onProgress called with bytes done and bytes in all
  * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT (no format, or a name that does not fit), …_BACKING_CYCLE,
- *   …_UNSUPPORTED_FEATURE (the image's format has no backing files) and what opening, reading and writing throw
+ *   …_UNSUPPORTED_FEATURE (the image's format has no backing files, or its data file is a raw image) and what opening, reading and writing throw
  */
 export function rebaseImage(
   runtime: Runtime,
@@ -61,6 +61,12 @@ export function rebaseImage(
         throw new StillframeError(
           'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
           `'${path}' has the format ${image.driver}, which has no backing files`,
+        );
+      }
+      if (image.dataFileRaw && backing !== undefined) {
+        throw new StillframeError(
+          'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+          `'${path}' has a raw data file (data_file_raw), which excludes a backing file: who reads the data file alone would not see it`,
         );
       }
       if (!unsafe) keepContent(runtime, image, fresh, onProgress);

@@ -123,6 +123,20 @@ describe.skipIf(!peers)('rebase', () => {
     expect(firstDifference(contentOf(path), contentOf(theirs('top.qcow2')))).toBe(-1);
   });
 
+  it.each([false, true])('refuses a backing file below a raw data file, unsafe: %s', async (unsafe) => {
+    const path = join(folder, `raw data file ${unsafe}`);
+    const options = `data_file=${path}.data,data_file_raw=on`;
+    run('qemu-img', ['create', '-q', '-f', 'qcow2', '-o', options, path, '64k']);
+    run('qemu-img', ['create', '-q', '-f', 'raw', `${path}.raw`, '64k']);
+    const backing = `${path}.raw`;
+    const args = ['rebase', ...(unsafe ? ['-u'] : []), '-b', backing, '-F', 'raw', path];
+    run('qemu-img', args, [1]);
+    await expect(engine.rebaseImage(path, { backing, backingFormat: 'raw', unsafe })).rejects.toThrow(
+      expect.objectContaining({ code: 'ERR_STILLFRAME_UNSUPPORTED_FEATURE' }),
+    );
+    expect(backingOf(path)).toEqual([undefined, undefined]);
+  });
+
   it('refuses what would not be a chain, with the image as it was', async () => {
     const { at } = chain('rebase refused', 6, '');
     const before = readFileSync(at('mid.qcow2'));
