@@ -115,6 +115,9 @@ export function convertImages(
     const target = openTarget(runtime, opened, targetName, length, options);
     try {
       if (options.compress === true) checkCompression(target.descriptor);
+      if (options.bitmaps === true && target.descriptor.driver === 'qcow2' && target.descriptor.version < 3) {
+        throw noBitmaps('qcow2, version 2');
+      }
       const conversion = conversionOf(runtime, opened, parts, target, options);
       try {
         host.started(conversion);
@@ -230,6 +233,13 @@ interface CopiedBitmap {
   readonly enabled: boolean;
 }
 
+function noBitmaps(format: string): StillframeError {
+  return new StillframeError(
+    'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
+    `Format driver '${format}' does not support bitmaps`,
+  );
+}
+
 function bitmapsToCopy(
   runtime: Runtime,
   [source]: readonly NodeDescriptor[],
@@ -239,12 +249,7 @@ function bitmapsToCopy(
   if (source?.driver !== 'qcow2' || source.version < 3) {
     throw new StillframeError('ERR_STILLFRAME_UNSUPPORTED_FEATURE', 'Source lacks bitmap support');
   }
-  if (options.format !== 'qcow2') {
-    throw new StillframeError(
-      'ERR_STILLFRAME_UNSUPPORTED_FEATURE',
-      `Format driver '${options.format ?? 'raw'}' does not support bitmaps`,
-    );
-  }
+  if (options.format !== 'qcow2') throw noBitmaps(options.format ?? 'raw');
   const file = attachFile(runtime, source.file);
   const copied: CopiedBitmap[] = [];
   for (const { name, granularity, flags } of readBitmaps(file, readHeader(runtime, file))) {

@@ -82,6 +82,7 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('stillframe convert
     [['--salvage', '-C', 'source.qcow2', 'out2'], 'Cannot use copy offloading in salvaging mode'],
     [['--skip-broken-bitmaps', 'source.qcow2', 'out2'], 'Use of --skip-broken-bitmaps requires --bitmaps'],
     [['--bitmaps', 'source.qcow2', 'out2'], "Format driver 'raw' does not support bitmaps"],
+    [['--bitmaps', '-O', 'qcow2', '-o', 'compat=0.10', 'source.qcow2', 'out2'], 'does not support bitmaps'],
     [['--bitmaps', '-f', 'raw', '-O', 'qcow2', 'source.raw', 'out2'], 'Source lacks bitmap support'],
     [['nosuch.qcow2', 'out2'], 'no such file or directory'],
   ])('fails as qemu-img does: %j', (words, message) => {
