@@ -42,6 +42,10 @@ export const measure: Command = {
     if (file !== undefined && size !== undefined) {
       throw usageError('--size N cannot be used together with a filename.');
     }
+    const ofImage = args.flag('image-opts') || (args.text('format') ?? args.text('snapshot')) !== undefined;
+    if (file === undefined && ofImage) {
+      throw usageError('--image-opts, -f, and -l require a filename argument.');
+    }
     if (size === undefined && file === undefined)
       throw usageError('Either --size N or one filename must be specified.');
     const engine = await createEngine({ workers: 1 });

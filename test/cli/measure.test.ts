@@ -63,6 +63,9 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))(
       '-f raw SOURCE.raw',
       '',
       '--size 1M SOURCE.qcow2',
+      '--size 1M -l s',
+      '--size 1M -f raw',
+      '--size 1M --image-opts',
       '-O qcow2 nothing',
       '--size 100P -O qcow2 -o cluster_size=512',
     ])('%s', (line) => {
