@@ -1,3 +1,4 @@
+import { dirname } from 'node:path';
 import type { DirtyBitmap } from '#src/bitmap/dirty-bitmap.js';
 import { run } from './peers.js';
 
@@ -22,7 +23,8 @@ export function areasOf(bitmap: DirtyBitmap): Area[] {
 /** The dirty areas of a persistent bitmap as QEMU reads it. */
 export function dirtyInQemu(path: string, name: string): Area[] {
   const server = ['qemu-nbd', '-r', '-f', 'qcow2', '-B', name, path];
-  const answer = run('nbdinfo', ['--json', `--map=qemu:dirty-bitmap:${name}`, '--', '[', ...server, ']']);
+  const args = ['--json', `--map=qemu:dirty-bitmap:${name}`, '--', '[', ...server, ']'];
+  const answer = run('nbdinfo', args, [0], dirname(path));
   const extents: { offset: number; length: number; type: number }[] = JSON.parse(answer);
   return joined(extents.filter(({ type }) => type !== 0));
 }

@@ -1,6 +1,8 @@
 import { describe, expect, it } from 'vitest';
 import { hasPeer } from '../../support/peers.js';
 import { temporaryFolder } from '../qcow2-support.js';
+import { CommandReplay } from './commands/replay.js';
+import { randomStory } from './commands/story.js';
 import { shorten } from './minimise.js';
 import { regressions } from './regressions.js';
 import { Replay } from './replay.js';
@@ -20,6 +22,20 @@ describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io'))('one trace, told to
     },
   );
 });
+
+describe.skipIf(!hasPeer('qemu-img') || !hasPeer('qemu-io') || !hasPeer('nbdinfo'))(
+  'commands, told to us and to qemu-img',
+  () => {
+    const replay = new CommandReplay(temporaryFolder());
+
+    it.each(Array.from({ length: 8 }, (_, index) => 600_001 + index))(
+      'leave chains alike: seed %i',
+      (seed) => {
+        expect(replay.run(randomStory(seed))).toBeUndefined();
+      },
+    );
+  },
+);
 
 it('a failing list is made as short as it gets', () => {
   const items = Array.from({ length: 50 }, (_, index) => index);

@@ -6,25 +6,10 @@ import { firstDifference } from '../../support/data.js';
 import { run } from '../../support/peers.js';
 import { type Operation, Patterns } from '../../support/qcow2/operation.js';
 import { type OpenImage, Ours } from '../../support/qcow2/ours.js';
-import { differenceOf, type MapLine, qemuApply, qemuMap } from '../../support/qcow2/qemu.js';
+import { allocationOf, differenceOf, type MapLine, qemuApply, qemuMap } from '../../support/qcow2/qemu.js';
 import { creationOptions, imageOptions, type Shape, subclusterSize } from '../../support/qcow2/shape.js';
+import { Diverged, type Divergence, divergenceOf } from './divergence.js';
 import { type Base, clip, type Step, type Trace } from './trace.js';
-
-/** What the two sides do not agree on. */
-export interface Divergence {
-  readonly kind: 'content' | 'map' | 'check' | 'error';
-  readonly what: string;
-}
-
-/** Why a replay stops: thrown by its parts, returned by the whole. */
-class Diverged extends Error {
-  readonly divergence: Divergence;
-
-  constructor(kind: Divergence['kind'], what: string) {
-    super(what);
-    this.divergence = { kind, what };
-  }
-}
 
 /** What `qemu-img check` says of how much is allocated; it is the same for the same allocation. */
 interface CheckReport {
@@ -51,8 +36,7 @@ export class Replay {
       this.#run(trace);
       return undefined;
     } catch (error) {
-      if (error instanceof Diverged) return error.divergence;
-      return { kind: 'error', what: error instanceof Error ? (error.stack ?? error.message) : String(error) };
+      return divergenceOf(error);
     } finally {
       for (const name of names) {
         rmSync(this.#at(name), { force: true });
@@ -185,7 +169,7 @@ export class Replay {
   #compare(): void {
     const [ours, theirs] = [this.#look('ours'), this.#look('theirs')];
     expectSameBytes('the images', ours.content, theirs.content);
-    const different = differenceOf(plain(ours.map), plain(theirs.map));
+    const different = differenceOf(allocationOf(ours.map), allocationOf(theirs.map));
     if (different !== undefined) throw new Diverged('map', different);
     for (const key of ['total-clusters', 'allocated-clusters', 'compressed-clusters'] as const) {
       if (ours.check[key] === theirs.check[key]) continue;
@@ -268,22 +252,4 @@ function expectSameBytes(what: string, ours: Buffer, theirs: Buffer): void {
   const at = firstDifference(ours, theirs);
   if (at < 0) return;
   throw new Diverged('content', `${what} differ at byte ${at}: ${ours[at]} with us, ${theirs[at]} with QEMU`);
-}
-
-/**
- * A map without what two images of the same content and allocation may differ in: where the data is, and whether the
- * file has a hole there (which QEMU looks at where it takes an image for preallocated).
- */
-function plain(map: readonly MapLine[]): MapLine[] {
-  const lines: MapLine[] = [];
-  for (const { offset, ...line } of map) {
-    const next = { ...line, zero: line.zero && !line.data };
-    const last = lines.at(-1);
-    const same =
-      last !== undefined &&
-      (['depth', 'present', 'zero', 'data'] as const).every((key) => last[key] === next[key]);
-    if (same) lines[lines.length - 1] = { ...last, length: last.length + next.length };
-    else lines.push(next);
-  }
-  return lines;
 }

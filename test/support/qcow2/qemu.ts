@@ -1,4 +1,5 @@
 import { spawnSync } from 'node:child_process';
+import { dirname } from 'node:path';
 import { run } from '../peers.js';
 import { COMPRESSED_WRITE, type Operation, type Patterns, qemuIoCommand } from './operation.js';
 
@@ -14,7 +15,7 @@ export interface MapLine {
 }
 
 /**
- * Changes an image by `qemu-io`; throws where any of it fails.
+ * Changes an image, of an absolute path, by `qemu-io`; throws where any of it fails.
  *
  * QEMU goes on to fill the cluster that it last put compressed data into, also where that has been given up and used
  * for something else meanwhile, which damages the image. So it starts anew before compressed data.
@@ -51,7 +52,8 @@ function qemuIo(path: string, commands: readonly string[], format: 'raw' | 'qcow
   const { status, stdout, stderr, error } = spawnSync(
     'qemu-io',
     ['-f', format, '-d', 'unmap', '-t', 'unsafe', path],
-    { input: `${commands.join('\n')}\n`, encoding: 'utf8' },
+    // QEMU looks for data files from where it is.
+    { input: `${commands.join('\n')}\n`, encoding: 'utf8', cwd: dirname(path) },
   );
   if (error) throw error;
   const said = stdout.replaceAll('qemu-io> ', '');
@@ -88,4 +90,22 @@ export function differenceOf(ours: readonly MapLine[], theirs: readonly MapLine[
     return `line ${index} is ${JSON.stringify(one)} with us, ${JSON.stringify(other)} with QEMU`;
   }
   return undefined;
+}
+
+/**
+ * A map without what two images of the same content and allocation may differ in: where the data is, and whether the
+ * file has a hole there (which QEMU looks at where it takes an image for preallocated).
+ */
+export function allocationOf(map: readonly MapLine[]): MapLine[] {
+  const lines: MapLine[] = [];
+  for (const { offset, ...line } of map) {
+    const next = { ...line, zero: line.zero && !line.data };
+    const last = lines.at(-1);
+    const same =
+      last !== undefined &&
+      (['depth', 'present', 'zero', 'data'] as const).every((key) => last[key] === next[key]);
+    if (same) lines[lines.length - 1] = { ...last, length: last.length + next.length };
+    else lines.push(next);
+  }
+  return lines;
 }

@@ -1,0 +1,124 @@
+import { spawnSync } from 'node:child_process';
+import { mkdirSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
+import { isDeepStrictEqual } from 'node:util';
+import { CLI, type Finished } from '../../../support/cli.js';
+import { run } from '../../../support/peers.js';
+import { type Operation, Patterns, qemuIoCommand } from '../../../support/qcow2/operation.js';
+import { qemuApply } from '../../../support/qcow2/qemu.js';
+import { Diverged, type Divergence, divergenceOf, PREPARATION } from '../divergence.js';
+import { compareSides, SIDES } from './comparison.js';
+import type { Command } from './lines.js';
+import type { Preparation, Story } from './story.js';
+
+/** Images that commands make. */
+const NEW = ['new.raw', 'new.qcow2', 'new.qcow2.data'];
+
+/** Commands after which more or less may be allocated: QEMU copies in other pieces than we do. */
+const COPYING = ['commit', 'rebase', 'convert'];
+
+/** Commands that change nothing, whose output has to be the same for the same image. */
+const READING = ['map', 'compare', 'measure', 'info'];
+
+/** Tells the commands of a story to both sides and compares what has become of their images. */
+export class CommandReplay {
+  readonly #folder: string;
+  readonly #patterns: Patterns;
+
+  constructor(folder: string) {
+    this.#folder = folder;
+    this.#patterns = new Patterns(folder);
+  }
+
+  /** undefined: the sides agree. */
+  run(story: Story): Divergence | undefined {
+    try {
+      this.#prepare(story.preparations);
+      const killed = story.preparations.some((one) => typeof one !== 'string' && one.killed === true);
+      if (!story.commands.every((command) => this.#tell(command, killed))) return undefined;
+      const copied = story.commands.some(([name = '']) => COPYING.includes(name));
+      compareSides(this.#folder, copied);
+      return undefined;
+    } catch (error) {
+      return divergenceOf(error);
+    } finally {
+      for (const side of ['made', ...SIDES] as const)
+        rmSync(this.#at(side), { recursive: true, force: true });
+    }
+  }
+
+  #at(side: (typeof SIDES)[number] | 'made', name = ''): string {
+    return join(this.#folder, side, name);
+  }
+
+  /** The same images for both sides. */
+  #prepare(preparations: readonly Preparation[]): void {
+    const made = this.#at('made');
+    mkdirSync(made);
+    try {
+      for (const preparation of preparations) {
+        if (typeof preparation === 'string') run('qemu-img', preparation.split(' '), [0], made);
+        else {
+          const { image, format, operations, killed } = preparation;
+          if (killed === true) this.#kill(made, image, operations);
+          else qemuApply(join(made, image), operations, this.#patterns, format);
+        }
+      }
+      for (const side of SIDES) run('cp', ['-a', made, this.#at(side)]);
+    } catch (error) {
+      throw new Diverged(PREPARATION, String(error));
+    }
+  }
+
+  #kill(folder: string, image: string, operations: readonly Operation[]): void {
+    const lines = operations.map((operation) => qemuIoCommand(operation, this.#patterns));
+    const input = `${lines.join('\n')}\nsigraise 9\n`;
+    const { signal } = spawnSync('qemu-io', ['-f', 'qcow2', '-d', 'unmap', image], { cwd: folder, input });
+    if (signal !== 'SIGKILL') throw new Error(`qemu-io was to die with '${image}' open`);
+  }
+
+  #run(program: string, line: string, folder: string): Finished {
+    const { status, stdout, stderr, error } = spawnSync(`${program} ${line}`, {
+      shell: true,
+      cwd: folder,
+      encoding: 'utf8',
+      maxBuffer: 1 << 28,
+      timeout: 60_000,
+    });
+    if (error) throw new Diverged('time', `${line}: ${error.message}`);
+    return { status, stdout, stderr };
+  }
+
+  /** False: both have failed, and have left an image half written that others may be on. */
+  #tell(words: Command, killed: boolean): boolean {
+    const [name = ''] = words;
+    const command = words.join(' ');
+    const reading = READING.includes(name) || (name === 'check' && !command.includes(' -r '));
+    const stillframe = `'${process.execPath}' '${CLI}'`;
+    const own = name === 'create' ? `${command} --force` : command;
+    const ours = this.#run(stillframe, own, this.#at('ours'));
+    const theirs = this.#run('qemu-img', command, this.#at(reading ? 'ours' : 'theirs'));
+    const exact = reading || name === 'check';
+    const status = (finished: Finished): unknown => (exact ? finished.status : finished.status === 0);
+    if (status(ours) !== status(theirs)) {
+      const told = (finished: Finished): string => `${finished.status} ${finished.stderr.trim()}`;
+      const kind = `${name} ends with ${ours.status} and ${theirs.status}`;
+      throw new Diverged(kind, `${command}\n  ours: ${told(ours)}\n  QEMU: ${told(theirs)}`);
+    }
+    const done = ours.status === 0;
+    // What bitmaps take that cannot be copied, since they were in use, is counted by QEMU, and not by us.
+    const output = ({ stdout }: Finished): string =>
+      name === 'measure' && killed ? stdout.replace(/"bitmaps": \d+,|^bitmaps size: \d+\n/m, '') : stdout;
+    if (reading && done && !sameOutput(command, output(ours), output(theirs))) {
+      throw new Diverged('output', `${command}\n  ours: ${ours.stdout}\n  QEMU: ${theirs.stdout}`);
+    }
+    if (done || name !== 'convert') return true;
+    for (const side of SIDES) for (const file of NEW) rmSync(this.#at(side, file), { force: true });
+    return !command.includes(' -n ');
+  }
+}
+
+function sameOutput(command: string, ours: string, theirs: string): boolean {
+  if (command.includes('--output=json')) return isDeepStrictEqual(JSON.parse(ours), JSON.parse(theirs));
+  return ours === theirs;
+}
