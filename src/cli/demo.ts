@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { createEngine, type Disk, type Engine, type SyncMode } from '../index.js';
+import { columns } from './columns.js';
 import type { Command } from './command.js';
 
 const MiB = 1024 * 1024;
@@ -235,17 +236,7 @@ function table(rows: readonly Row[]): string {
       `yes: ${row.verdict}`,
     ]),
   ];
-  const widths = (cells[0] ?? []).map((_, column) =>
-    Math.max(...cells.map((row) => row[column]?.length ?? 0)),
-  );
-  return cells
-    .map((row) =>
-      row
-        .map((cell, column) => cell.padEnd(widths[column] ?? 0))
-        .join('  ')
-        .trimEnd(),
-    )
-    .join('\n');
+  return columns(cells);
 }
 
 /** `stillframe demo`: three backups of a drive that two writers keep changing, each one proved. */

@@ -23,12 +23,13 @@ const commands = new Map<string, () => Promise<Command>>([
   ['backup', async () => (await import('./backup.js')).backup],
   ['serve', async () => (await import('./serve.js')).serve],
   ['daemon', async () => (await import('./daemon.js')).daemon],
+  ['benchmark', async () => (await import('./benchmark.js')).benchmark],
   ['demo', async () => (await import('./demo.js')).demo],
 ]);
 
 async function overview(): Promise<string> {
   const all = await Promise.all([...commands.values()].map((load) => load()));
-  const lines = all.map(({ name, summary }) => `  ${name.padEnd(9)}${summary.split(/[.\n]/)[0]}`);
+  const lines = all.map(({ name, summary }) => `  ${name.padEnd(10)}${summary.split(/[.\n]/)[0]}`);
   return (
     'usage: stillframe COMMAND [options]\n\nPoint-in-time backups of disk images.\n\n' +
     `${lines.join('\n')}\n\n'stillframe COMMAND --help' explains a command; 'stillframe --version' prints the version.\n`
