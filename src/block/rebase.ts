@@ -128,7 +128,7 @@ function keepContent(
       }
       const length = Math.min(own.length, BUFFER_BYTES - (at % unit));
       if (!(readsZero(node.backing, at, length) && readsZero(other, at, length))) {
-        copyDifferences(runtime, node, other, at, length, unit, buffers);
+        copyDifferences(runtime, image, other, at, length, unit, buffers);
       }
       at += length;
     }
@@ -175,7 +175,7 @@ function readChain(
 /** Writes the units of the range in which the backing files differ. */
 function copyDifferences(
   runtime: Runtime,
-  node: BlockNode,
+  image: Qcow2Descriptor,
   other: BlockNode | undefined,
   at: number,
   length: number,
@@ -183,6 +183,7 @@ function copyDifferences(
   buffers: number,
 ): void {
   const { kernels } = runtime;
+  const node = attachNode(runtime, image);
   const [before, after] = [buffers, buffers + BUFFER_BYTES];
   readChain(runtime, node.backing, at, before, length);
   readChain(runtime, other, at, after, length);
@@ -201,7 +202,9 @@ function copyDifferences(
       stop = next;
     }
     const pointer = before + (start - at);
-    if (kernels.isZero(pointer, stop - start)) node.writeZeroes(start, stop - start, true);
+    // Version 2 has no flag for zeroes, and without a backing file sees no need for them yet.
+    const canFlag = image.version >= 3;
+    if (canFlag && kernels.isZero(pointer, stop - start)) node.writeZeroes(start, stop - start, true);
     else node.write(start, pointer, stop - start);
     from = stop;
   }

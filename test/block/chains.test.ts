@@ -90,6 +90,20 @@ describe.skipIf(!peers)('rebase', () => {
     expect(firstDifference(contentOf(at('top.qcow2')), before)).toBe(-1);
   });
 
+  it.each(['compat=0.10', 'compat=0.10,cluster_size=512', 'compat=1.1', 'extended_l2=on'])(
+    'an image that was on nothing reads as before: %s',
+    async (options) => {
+      const { at } = chain(`rebase from nothing ${options}`, 9, '');
+      const path = at('alone.qcow2');
+      run('qemu-img', ['create', '-q', '-f', 'qcow2', '-o', options, path, String(LENGTH)]);
+      run('qemu-io', ['-c', 'write -q -P 7 300k 10k', path]);
+      const before = contentOf(path);
+      await engine.rebaseImage(path, { backing: 'base.raw', backingFormat: 'raw', unsafe: false });
+      run('qemu-img', ['check', '-q', path]);
+      expect(firstDifference(contentOf(path), before)).toBe(-1);
+    },
+  );
+
   it('writes nothing that the new backing file has already', async () => {
     const { at } = chain('rebase sparse', 4, '');
     copyFileSync(at('base.raw'), at('same.raw'));
