@@ -26,7 +26,8 @@ export interface RebaseOptions {
   readonly allowBacking?: readonly string[] | undefined;
 }
 
-const BUFFER_BYTES = 1024 * 1024;
+/** Of the largest cluster. */
+const BUFFER_BYTES = 2 * 1024 * 1024;
 
 /**
  * Gives an image another backing file; it reads as before. What it has not itself is copied into it where the old

@@ -104,6 +104,20 @@ describe.skipIf(!peers)('rebase', () => {
     },
   );
 
+  it.each(['cluster_size=2M', 'cluster_size=2M,extended_l2=on'])(
+    'looks at large clusters to their ends: %s',
+    async (options) => {
+      const { at } = chain(`rebase ${options}`, 10, '');
+      copyFileSync(at('base.raw'), at('like.raw'));
+      run('qemu-io', ['-f', 'raw', '-c', 'write -q -P 9 1500k 64k', at('like.raw')]);
+      const path = at('empty.qcow2');
+      run('qemu-img', ['create', '-q', '-f', 'qcow2', '-o', options, '-b', 'base.raw', '-F', 'raw', path]);
+      const before = contentOf(path);
+      await engine.rebaseImage(path, { backing: 'like.raw', backingFormat: 'raw', unsafe: false });
+      expect(firstDifference(contentOf(path), before)).toBe(-1);
+    },
+  );
+
   it('writes nothing that the new backing file has already', async () => {
     const { at } = chain('rebase sparse', 4, '');
     copyFileSync(at('base.raw'), at('same.raw'));
