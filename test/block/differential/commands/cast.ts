@@ -77,8 +77,15 @@ interface Wanted {
 
 function add(random: Random, cast: Cast, wanted: Wanted): void {
   const { name, format, length, most, backing } = wanted;
+  // Each as often as it is interesting, and not as it goes together with others.
+  const version = random.chance(0.25) ? 2 : 3;
+  const external = version === 3 && random.chance(0.2);
   const candidates = shapes.filter(
-    ({ clusterSize, depth }) => clusterSize <= most && depth > 0 === (backing !== undefined),
+    (shape) =>
+      shape.clusterSize <= most &&
+      shape.depth > 0 === (backing !== undefined) &&
+      shape.version === version &&
+      (shape.dataFile !== 'none') === external,
   );
   const shape = candidates[random.between(0, candidates.length - 1)];
   if (shape === undefined) throw new Error('there is no shape to choose');

@@ -122,8 +122,12 @@ const bitmap: Line = (random, cast) => {
   );
 };
 
-const repair: Line = (random, cast) =>
-  words('check', '-q', `-r ${random.pick(['leaks', 'all'])}`, anyOf(random, cast).name);
+const repair: Line = (random, cast) => {
+  const image = anyOf(random, cast);
+  // With 'leaks' QEMU takes the mark away that their refcounts are wrong, and leaves them wrong.
+  const mode = image.unclosed ? 'all' : random.pick(['leaks', 'all']);
+  return words('check', '-q', `-r ${mode}`, image.name);
+};
 
 const check: Line = (random, cast) =>
   words('check', random.chance(0.7) && '--output=json', anyOf(random, cast).name);
@@ -267,31 +271,56 @@ const convert: Line = (random, cast) => {
   );
 };
 
-const LINES: readonly [Line, ...Line[]] = [
-  commit,
-  commit,
-  commit,
-  rebase,
-  rebase,
-  rebase,
-  convert,
-  convert,
-  convert,
-  convert,
-  resize,
-  resize,
-  snapshot,
-  bitmap,
-  repair,
-  check,
-  info,
-  map,
-  compare,
-  measure,
-  create,
+const amend: Line = (random, cast) => {
+  const image = qcow2Of(random, cast);
+  const options = [
+    random.chance(0.3) && `compat=${random.pick(['0.10', '1.1'])}`,
+    random.chance(0.3) && `refcount_bits=${random.pick([1, 2, 4, 8, 16, 32, 64])}`,
+    random.chance(0.3) && `lazy_refcounts=${random.pick(['on', 'off'])}`,
+    random.chance(0.3) && `size=${sizeNear(random, image)}`,
+  ].filter((option) => option !== false);
+  return words('amend', '-q', options.length > 0 && `-o ${options.join()}`, image.name);
+};
+
+const dd: Line = (random, cast) => {
+  const image = anyOf(random, cast);
+  const format = random.pick<'raw' | 'qcow2'>(['raw', 'qcow2']);
+  const name = `new.${format}`;
+  if ([image, ...below(image)].some((actor) => actor.name === name)) return map(random, cast);
+  enter(cast, { ...image, name, format, unclosed: false, backing: undefined });
+  return words(
+    'dd',
+    random.chance(0.3) && `-f ${image.format}`,
+    `-O ${format}`,
+    `if=${image.name}`,
+    `of=${name}`,
+    random.chance(0.6) && `bs=${random.pick([1, 512, 1000, 4096, 65536, 1 << 20])}`,
+    random.chance(0.4) && `count=${random.between(0, 100)}`,
+    random.chance(0.4) && `skip=${random.between(0, 50)}`,
+  );
+};
+
+/** How often each is chosen, beside the others. */
+const WEIGHTS: readonly (readonly [Line, number])[] = [
+  [commit, 4],
+  [rebase, 4],
+  [convert, 5],
+  [resize, 3],
+  [amend, 2],
+  [snapshot, 2],
+  [bitmap, 2],
+  [repair, 1],
+  [create, 1],
+  [dd, 1],
+  [check, 1],
+  [info, 1],
+  [map, 1],
+  [compare, 1],
+  [measure, 1],
 ];
+const LINES = WEIGHTS.flatMap(([line, weight]) => Array.from({ length: weight }, () => line));
 
 /** A command with options, about images of the story. */
 export function randomCommand(random: Random, cast: Cast): Command {
-  return random.pick(LINES)(random, cast);
+  return (LINES[random.between(0, LINES.length - 1)] ?? info)(random, cast);
 }

@@ -15,7 +15,7 @@ import type { Preparation, Story } from './story.js';
 const NEW = ['new.raw', 'new.qcow2', 'new.qcow2.data'];
 
 /** Commands after which more or less may be allocated: QEMU copies in other pieces than we do. */
-const COPYING = ['commit', 'rebase', 'convert'];
+const COPYING = ['commit', 'rebase', 'convert', 'dd'];
 
 /** Commands that change nothing, whose output has to be the same for the same image. */
 const READING = ['map', 'compare', 'measure', 'info'];
@@ -112,7 +112,7 @@ export class CommandReplay {
     if (reading && done && !sameOutput(command, output(ours), output(theirs))) {
       throw new Diverged('output', `${command}\n  ours: ${ours.stdout}\n  QEMU: ${theirs.stdout}`);
     }
-    if (done || name !== 'convert') return true;
+    if (done || (name !== 'convert' && name !== 'dd')) return true;
     for (const side of SIDES) for (const file of NEW) rmSync(this.#at(side, file), { force: true });
     return !command.includes(' -n ');
   }
