@@ -10,6 +10,7 @@ export type { BitmapMode, SyncMode } from './backup/modes.js';
 export type { CompressionType } from './backup/target.js';
 export type { AmendOptions } from './block/amend.js';
 export type { ImageCheck, Repaired } from './block/check.js';
+export type { ImageChecksum } from './block/checksum.js';
 export type { CommitOptions } from './block/commit.js';
 export type { CompareResult } from './block/comparison.js';
 export type { CreateImageOptions, CreationOptions } from './block/create.js';
@@ -33,6 +34,7 @@ export type {
 export type { BackupOptions, DiskBitmapEdit, DiskHandle as Disk } from './engine/disk.js';
 export {
   type CheckOptions,
+  type ChecksumOptions,
   type CompareOptions,
   type ConvertImageOptions,
   createEngine,

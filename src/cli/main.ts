@@ -11,6 +11,7 @@ const commands = new Map<string, () => Promise<Command>>([
   ['map', async () => (await import('./map.js')).map],
   ['check', async () => (await import('./check.js')).check],
   ['compare', async () => (await import('./compare.js')).compare],
+  ['checksum', async () => (await import('./checksum.js')).checksum],
   ['convert', async () => (await import('./convert.js')).convert],
   ['dd', async () => (await import('./dd.js')).dd],
   ['measure', async () => (await import('./measure.js')).measure],

@@ -1,6 +1,7 @@
 import type { BegunBackup } from '../backup/backup-job.js';
 import { BITMAP_MODES, SYNC_MODES, type SyncMode } from '../backup/modes.js';
 import type { TransactionAction } from '../backup/transaction.js';
+import type { ImageChecksum } from '../block/checksum.js';
 import type { DiskDescriptor } from '../block/disk.js';
 import { interruptNode } from '../block/files.js';
 import {
@@ -70,10 +71,10 @@ export interface BackupResult extends BackupCounts {
   readonly clusterSize: number;
   readonly durationMs: number;
   /**
-   * `root` is the sum modulo 2^64, as 16 hexadecimal digits, of one leaf per cluster of the plan: the XXH3-64 of
-   * (XXH3-64 of the cluster's bytes, its index), both as little-endian 64-bit words.
+   * Of the clusters of the plan, which with `full` are all: {@link ImageChecksum}, and {@link Engine.imageChecksum} of
+   * the backup says the same.
    */
-  readonly checksum: { readonly algorithm: 'xxh3-64'; readonly root: string };
+  readonly checksum: Pick<ImageChecksum, 'algorithm' | 'root'>;
 }
 
 /** QMP takes seconds in 32 bits. */

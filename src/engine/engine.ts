@@ -9,6 +9,7 @@ import { Piscina } from 'piscina';
 import type { ConvertOptions } from '../backup/convert.js';
 import type { AmendOptions } from '../block/amend.js';
 import type { ImageCheck, Repaired } from '../block/check.js';
+import type { ImageChecksum } from '../block/checksum.js';
 import type { CommitOptions } from '../block/commit.js';
 import { type CompareResult, compareResult, type Finding } from '../block/comparison.js';
 import type { CreateImageOptions } from '../block/create.js';
@@ -82,6 +83,10 @@ export interface TransactionOptions {
 
 type Started = Extract<TeamMessage, { readonly started: unknown }>['started'];
 
+/** Of a checksum, in bytes: that of most backups, and the largest that there is. */
+const DEFAULT_CLUSTER_SIZE = 64 * 1024;
+const MAX_CLUSTER_SIZE = 2 * 1024 * 1024;
+
 /** Called now and then with bytes done and bytes in all. */
 export type OnProgress = (progress: ToolProgress) => void;
 
@@ -93,6 +98,15 @@ export interface CompareOptions {
   /** Threads that compare. Default: those of the engine. */
   readonly workers?: number | undefined;
   /** Called now and then with bytes compared and bytes in all. */
+  readonly onProgress?: OnProgress | undefined;
+}
+
+/** How {@link Engine.imageChecksum} reads an image. */
+export interface ChecksumOptions extends ImageOptions {
+  /** Bytes of a cluster: a power of two from 512 to 2 MiB. Default 65536, which backups have where their target has no larger ones. */
+  readonly clusterSize?: number | undefined;
+  /** Threads that read. Default: those of the engine. */
+  readonly workers?: number | undefined;
   readonly onProgress?: OnProgress | undefined;
 }
 
@@ -143,6 +157,7 @@ const STAY_MS = 10_000;
 
 /** What a team has opened for itself. */
 function nodesOf(started: Started): readonly NodeDescriptor[] {
+  if ('image' in started) return [started.image];
   return 'target' in started ? [...started.sources, started.target] : [started.first, started.second];
 }
 
@@ -510,6 +525,34 @@ export class Engine {
       { workers, onProgress },
     );
     return compareResult(result.comparison, [result.finding, ...helped]);
+  }
+
+  /**
+   * The checksum of what an image reads as, its backing chain included: that of a backup with `sync: full` that copied this
+   * (`result.checksum` and `result.clusterSize` of a job).
+   *
+   * @throws StillframeError ERR_STILLFRAME_INVALID_ARGUMENT (the size of clusters), …_IO and what opening an image throws
+   */
+  async imageChecksum(path: string, options: ChecksumOptions = {}): Promise<ImageChecksum> {
+    const { clusterSize = DEFAULT_CLUSTER_SIZE, workers = this.workers, onProgress, ...how } = options;
+    if (clusterSize < 512 || clusterSize > MAX_CLUSTER_SIZE || !Number.isInteger(Math.log2(clusterSize))) {
+      throw new StillframeError(
+        'ERR_STILLFRAME_INVALID_ARGUMENT',
+        `the cluster size ${clusterSize} is no power of two from 512 to ${MAX_CLUSTER_SIZE} bytes`,
+      );
+    }
+    const { result, helped } = await this.#runTeam<
+      { readonly sum: bigint; readonly virtualSize: number },
+      bigint | undefined
+    >(
+      (team, port) => ({ kind: 'checksum', path, options: imageTask(how), clusterSize, team, port }),
+      (started, team, port) =>
+        'image' in started ? { kind: 'help-checksum', checksummed: started, team, port } : undefined,
+      { workers, onProgress },
+    );
+    const sum = helped.reduce<bigint>((all, part) => all + (part ?? 0n), result.sum);
+    const root = BigInt.asUintN(64, sum).toString(16).padStart(16, '0');
+    return { algorithm: 'xxh3-64', root, clusterSize, virtualSize: result.virtualSize };
   }
 
   /** Runs a tool whose threads share the work: one leads, the others help once it has opened everything. */

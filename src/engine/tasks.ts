@@ -16,6 +16,7 @@ import { StreamJob } from '../backup/stream-job.js';
 import { type TransactionAction, transact } from '../backup/transaction.js';
 import { type AmendOptions, amendImage } from '../block/amend.js';
 import { checkImage, type ImageCheck } from '../block/check.js';
+import { type Checksummed, checksumPart } from '../block/checksum.js';
 import { type CommitOptions, commitImage } from '../block/commit.js';
 import { comparePart } from '../block/compare.js';
 import { type Comparison, type Finding, lengthOf } from '../block/comparison.js';
@@ -287,6 +288,20 @@ export type Task =
       readonly port: MessagePort;
     }
   | {
+      readonly kind: 'checksum';
+      readonly path: string;
+      readonly options: ImageTask;
+      readonly clusterSize: number;
+      readonly team: TeamMemory;
+      readonly port: MessagePort;
+    }
+  | {
+      readonly kind: 'help-checksum';
+      readonly checksummed: Checksummed;
+      readonly team: TeamMemory;
+      readonly port: MessagePort;
+    }
+  | {
       readonly kind: 'help-compare';
       readonly comparison: Comparison;
       readonly team: TeamMemory;
@@ -343,7 +358,7 @@ function listenerOf(port: MessagePort): ConversionListener {
 /** What the threads of a team tell the host thread. `started`: others may help from now on. */
 export type TeamMessage =
   | ToolProgress
-  | { readonly started: Conversion | Comparison }
+  | { readonly started: Conversion | Comparison | Checksummed }
   | { readonly line: string };
 
 /** What the thread that leads a comparison answers. */
@@ -522,6 +537,10 @@ export class TaskRunner {
         return this.#check(task);
       case 'compare':
         return this.#compare(task);
+      case 'checksum':
+        return this.#checksum(task);
+      case 'help-checksum':
+        return new Team(task.team).help(() => this.#checksumPart(task));
       case 'help-compare':
         return new Team(task.team).help(() => this.#comparePart(task));
     }
@@ -742,6 +761,40 @@ export class TaskRunner {
       }
     } finally {
       for (const node of opened) closeNode(this.#runtime, node);
+    }
+  }
+
+  /** The part of the lead, and what the others have no way to know. */
+  #checksum({ path, options, clusterSize, team: memory, port }: Extract<Task, { kind: 'checksum' }>): {
+    readonly sum: bigint;
+    readonly virtualSize: number;
+  } {
+    const image = openImage(this.#runtime, path, { ...options, readOnly: true });
+    const team = new Team(memory);
+    try {
+      const checksummed = { image, clusterSize };
+      try {
+        port.postMessage({ started: checksummed } satisfies TeamMessage);
+        return {
+          sum: this.#checksumPart({ checksummed, team: memory, port }),
+          virtualSize: lengthOf(image),
+        };
+      } finally {
+        team.close();
+      }
+    } finally {
+      closeNode(this.#runtime, image);
+    }
+  }
+
+  #checksumPart(task: Omit<Extract<Task, { kind: 'help-checksum' }>, 'kind'>): bigint {
+    const team = new Team(task.team);
+    try {
+      return checksumPart(this.#runtime, task.checksummed, team, this.#copyBuffer(), progressTo(task.port));
+    } catch (error) {
+      // What one cannot read the others need not go on for.
+      team.stop();
+      throw error;
     }
   }
 
