@@ -204,16 +204,30 @@ describe.skipIf(!peers)('an export is read over TLS', () => {
     expect(firstDifference(readFileSync(at('target')), content)).toBe(-1);
   });
 
-  it('from an authority that the environment adds to those that Node knows', async () => {
+  it.each([
+    ['NODE_EXTRA_CA_CERTS', 'adds to those that are known'],
+    ['SSL_CERT_FILE', 'puts in the place of the known ones'],
+  ])('from an authority that %s %s', async (variable) => {
     server = kitX509();
-    vi.stubEnv('NODE_EXTRA_CA_CERTS', join(at('pki'), 'ca-cert.pem'));
-    const other = await createEngine({ workers: 1 });
+    const name = nameOf(server, '');
+    const open = async (): Promise<void> => {
+      // Threads have the environment of the time when they were started.
+      const other = await createEngine({ workers: 1 });
+      try {
+        await (await other.openDisk(name, { format: 'raw', readOnly: true })).close();
+      } finally {
+        await other.close();
+      }
+    };
     try {
-      const disk = await other.openDisk(nameOf(server, ''), { format: 'raw', readOnly: true });
-      await disk.close();
+      vi.stubEnv(variable, join(at('pki'), 'ca-cert.pem'));
+      await open();
+      vi.stubEnv(variable, join(at('other'), 'ca-cert.pem'));
+      await expect(open()).rejects.toMatchObject({ code: 'ERR_STILLFRAME_NBD_REFUSED' });
+      vi.stubEnv(variable, at('nowhere.pem'));
+      await expect(open()).rejects.toMatchObject({ code: 'ERR_STILLFRAME_NOT_FOUND' });
     } finally {
       vi.unstubAllEnvs();
-      await other.close();
     }
   });
 

@@ -131,11 +131,28 @@ function credentials(path: string, tls: NbdTls): Credentials {
   };
 }
 
-/** PEM: those that Node knows. Its module is large, and hardly anybody needs it here. */
+/** Where systems keep the authorities that their users trust, all in one file. */
+const SYSTEM_AUTHORITIES = [
+  '/etc/ssl/certs/ca-certificates.crt',
+  '/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem',
+  '/etc/pki/tls/certs/ca-bundle.crt',
+  '/etc/ssl/ca-bundle.pem',
+  '/etc/ssl/cert.pem',
+];
+
+/**
+ * PEM: those that the system trusts, as other NBD programs have it, or where it has none those that Node brings. Which file it is
+ * `SSL_CERT_FILE` can say, as to OpenSSL; `NODE_EXTRA_CA_CERTS` adds more, as to Node.
+ */
 function knownAuthorities(): string {
-  const { rootCertificates } = process.getBuiltinModule('node:tls');
-  const more = process.env['NODE_EXTRA_CA_CERTS'] ?? '';
-  return [...rootCertificates, ...(more === '' ? [] : [readCredentials(more)])].join('\n');
+  const { SSL_CERT_FILE: chosen = '', NODE_EXTRA_CA_CERTS: more = '' } = process.env;
+  const file = chosen === '' ? SYSTEM_AUTHORITIES.find((path) => existsSync(path)) : chosen;
+  // Node's module is large, and hardly anybody needs it here.
+  const known =
+    file === undefined
+      ? process.getBuiltinModule('node:tls').rootCertificates.join('\n')
+      : readCredentials(file);
+  return more === '' ? known : `${known}\n${readCredentials(more)}`;
 }
 
 function clientCertificate(path: string, folder: string, passphrase: string | undefined): Certificate {
