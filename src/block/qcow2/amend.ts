@@ -125,6 +125,7 @@ class Amendment {
     const header = this.#header;
     const { refcountBits = header.refcountBits, length = 0, version = header.version } = this.#options;
     const { dataFile, dataFileRaw, lazyRefcounts, backingFile, backingFormat } = this.#options;
+    if (![2, 3].includes(version)) throw this.#bad(`there are the versions 2 and 3, not ${version}`);
     if (![1, 2, 4, 8, 16, 32, 64].includes(refcountBits)) {
       throw this.#bad(`refcounts have 1, 2, 4, 8, 16, 32 or 64 bits, not ${refcountBits}`);
     }
