@@ -144,23 +144,43 @@ class AllTables {
     return this.#zeroes;
   }
 
-  /** Calls `visit` with the place of each table, which is in memory, until one call returns true. */
+  /** Calls `visit` once with the place of each table, which is in memory, until one call returns true. */
   #forEach(visit: (offset: number, isActive: boolean) => boolean): boolean {
     const { clusterSize, l1Entries } = this.#metadata;
+    const isNew = this.#onlyOnce();
     for (let index = 0; index < l1Entries; index++) {
       const offset = this.#locked(() => {
         // What is wrong with its place is found when it is loaded.
         this.#metadata.l2Slice(index, 0);
         return this.#metadata.l2TableOffset(index);
       });
-      if (offset === 0) continue;
+      if (offset === 0 || !isNew(offset)) continue;
       this.#file.read(offset, this.#table, clusterSize);
       if (visit(offset, true)) return true;
     }
-    return this.#snapshots.some((snapshot) => this.#forEachOf(snapshot, (offset) => visit(offset, false)));
+    return this.#snapshots.some((snapshot) =>
+      this.#forEachOf(snapshot, isNew, (offset) => visit(offset, false)),
+    );
   }
 
-  #forEachOf({ info, l1TableOffset, l1Size }: Snapshot, visit: (offset: number) => boolean): boolean {
+  /** @returns whether a cluster of the file is asked for the first time: snapshots have most tables in common */
+  #onlyOnce(): (offset: number) => boolean {
+    const { clusterSize } = this.#metadata;
+    const seen = new Uint8Array(Math.ceil(this.#file.length / clusterSize / 8));
+    return (offset) => {
+      const cluster = offset / clusterSize;
+      const [byte, bit] = [Math.floor(cluster / 8), 1 << (cluster % 8)];
+      const before = seen[byte] ?? 0;
+      seen[byte] = before | bit;
+      return (before & bit) === 0;
+    };
+  }
+
+  #forEachOf(
+    { info, l1TableOffset, l1Size }: Snapshot,
+    isNew: (offset: number) => boolean,
+    visit: (offset: number) => boolean,
+  ): boolean {
     const { arena } = this.#runtime;
     const { clusterSize } = this.#metadata;
     const bytes = l1Size * 8;
@@ -180,6 +200,7 @@ class AllTables {
             `snapshot '${info.name}' has an L2 table at offset ${offset}, which is no place for one`,
           );
         }
+        if (!isNew(offset)) continue;
         this.#file.read(offset, this.#table, clusterSize);
         if (visit(offset)) return true;
       }
