@@ -44,11 +44,20 @@ export class Look {
     this.info = JSON.parse(this.#qemuImg(['info', '--output=json', '-f', format, name]));
   }
 
-  /** What is told of the image and does not depend on when it was made, and where. */
+  /**
+   * What is told of the image and does not depend on when it was made, and where. Not whether refcounts are to be put
+   * right: QEMU does it before it refuses something, and we then leave the image alone.
+   */
   description(): unknown {
     const { snapshots, ...rest } = this.info;
     const named = snapshots?.map(({ id, name, 'vm-state-size': size }) => ({ id, name, size }));
-    return { ...rest, filename: '', 'actual-size': 0, ...(named === undefined ? {} : { snapshots: named }) };
+    return {
+      ...rest,
+      filename: '',
+      'actual-size': 0,
+      'dirty-flag': false,
+      ...(named === undefined ? {} : { snapshots: named }),
+    };
   }
 
   check(): Record<string, number> {

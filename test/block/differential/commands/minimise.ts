@@ -1,6 +1,6 @@
 import { shorten } from '../minimise.js';
-import type { Command } from './lines.js';
 import type { Story } from './story.js';
+import type { Command } from './words.js';
 
 /** The shortest story that still fails. */
 export function minimiseStory(story: Story, fails: (story: Story) => boolean): Story {

@@ -1,7 +1,8 @@
 import { Random } from '../../../support/data.js';
 import type { Operation } from '../../../support/qcow2/operation.js';
 import { type Cast, randomCast } from './cast.js';
-import { type Command, randomCommand } from './lines.js';
+import { randomCommand } from './lines.js';
+import type { Command } from './words.js';
 
 /** What is done to the images before they are copied: arguments of `qemu-img`, or changes by `qemu-io`. */
 export type Preparation =
