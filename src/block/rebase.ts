@@ -144,8 +144,11 @@ function keepContent(
 function sharedBelow(node: BlockNode, other: BlockNode | undefined, at: number, length: number): boolean {
   if (other === undefined || isStorage(other.descriptor)) return false;
   const [file] = filesOf(other.descriptor);
+  const { driver } = other.descriptor;
   for (let layer = node.backing; layer !== undefined; layer = layer.backing) {
-    if (filesOf(layer.descriptor)[0]?.identity === file?.identity) return true;
+    // The same file in another format is another image.
+    const same = layer.descriptor.driver === driver;
+    if (same && filesOf(layer.descriptor)[0]?.identity === file?.identity) return true;
     // What a shorter image cuts off reads as zeroes, whatever is below.
     if (at + length > layer.length) return false;
     const { flags, length: bytes } = layer.status(at, length);

@@ -118,6 +118,16 @@ describe.skipIf(!peers)('rebase', () => {
     },
   );
 
+  it('copies what the same backing file shows in another format', async () => {
+    const { at } = chain('rebase format', 11, '');
+    const path = at('mid over.qcow2');
+    run('qemu-img', ['create', '-q', '-f', 'qcow2', '-b', 'mid.qcow2', '-F', 'qcow2', path]);
+    const before = contentOf(path);
+    await engine.rebaseImage(path, { backing: 'mid.qcow2', backingFormat: 'raw', unsafe: false });
+    expect(backingOf(path)).toEqual(['mid.qcow2', 'raw']);
+    expect(firstDifference(contentOf(path), before)).toBe(-1);
+  });
+
   it('writes nothing that the new backing file has already', async () => {
     const { at } = chain('rebase sparse', 4, '');
     copyFileSync(at('base.raw'), at('same.raw'));
