@@ -49,6 +49,7 @@ const compressed = ['test/block/qcow2-compressed.test.ts'];
 const durable = ['test/backup/durable.test.ts'];
 const mirrors = ['test/block/mirror.test.ts', 'test/backup/mirror.test.ts', 'test/daemon/mirror.test.ts'];
 const mirrorSessions = ['test/daemon/mirror-sessions.test.ts'];
+const chains = ['test/block/chains.test.ts'];
 const chainDevices = ['test/daemon/chain-devices.test.ts'];
 const streams = ['test/daemon/stream.test.ts'];
 const commits = ['test/daemon/commit.test.ts'];
@@ -524,6 +525,22 @@ export const mutants: readonly Mutant[] = [
 `,
     replace: '',
     tests: kill,
+  },
+  {
+    name: 'zeroes-uncovered',
+    what: 'an image of version 2 without a backing file, given one, loses the zeroes that it has no flag for',
+    file: REBASE,
+    find: 'if (canFlag && kernels.isZero(',
+    replace: 'if (kernels.isZero(',
+    tests: chains,
+  },
+  {
+    name: 'hole-counted-twice',
+    what: 'a hole that goes on where another thread counts is in a checksum twice',
+    file: 'src/block/checksum.ts',
+    find: 'if (offset + hole > end && team.claimOn(end, offset + hole)) end = offset + hole;',
+    replace: 'if (offset + hole > end) { team.claimOn(end, offset + hole); end = offset + hole; }',
+    tests: ['test/cli/checksum.test.ts'],
   },
   {
     name: 'flush-without-sync',
