@@ -118,6 +118,16 @@ describe.skipIf(!peers)('rebase', () => {
     },
   );
 
+  it('leaves the names of features out where there is no room for them and a backing file', async () => {
+    const { at } = chain('rebase names', 12, '');
+    const path = at('alone.qcow2');
+    await engine.createImage(path, { format: 'qcow2', clusterSize: 512, length: LENGTH });
+    await engine.rebaseImage(path, { backing: 'base.raw', backingFormat: 'raw', unsafe: false });
+    expect(backingOf(path)).toEqual(['base.raw', 'raw']);
+    run('qemu-img', ['check', '-q', path]);
+    expect(contentOf(path).every((byte) => byte === 0)).toBe(true);
+  });
+
   it('copies what the same backing file shows in another format', async () => {
     const { at } = chain('rebase format', 11, '');
     const path = at('mid over.qcow2');

@@ -199,10 +199,13 @@ class HeaderChange {
     if (dataFile.length > 0) extensions.unshift({ type: EXTENSION_DATA_FILE, data: dataFile });
     if (format.length > 0) extensions.unshift({ type: EXTENSION_BACKING_FORMAT, data: format });
     if (words.version > header.version) {
+      extensions.push({ type: EXTENSION_FEATURE_TABLE, data: featureTable() });
+    }
+    const fullEnd = this.#endOf(this.#fields.length, extensions, isNamed);
+    if (fullEnd + this.#name.length > header.clusterSize) {
       // The names of features are a courtesy.
-      const further = [...extensions, { type: EXTENSION_FEATURE_TABLE, data: featureTable() }];
-      const end = this.#endOf(this.#fields.length, further, isNamed);
-      if (end + this.#name.length <= header.clusterSize) extensions.splice(0, Infinity, ...further);
+      const table = extensions.findIndex(({ type }) => type === EXTENSION_FEATURE_TABLE);
+      if (table >= 0) extensions.splice(table, 1);
     }
     const end = this.#endOf(this.#fields.length, extensions, isNamed);
     const oldEnd = this.#endOf(header.headerLength, all, header.backingFile !== undefined);
