@@ -1,4 +1,5 @@
 import type { Info } from './look.js';
+import type { Command } from './words.js';
 
 /** What QEMU says where it refuses what we do: zeroes of version 2 over a longer backing file, and a size that is the same. */
 const REFUSALS = [
@@ -11,8 +12,15 @@ export function refusesNeedlessly(stderr: string): boolean {
   return REFUSALS.some((words) => words.test(stderr));
 }
 
-/** Whether QEMU's `check -r all` would lose the snapshots, as it does where there are bitmaps as well. */
-export function losesSnapshots(info: Info): boolean {
-  const { snapshots = [], 'format-specific': specific } = info;
-  return snapshots.length > 0 && (specific?.data.bitmaps ?? []).length > 0;
+/** Whether QEMU loses data when it is told this of an image. */
+export function losesData(command: Command, info: Info): boolean {
+  const [name] = command;
+  const { snapshots = [], 'backing-filename': backing, 'format-specific': specific } = info;
+  // It has a repair of everything lose the snapshots where there are bitmaps as well.
+  if (name === 'check' && command.includes('-r all')) {
+    return snapshots.length > 0 && (specific?.data.bitmaps ?? []).length > 0;
+  }
+  // What an image of version 2 on nothing reads as zeroes shows the new backing file.
+  const safe = name === 'rebase' && !command.includes('-u');
+  return safe && backing === undefined && specific?.data.compat === '0.10';
 }

@@ -17,6 +17,7 @@ interface Snapshot {
 }
 
 interface SpecificInfo {
+  readonly compat?: string;
   readonly bitmaps?: readonly Bitmap[];
   readonly 'data-file'?: string;
   readonly 'data-file-raw'?: boolean;
@@ -26,6 +27,7 @@ interface SpecificInfo {
 export interface Info {
   readonly format: string;
   readonly 'virtual-size': number;
+  readonly 'backing-filename'?: string;
   readonly snapshots?: readonly Snapshot[];
   readonly 'format-specific'?: { readonly data: SpecificInfo };
 }

@@ -8,7 +8,7 @@ import { type Operation, Patterns, qemuIoCommand } from '../../../support/qcow2/
 import { qemuApply } from '../../../support/qcow2/qemu.js';
 import { Diverged, type Divergence, divergenceOf, PREPARATION } from '../divergence.js';
 import { compareSides, SIDES } from './comparison.js';
-import { losesSnapshots, refusesNeedlessly } from './faults.js';
+import { losesData, refusesNeedlessly } from './faults.js';
 import { Look } from './look.js';
 import type { Preparation, Story } from './story.js';
 import type { Command } from './words.js';
@@ -98,7 +98,7 @@ export class CommandReplay {
   #tell(words: Command, killed: boolean): boolean {
     const [name = ''] = words;
     const command = words.join(' ');
-    if (command.includes(' -r all ') && this.#losesSnapshots(words.at(-1) ?? '')) return true;
+    if (this.#losesData(words)) return true;
     const reading = READING.includes(name) || (name === 'check' && !command.includes(' -r '));
     const existed = NEW.some((file) => existsSync(this.#at('ours', file)));
     const stillframe = `'${process.execPath}' '${CLI}'`;
@@ -116,9 +116,10 @@ export class CommandReplay {
     return !existed && !command.includes(' -n ');
   }
 
-  #losesSnapshots(image: string): boolean {
-    const folder = this.#at('theirs');
-    return existsSync(join(folder, image)) && losesSnapshots(new Look(folder, image).info);
+  #losesData(command: Command): boolean {
+    const [folder, image] = [this.#at('theirs'), command.at(-1) ?? ''];
+    if (!['check', 'rebase'].includes(command[0] ?? '') || !existsSync(join(folder, image))) return false;
+    return losesData(command, new Look(folder, image).info);
   }
 }
 
