@@ -16,8 +16,8 @@ export function refusesNeedlessly(stderr: string): boolean {
 export function losesData(command: Command, info: Info): boolean {
   const [name] = command;
   const { snapshots = [], 'backing-filename': backing, 'format-specific': specific } = info;
-  // It has a repair of everything lose the snapshots where there are bitmaps as well.
-  if (name === 'check' && command.includes('-r all')) {
+  // A repair loses the snapshots where there are bitmaps as well.
+  if (name === 'check' && command.some((word) => word.startsWith('-r'))) {
     return snapshots.length > 0 && (specific?.data.bitmaps ?? []).length > 0;
   }
   // What an image of version 2 on nothing reads as zeroes shows the new backing file.
