@@ -90,7 +90,9 @@ export const bitmap: Line = (random, cast) => {
     'bitmap',
     ...actions,
     actions.includes('--add') && random.chance(0.5) && `-g ${random.pick(['512', '4k', '32k', '1M'])}`,
+    // QEMU cannot open an image twice.
     source !== undefined &&
+      source !== image &&
       actions.some((action) => action.startsWith('--merge')) &&
       `-b ${source.name} -F ${source.format}`,
     random.chance(0.3) && `-f ${image.format}`,
