@@ -67,7 +67,15 @@ class Thread {
     }
   }
 
+  /** Lets it come to its end: what it was in the middle of, a lock that others need included, nobody would give back. */
   async stop(): Promise<void> {
+    for (
+      let tries = 0;
+      tries < 2000 && !this.events.includes('end') && this.#failure === undefined;
+      tries++
+    ) {
+      await new Promise((resolve) => setTimeout(resolve, 2));
+    }
     await this.#worker.terminate();
   }
 }
