@@ -27,6 +27,7 @@ interface SpecificInfo {
 export interface Info {
   readonly format: string;
   readonly 'virtual-size': number;
+  readonly 'dirty-flag'?: boolean;
   readonly 'backing-filename'?: string;
   readonly snapshots?: readonly Snapshot[];
   readonly 'format-specific'?: { readonly data: SpecificInfo };
