@@ -172,7 +172,10 @@ function failureOf(body: () => void): PlainError | undefined {
   }
 }
 
-/** What stands in for an image that could not be opened again: every request fails. */
+/**
+ * What stands in for an image that could not be opened again: every request fails. What it holds nobody can know, so it must
+ * not say that there are zeroes: whoever lies on it would take them for its content.
+ */
 function failedNode(runtime: Runtime, { path, length }: Qcow2Descriptor): NodeDescriptor {
   const common = { kind: 'inject-error', event: 'none', state: 0, errno: EIO } as const;
   const rules: readonly BlkdebugRule[] = [{ ...common, iotype: undefined, offset: undefined, once: false }];
@@ -183,7 +186,7 @@ function failedNode(runtime: Runtime, { path, length }: Qcow2Descriptor): NodeDe
     path,
     readOnly: true,
     length,
-    child: { driver: 'null-co', path, readOnly: true, length, readsZero: true, latencyMs: 0 },
+    child: { driver: 'null-co', path, readOnly: true, length, readsZero: false, latencyMs: 0 },
     rules,
     limits: NO_LIMITS,
     state,

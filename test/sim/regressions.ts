@@ -9,6 +9,50 @@ export interface Regression {
 
 export const regressions: readonly Regression[] = [
   {
+    what: 'an image that could not be opened again is taken for zeroes by the image above',
+    scenario: {
+      source: {
+        format: 'qcow2',
+        length: 81408,
+        clusterSize: 1024,
+        version: 3,
+        refcountBits: 16,
+        backing: [81408, 72704, 4608],
+      },
+      fill: [{ layer: 0, offset: 3072, length: 1024 }],
+      writers: [
+        [],
+        [],
+        [
+          { id: 25, kind: 'write', offset: 74240, length: 512 },
+          { id: 26, kind: 'unmap', offset: 3584, length: 68096 },
+        ],
+      ],
+      job: {
+        sync: 'top',
+        format: 'qcow2',
+        compress: false,
+        targetClusterSize: 1024,
+        target: 'new',
+        helpers: 0,
+        onCbwError: 'break-snapshot',
+        onSourceError: 'report',
+        onTargetError: 'ignore',
+        autoFinalize: true,
+        speed: 1048576,
+        fleece: false,
+      },
+      verbs: [],
+      host: 'keeper',
+      faults: [{ on: 'source-read', nth: 8, count: 1000, code: 'ENOSPC' }],
+      strategy: 1,
+      bitmap: { granularity: 4096, persistent: true, dirty: [] },
+      chain: { type: 'commit', top: 1, base: 2 },
+      end: undefined,
+    },
+    schedules: [9013041],
+  },
+  {
     what: 'what was written before a mirror of nothing is not flushed once its target has taken the place of the drive',
     scenario: {
       source: { format: 'raw', length: 1536, clusterSize: 4096, version: 3, refcountBits: 64, backing: [] },
