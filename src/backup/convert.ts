@@ -111,7 +111,7 @@ export function convertImages(
     }
     const bitmaps = options.bitmaps === true ? bitmapsToCopy(runtime, opened, options, host) : [];
     const parts = opened.map((source) => partOf(source, options.range, host));
-    const length = parts.reduce((sum, part) => sum + roundUp(part.length, SECTOR), 0);
+    const length = bytesOf(parts);
     const target = openTarget(runtime, opened, targetName, length, options);
     try {
       if (options.compress === true) checkCompression(target.descriptor);
@@ -220,6 +220,11 @@ function partOf(source: NodeDescriptor, range: ConvertOptions['range'], host: Co
     host.message(`'${source.path}': cannot skip ${range.skip} bytes: what is to be copied ends at ${end}`);
   }
   return { offset: Math.min(range.skip, end), length: Math.max(0, end - range.skip) };
+}
+
+/** Of the parts one after the other, each filled up to whole sectors. */
+function bytesOf(parts: readonly Part[]): number {
+  return parts.reduce((sum, { length }) => sum + roundUp(length, SECTOR), 0);
 }
 
 function roundUp(bytes: number, unit: number): number {
@@ -347,7 +352,7 @@ function conversionOf(
     sources,
     parts,
     target: target.descriptor,
-    length: parts.reduce((sum, part) => sum + roundUp(part.length, SECTOR), 0),
+    length: bytesOf(parts),
     // A target's cluster is written by one thread, at once.
     align: Math.max(DEFAULT_SPARSE_BYTES, clusterSize),
     claimBytes: roundUp(CLAIM_BYTES, Math.max(DEFAULT_SPARSE_BYTES, clusterSize)),

@@ -1,6 +1,7 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { rm, stat } from 'node:fs/promises';
+import { existsSync } from 'node:fs';
+import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { StillframeError } from '../errors.js';
@@ -62,7 +63,7 @@ export class Contestant {
     const failed = (what: string): StillframeError =>
       new StillframeError('ERR_STILLFRAME_IO', `${name} (${program}) ${what}: ${text.trim()}`);
     const until = performance.now() + START_MS;
-    while (!(await exists(monitor)) || !(await exists(socket))) {
+    while (!existsSync(monitor) || !existsSync(socket)) {
       if (failure !== undefined) {
         throw new StillframeError(
           'ERR_STILLFRAME_NOT_FOUND',
@@ -121,11 +122,4 @@ export class Contestant {
     await gone;
     clearTimeout(timer);
   }
-}
-
-async function exists(path: string): Promise<boolean> {
-  return stat(path).then(
-    () => true,
-    () => false,
-  );
 }
